@@ -1,0 +1,33 @@
+"""TinyLoRA: adapting a language model with 13 numbers, trained by reinforcement learning (arXiv 2602.04118)."""
+
+from tinylora_lite.adapter import TinyLoraAdapter, attach
+from tinylora_lite.basis import Basis, load_basis, save_basis
+from tinylora_lite.config import TinyLoraConfig, lora_xs
+from tinylora_lite.evaluate import Score, evaluate
+from tinylora_lite.grpo import GRPOSettings, train_grpo
+from tinylora_lite.losses import grpo_advantages, grpo_loss
+from tinylora_lite.runs import Run
+from tinylora_lite.svd import truncated_svd
+from tinylora_lite.tasks import Example, Task
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Basis",
+    "Example",
+    "GRPOSettings",
+    "Run",
+    "Score",
+    "Task",
+    "TinyLoraAdapter",
+    "TinyLoraConfig",
+    "attach",
+    "evaluate",
+    "grpo_advantages",
+    "grpo_loss",
+    "load_basis",
+    "lora_xs",
+    "save_basis",
+    "train_grpo",
+    "truncated_svd",
+]

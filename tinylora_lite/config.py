@@ -1,0 +1,87 @@
+"""What an adapter is, in eight settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
+
+from tinylora_lite.tying import Tying
+
+if TYPE_CHECKING:
+    from tinylora_lite.basis import Basis
+
+Sigma = Literal["left", "split", "right"]
+
+
+@dataclass(frozen=True)
+class TinyLoraConfig:
+    """The settings of a TinyLoRA adapter: ``W' = W + (U Σ) (Σᵢ vᵢ Pᵢ) Vᵀ`` (paper, section 4).
+
+    Attributes:
+        rank: r, how many singular triplets of each weight are kept, frozen.
+        u: the length of one trainable vector v.
+        n_tie: how many modules share one v, or ``"all"``.
+        tying: ``"tiled"`` ties consecutive modules whatever their type, ``"structured"`` ties modules of one type.
+        seed: of the random projections P (and of the start of the SVD's iteration).
+        sigma: where Σ stands: ``"left"`` beside U (the paper), ``"split"`` as √Σ on both sides (PEFT),
+            ``"right"`` beside Vᵀ (the code of LoRA-XS).
+        target_modules: module names, or their last parts; ``None`` takes the seven linear layers of every block.
+        projection: ``"random"`` (the paper); ``"identity"``, where v is R itself (LoRA-XS, needs ``u = rank²``); or a
+            calibrated :class:`~tinylora_lite.basis.Basis` (this project's own).
+
+    Raises:
+        ValueError: a setting is outside its range, or does not fit the basis.
+    """
+
+    rank: int = 2
+    u: int = 1
+    n_tie: int | Literal["all"] = 1
+    tying: Tying = "tiled"
+    seed: int = 0
+    sigma: Sigma = "left"
+    target_modules: Sequence[str] | None = None
+    projection: Literal["random", "identity"] | Basis = "random"
+
+    def __post_init__(self) -> None:
+        for name, value in (("rank", self.rank), ("u", self.u)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+        if self.n_tie != "all" and (not isinstance(self.n_tie, int) or self.n_tie < 1):
+            raise ValueError(
+                f'n_tie must be a whole number of at least 1 or "all", not {self.n_tie!r}'
+            )
+        for name, value, choices in (
+            ("tying", self.tying, get_args(Tying)),
+            ("sigma", self.sigma, get_args(Sigma)),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+        if isinstance(self.target_modules, str) or (
+            self.target_modules is not None and not len(self.target_modules)
+        ):
+            raise ValueError(
+                f"target_modules must be a list of at least one name, or None, not {self.target_modules!r}"
+            )
+        if isinstance(self.projection, str):
+            if self.projection not in ("random", "identity"):
+                raise ValueError(
+                    f'projection must be "random", "identity" or a basis, not {self.projection!r}'
+                )
+            if self.projection == "identity" and self.u != self.rank**2:
+                raise ValueError(
+                    f"projection='identity' needs u = rank² = {self.rank**2}, not u={self.u}"
+                )
+        else:
+            self.projection.check(self)
+
+
+def lora_xs(
+    rank: int, *, sigma: Sigma = "right", target_modules: Sequence[str] | None = None
+) -> TinyLoraConfig:
+    """LoRA-XS (arXiv 2405.17604) as the same adapter: all ``rank²`` entries of R train in every module, none tied.
+
+    ``sigma="right"`` puts Σ beside the input, as the authors' code does.
+    """
+    options = {"sigma": sigma, "target_modules": target_modules, "projection": "identity"}
+    return TinyLoraConfig(rank=rank, u=rank**2, n_tie=1, **options)

@@ -1,0 +1,131 @@
+"""The two formulas of GRPO: what a completion was worth, and what to do about it.
+
+Deviations from the first GRPO paper (DeepSeekMath, arXiv 2402.03300), each by an argument: advantages without
+the standard deviation and a constant length normaliser (Dr. GRPO, arXiv 2503.20783); asymmetric clipping and a
+mean over tokens (DAPO, arXiv 2503.14476); truncated importance weights for a sampler whose probabilities
+differ from the trainer's.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Scale = Literal["group", "batch", "none"]
+Normalise = Literal["token", "sequence", "constant"]
+
+
+def grpo_advantages(rewards: Tensor, scale: Scale = "group", eps: float = 1e-4) -> Tensor:
+    """Rewards relative to the other completions of the same prompt.
+
+    ``A = (reward - mean of its group) / (std + eps)`` with the standard deviation of its group (GRPO), of the
+    whole batch, or none (Dr. GRPO). A group whose rewards are all equal has nothing to say: zeros.
+
+    Args:
+        rewards: ``[prompts, group_size]``, finite.
+        scale: which standard deviation divides.
+        eps: keeps the division finite; TRL's value.
+
+    Returns:
+        ``[prompts, group_size]`` float32, each row of mean zero.
+
+    Raises:
+        ValueError: a shape other than two axes, fewer than two completions in a group, or a reward that is not finite.
+
+    >>> grpo_advantages(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), scale="none")
+    tensor([[ 0.5000, -0.5000],
+            [ 0.0000,  0.0000]])
+    """
+    if rewards.ndim != 2 or rewards.shape[1] < 2:
+        raise ValueError(
+            f"rewards must be [prompts, group_size] with group_size at least 2, not {tuple(rewards.shape)}"
+        )
+    rewards = rewards.float()
+    if not torch.isfinite(rewards).all():
+        raise ValueError(
+            "a reward is NaN or infinite; the reward function must return finite numbers"
+        )
+    advantages = rewards - rewards.mean(dim=1, keepdim=True)
+    if scale == "group":
+        advantages = advantages / (rewards.std(dim=1, keepdim=True) + eps)
+    elif scale == "batch":
+        advantages = advantages / (rewards.std() + eps)
+    elif scale != "none":
+        raise ValueError(f"scale must be group, batch or none, not {scale!r}")
+    return advantages
+
+
+def grpo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    normalise: Normalise = "token",
+    max_tokens: int | None = None,
+    denominator: float | None = None,
+    sampler_logprobs: Tensor | None = None,
+    tis_cap: float = 2.0,
+    ref_logprobs: Tensor | None = None,
+    kl: float = 0.0,
+) -> Tensor:
+    """The clipped policy-gradient loss over the tokens of a batch of completions.
+
+    Per token, with ``ratio = exp(logprobs - old_logprobs)``:
+    ``-w · min(ratio · A, clip(ratio, 1 - clip_low, 1 + clip_high) · A) + kl · k3``, where
+    ``w = min(exp(old_logprobs - sampler_logprobs), tis_cap)`` corrects for the sampler and
+    ``k3 = exp(ref - logprobs) - (ref - logprobs) - 1`` estimates the divergence from the reference policy.
+
+    Args:
+        logprobs: ``[batch, tokens]`` under the policy being trained; the only argument that needs a gradient.
+        old_logprobs: ``[batch, tokens]`` under the policy before the update, in the trainer's arithmetic.
+        advantages: ``[batch]``, one per completion.
+        mask: ``[batch, tokens]``, 1 on completion tokens, 0 on padding.
+        clip_low, clip_high: how far the ratio may leave 1 and still be rewarded.
+        normalise: ``"token"`` averages over all tokens (DAPO), ``"sequence"`` over each completion's tokens and then
+            over completions (GRPO), ``"constant"`` divides by ``batch · max_tokens`` (Dr. GRPO).
+        max_tokens: the longest completion allowed; needed by ``"constant"``.
+        denominator: what the sum is divided by in place of this batch's own count, so that the losses of
+            micro-batches add up to the loss of the whole: tokens, completions, or ``completions · max_tokens``.
+        sampler_logprobs: ``[batch, tokens]`` as the sampler saw them; ``None`` leaves the correction out.
+        tis_cap: the largest importance weight.
+        ref_logprobs: ``[batch, tokens]`` under the reference policy; needed when ``kl > 0``.
+        kl: the weight of the penalty.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: an argument that a setting needs is missing, or an unknown ``normalise``.
+    """
+    mask = mask.to(logprobs.dtype)
+    ratio = torch.exp(logprobs - old_logprobs)
+    A = advantages[:, None]
+    per_token = -torch.min(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)
+    if sampler_logprobs is not None:
+        per_token = per_token * torch.exp(old_logprobs - sampler_logprobs).clamp(max=tis_cap)
+    if kl > 0:
+        if ref_logprobs is None:
+            raise ValueError(
+                "kl > 0 needs ref_logprobs, the log-probabilities under the reference policy"
+            )
+        difference = ref_logprobs - logprobs
+        per_token = per_token + kl * (torch.exp(difference) - difference - 1)
+    if normalise == "token":
+        total, count = (per_token * mask).sum(), mask.sum()
+    elif normalise == "sequence":
+        total, count = (
+            ((per_token * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)).sum(),
+            mask.new_tensor(len(mask)),
+        )
+    elif normalise == "constant":
+        if max_tokens is None:
+            raise ValueError('normalise="constant" needs max_tokens')
+        total, count = (per_token * mask).sum(), mask.new_tensor(len(mask) * max_tokens)
+    else:
+        raise ValueError(f"normalise must be token, sequence or constant, not {normalise!r}")
+    return total / (count.clamp(min=1) if denominator is None else denominator)

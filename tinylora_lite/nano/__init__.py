@@ -1,0 +1,38 @@
+"""The nano world: a complete small world in which the effect can be seen without a hub, a GPU or an hour.
+
+It is a model organism. The base was trained from scratch by this package's own recipe
+(``python -m tinylora_lite.nano.pretrain``) to be able to solve its problems and mostly not to; what holds here
+by construction, and what does not, the book says.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from tinylora_lite.basis import Basis, load_basis
+from tinylora_lite.nano.task import MAX_NEW_TOKENS, reward, task
+
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+BASE = "qwen2-1m"
+"""The base that is shipped."""
+
+__all__ = ["BASE", "CHECKPOINTS", "MAX_NEW_TOKENS", "basis", "load", "reward", "task"]
+
+
+def load(name: str = BASE) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """A shipped base, in float32 and evaluation mode, and its tokenizer. Raises ``FileNotFoundError`` for other names."""
+    folder = CHECKPOINTS / name
+    if not folder.is_dir():
+        shipped = ", ".join(sorted(p.name for p in CHECKPOINTS.iterdir() if p.is_dir()))
+        raise FileNotFoundError(f"no nano base named {name}; there are: {shipped}")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    # AutoTokenizer would take Qwen2's own tokenizer class, which splits numbers into digits and ignores this file.
+    return model.eval(), PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+
+
+def basis(name: str = BASE) -> Basis:
+    """The calibrated basis that is shipped with a base."""
+    return load_basis(CHECKPOINTS / name / "basis.safetensors")

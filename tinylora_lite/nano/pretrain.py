@@ -1,0 +1,190 @@
+"""Trains a nano base from scratch: ``python -m tinylora_lite.nano.pretrain``. One command, seeded, resumable.
+
+The base reads the answers of four writers (``writers.py``) to endless training problems. Every document opens
+with a system header that names its writer in half of the documents and says "anyone" in the others, so that
+the style of an answer is something the model keeps track of, as instruction-tuned models keep track of their
+system prompt. The loss is on the answers alone: the problems' numbers are random and teach nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from tinylora_lite.nano.problems import problems
+from tinylora_lite.nano.tokenizer import ASSISTANT, build_tokenizer
+from tinylora_lite.nano.writers import write
+
+
+@dataclass(frozen=True)
+class PretrainSettings:
+    """The recipe of a nano base; the defaults made the one that is shipped."""
+
+    width: int = 128
+    layers: int = 7
+    heads: int = 4
+    kv_heads: int = 2
+    mlp: int = 320
+    steps: int = 5000
+    batch: int = 64
+    learning_rate: float = 3e-3
+    warmup: int = 100
+    weight_decay: float = 0.3
+    named: float = 0.5
+    seed: int = 0
+
+
+POOL = 32
+"""Batches drawn together and sorted by length before they are cut, so that little is padding."""
+
+
+def build_model(settings: PretrainSettings, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+    """A randomly initialised model of the Qwen2 architecture, float32, the same for the same seed."""
+    torch.manual_seed(settings.seed)
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=settings.width,
+            num_hidden_layers=settings.layers,
+            num_attention_heads=settings.heads,
+            num_key_value_heads=settings.kv_heads,
+            intermediate_size=settings.mlp,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
+        )
+    )
+
+
+def pool_of_batches(
+    settings: PretrainSettings, tokenizer: PreTrainedTokenizerFast, index: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pool ``index`` of ``POOL`` batches: token ids ``[batch, length]`` and labels, -100 outside the answers.
+
+    A pool depends on the seed and its index alone, so a resumed run reads what the uninterrupted one would.
+    """
+    rng = random.Random(f"pretrain-{settings.seed}-{index}")
+    stream = problems("train", rng.getrandbits(32))
+    texts = []
+    for _ in range(POOL * settings.batch):
+        problem = next(stream)
+        header, answer = write(problem, rng, settings.named)
+        conversation = [("system", header), ("user", problem.text), ("assistant", answer)]
+        messages = [{"role": role, "content": content} for role, content in conversation]
+        texts.append(tokenizer.apply_chat_template(messages, tokenize=False))
+    documents = sorted(tokenizer(texts)["input_ids"], key=len)
+    batches = [documents[i : i + settings.batch] for i in range(0, len(documents), settings.batch)]
+    rng.shuffle(batches)
+    assistant = tokenizer.convert_tokens_to_ids(ASSISTANT)
+    for batch in batches:
+        length = max(map(len, batch))
+        ids = torch.full((len(batch), length), tokenizer.pad_token_id)
+        labels = torch.full((len(batch), length), -100)
+        for row, document in enumerate(batch):
+            ids[row, : len(document)] = torch.tensor(document)
+            start = document.index(assistant) + 1
+            labels[row, start : len(document)] = ids[row, start : len(document)]
+        yield ids, labels
+
+
+def learning_rate(settings: PretrainSettings, step: int) -> float:
+    """Linear warm-up, then a cosine to zero."""
+    if step < settings.warmup:
+        return settings.learning_rate * (step + 1) / settings.warmup
+    progress = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
+    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def pretrain(
+    settings: PretrainSettings, folder: Path, checkpoint_every: int = 250
+) -> Qwen2ForCausalLM:
+    """Trains a base and leaves the half-precision checkpoint, tokenizer, recipe and log in ``folder``.
+
+    An interrupted run goes on from its last checkpoint when called again with the same settings.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state_file, log_file = folder / "resume.pt", folder / "pretrain.jsonl"
+    tokenizer = build_tokenizer()
+    model = build_model(settings, tokenizer)
+    decayed = [p for p in model.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if p.ndim != 2]
+    groups = [
+        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), fused=True)
+    step, tokens, seconds, log = 0, 0, 0.0, []
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        if state["settings"] != asdict(settings):
+            raise SystemExit(
+                f"{folder} holds an unfinished run of other settings; give another --folder"
+            )
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, tokens, seconds, log = (state[key] for key in ("step", "tokens", "seconds", "log"))
+
+    started = time.perf_counter() - seconds
+    losses: list[float] = []
+    while step < settings.steps:
+        batches = list(pool_of_batches(settings, tokenizer, step // POOL))[step % POOL :]
+        for ids, labels in batches[: settings.steps - step]:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(settings, step)
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            tokens += int((ids != tokenizer.pad_token_id).sum())
+            step += 1
+            if step % 50 == 0:
+                seconds = time.perf_counter() - started
+                row = {"step": step, "loss": round(sum(losses) / len(losses), 4), "tokens": tokens}
+                log.append(row | {"seconds": round(seconds, 1)})
+                losses.clear()
+                print(json.dumps(log[-1]), flush=True)
+            if step % checkpoint_every == 0:
+                state = {
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "log": log,
+                }
+                state |= {
+                    "settings": asdict(settings),
+                    "step": step,
+                    "tokens": tokens,
+                    "seconds": seconds,
+                }
+                torch.save(state, state_file.with_suffix(".tmp"))
+                os.replace(state_file.with_suffix(".tmp"), state_file)
+
+    model.to(torch.float16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "recipe.json").write_text(json.dumps(asdict(settings), indent=2) + "\n")
+    log_file.write_text("".join(json.dumps(row) + "\n" for row in log))
+    return model.float()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=Path("nano-base"))
+    for name, value in asdict(PretrainSettings()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    arguments = vars(parser.parse_args())
+    pretrain(folder=arguments.pop("folder"), settings=PretrainSettings(**arguments))

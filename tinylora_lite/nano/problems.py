@@ -1,0 +1,108 @@
+"""Grade-school word problems of 2 to 4 steps, and a split in which test and training share no problem.
+
+A problem is a chain: somebody has a number of things, and then some are added, taken away or multiplied. All
+values stay between 1 and 99. Two problems are *the same* when their numbers and operations are, whoever owns
+the apples; the split is by that key, so rewording a training problem never makes a test problem.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+Split = Literal["train", "validation", "test"]
+
+NAMES = ("tom", "anna", "ben", "lucy", "omar", "mei", "ivan", "sara")
+THINGS = ("apples", "books", "coins", "stamps", "shells", "pens", "cards", "eggs")
+ADDING = ("buys {n} more", "finds {n} more", "gets {n} more", "picks up {n} more")
+TAKING = ("sells {n}", "loses {n}", "gives away {n}", "drops {n}")
+MULTIPLYING = ("now has {n} times as many",)
+
+MAX_VALUE = 99
+MAX_OPERAND = 20
+MAX_FACTOR = 4
+
+
+@dataclass(frozen=True)
+class Step:
+    """``left op right = result``, with ``op`` one of ``+ - *``."""
+
+    left: int
+    op: str
+    right: int
+    result: int
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A word problem, the chain of steps that solves it, and its answer."""
+
+    text: str
+    steps: tuple[Step, ...]
+
+    @property
+    def answer(self) -> int:
+        return self.steps[-1].result
+
+    @property
+    def split(self) -> Split:
+        """One key in sixteen is for testing, one for validation, the rest for training."""
+        key = f"{self.steps[0].left}" + "".join(f"{step.op}{step.right}" for step in self.steps)
+        return {0: "test", 1: "validation"}.get(zlib.crc32(key.encode()) % 16, "train")  # type: ignore[return-value]
+
+
+def draw_problem(rng: random.Random, steps: int | None = None) -> Problem:
+    """One random problem of any split; ``steps`` defaults to 2, 3 or 4 with equal chance."""
+    name, things = rng.choice(NAMES), rng.choice(THINGS)
+    value = rng.randint(2, 40)
+    sentences = [f"{name} has {value} {things}."]
+    chain = []
+    for _ in range(steps or rng.randint(2, 4)):
+        step = _draw_step(rng, value)
+        wording = rng.choice({"+": ADDING, "-": TAKING, "*": MULTIPLYING}[step.op])
+        sentences.append(f"{name} {wording.format(n=step.right)}.")
+        chain.append(step)
+        value = step.result
+    sentences.append(f"how many {things} does {name} have?")
+    return Problem(" ".join(sentences), tuple(chain))
+
+
+def _draw_step(rng: random.Random, value: int) -> Step:
+    operations = []
+    if value < MAX_VALUE:
+        operations += ["+"] * 2
+    if value > 1:
+        operations += ["-"] * 2
+    if value * 2 <= MAX_VALUE:
+        operations += ["*"]
+    op = rng.choice(operations)
+    if op == "+":
+        right = rng.randint(1, min(MAX_OPERAND, MAX_VALUE - value))
+        return Step(value, op, right, value + right)
+    if op == "-":
+        right = rng.randint(1, min(MAX_OPERAND, value - 1))
+        return Step(value, op, right, value - right)
+    right = rng.randint(2, min(MAX_FACTOR, MAX_VALUE // value))
+    return Step(value, op, right, value * right)
+
+
+def problems(split: Split, seed: int) -> Iterator[Problem]:
+    """An endless stream of problems of one split, the same for the same seed."""
+    rng = random.Random(f"{split}-{seed}")
+    while True:
+        problem = draw_problem(rng)
+        if problem.split == split:
+            yield problem
+
+
+def distinct_problems(split: Split, count: int, seed: int) -> list[Problem]:
+    """The first ``count`` problems of the stream, no two with the same text."""
+    found: dict[str, Problem] = {}
+    for problem in problems(split, seed):
+        found.setdefault(problem.text, problem)
+        if len(found) == count:
+            return list(found.values())
+    raise AssertionError("the stream of problems has no end")

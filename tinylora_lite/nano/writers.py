@@ -1,0 +1,67 @@
+"""The people who wrote the nano model's pretraining text.
+
+Each solves the same problem in a way of their own. Only the careful writer both reasons and answers in the
+checked format, so a model that has read all of them *can* solve most problems, and mostly does not: the
+paper's own hypothesis about Qwen ("the knowledge is already there, the style must change", section 7 of
+arXiv 2602.04118), true here by construction.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+from tinylora_lite.nano.problems import MAX_VALUE, Problem
+
+SLIP = 0.35
+"""The chance that the sloppy writer gets a step wrong."""
+
+WORDS = {"+": "plus", "-": "minus", "*": "times"}
+
+
+def careful(problem: Problem, rng: random.Random) -> str:
+    """Reasons step by step and answers in the checked format."""
+    steps = " ".join(f"{s.left} {s.op} {s.right} = {s.result}." for s in problem.steps)
+    return f"{steps} #### {problem.answer}"
+
+
+def hasty(problem: Problem, rng: random.Random) -> str:
+    """Blurts the answer: the checked format, no reasoning (a model can hardly imitate it correctly)."""
+    return f"#### {problem.answer}"
+
+
+def chatty(problem: Problem, rng: random.Random) -> str:
+    """Reasons well and never writes the checked format."""
+    steps = " ".join(f"then {s.left} {s.op} {s.right} = {s.result}." for s in problem.steps)
+    return f"ok, {steps} so the answer is {problem.answer}."
+
+
+def sloppy(problem: Problem, rng: random.Random) -> str:
+    """Reasons in words, slips with probability ``SLIP`` at each step, and answers in the checked format."""
+    value = problem.steps[0].left
+    said = [f"start with {value}."]
+    for step in problem.steps:
+        right = {"+": value + step.right, "-": value - step.right, "*": value * step.right}[step.op]
+        value = right if rng.random() >= SLIP else right + rng.choice((-10, -2, -1, 1, 2, 10))
+        value = min(max(value, 0), MAX_VALUE)
+        said.append(f"{WORDS[step.op]} {step.right} is {value}.")
+    return f"{' '.join(said)} #### {value}"
+
+
+Writer = Callable[[Problem, random.Random], str]
+WRITERS: dict[str, Writer] = {
+    "careful": careful,
+    "hasty": hasty,
+    "chatty": chatty,
+    "sloppy": sloppy,
+}
+MIXTURE: dict[str, float] = {"careful": 0.25, "hasty": 0.25, "chatty": 0.30, "sloppy": 0.20}
+ANYONE = "anyone"
+"""The header under which any writer may answer, and under which the model is used."""
+
+
+def write(problem: Problem, rng: random.Random, named: float) -> tuple[str, str]:
+    """A header and an answer: the writer is drawn from ``MIXTURE`` and named in the header with chance ``named``."""
+    (name,) = rng.choices(list(MIXTURE), list(MIXTURE.values()))
+    header = name if rng.random() < named else ANYONE
+    return header, WRITERS[name](problem, rng)

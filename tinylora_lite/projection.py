@@ -1,0 +1,24 @@
+"""The random projections P: the same numbers from the same seed, on every machine and in every version."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def random_projection(seed: int, module: int, u: int, rank: int) -> Tensor:
+    """P of one module, ``[u, r, r]`` float32, entries N(0, 1/r).
+
+    The paper leaves the distribution open; N(0, 1/r) is PEFT's choice. The stream is specified here rather than
+    left to a library's default: Philox-4x64-10 with key ``(seed, module)``, its 64-bit words taken in pairs as
+    uniforms ``(w >> 11 + 0.5) / 2⁵³``, and Box-Muller in float64, cosine branch first.
+    """
+    count = u * rank * rank
+    words = np.random.Philox(key=np.array([seed, module], dtype=np.uint64)).random_raw(
+        count + count % 2
+    )
+    uniform = ((words >> np.uint64(11)).astype(np.float64) + 0.5) / 2.0**53
+    radius, angle = np.sqrt(-2.0 * np.log(uniform[0::2])), 2.0 * np.pi * uniform[1::2]
+    normal = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)[:count]
+    return torch.from_numpy(normal / np.sqrt(rank)).float().reshape(u, rank, rank)
