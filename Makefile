@@ -1,0 +1,90 @@
+# Every target sets itself up: a virtual environment in .venv, installed from the lock in requirements.txt.
+
+PYTHON ?= python3
+VENV   ?= .venv
+PORT   ?= 8000
+
+BIN := $(abspath $(VENV))/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
+PY  := $(BIN)/python
+
+SHELL         := bash
+.SHELLFLAGS   := -eo pipefail -c
+.DEFAULT_GOAL := help
+
+# Notebooks may call `tinylora` or `python` by name: these are then the ones in .venv.
+export PATH := $(BIN):$(PATH)
+# A kernel that was installed for the user must not stand in for the one in .venv.
+export JUPYTER_PREFER_ENV_PATH := 1
+export JUPYTER_PLATFORM_DIRS   := 1
+# Tests and book need no network; a call that tries one fails here instead of on a train.
+export HF_HUB_OFFLINE       := 1
+export HF_DATASETS_OFFLINE  := 1
+export TRANSFORMERS_OFFLINE := 1
+# In a notebook a progress bar becomes a widget, and a stored widget loads its scripts from a CDN.
+export TQDM_DISABLE := 1
+
+# Named after what it holds, so that an environment goes stale by content and not by date.
+STAMP := $(VENV)/.installed-$(shell cat requirements.txt pyproject.toml | cksum | cut -d' ' -f1)
+
+.PHONY: help book test test-slow test-site demo nano serve lint linkcheck lock clean
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
+
+book: $(STAMP) ## Build the book: every notebook runs, every warning is an error
+	@$(BIN)/jupyter-book build . -W -n --keep-going
+	@echo "The book: $(CURDIR)/_build/html/index.html"
+
+test: $(STAMP) ## Run the tests and the notebooks
+	@$(PY) -m pytest
+
+test-slow: $(STAMP) ## Run the tests that take minutes
+	@$(PY) -m pytest -m slow
+
+test-site: $(STAMP) ## Check the built book: links, alt texts, nothing loaded from elsewhere
+	@test -f _build/html/index.html || { echo "No book yet: run 'make book' first." >&2; exit 1; }
+	@$(PY) -m pytest tests/site
+
+demo: $(STAMP) ## See TinyLoRA work on this machine
+	@$(BIN)/tinylora demo
+
+nano: $(STAMP) ## Train the nano base again, from nothing
+	@$(PY) -m tinylora_lite.nano.pretrain
+
+serve: ## Show the built book at http://127.0.0.1:8000 (PORT=...)
+	@$(PYTHON) -m http.server --bind 127.0.0.1 --directory _build/html $(PORT)
+
+lint: $(STAMP) ## Check style, types and workflows
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff check --quiet --line-length 78 notebooks
+	@$(BIN)/mypy
+	@$(BIN)/zizmor --offline --quiet .github/workflows
+	@$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	@$(BIN)/check-jsonschema --quiet --builtin-schema vendor.citation-file-format CITATION.cff
+
+linkcheck: $(STAMP) ## Follow every link that leaves the book (needs network)
+	@$(BIN)/jupyter-book build . --builder linkcheck
+
+lock: $(STAMP) ## Renew requirements.txt from pyproject.toml
+	@$(PY) -m pip install --quiet --upgrade uv
+	@{ echo "# Everything that builds the book and runs the tests, on Python 3.11 to 3.13; install with plain pip."; \
+	   echo "# Written by 'make lock' from pyproject.toml."; \
+	   $(PY) -m uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest \
+	     --no-header --no-annotate --upgrade --extra book --extra dev --extra lab --extra peft pyproject.toml; \
+	 } > requirements.new
+	@mv requirements.new requirements.txt
+
+clean: ## Remove the built book, its cache and other leftovers; .venv stays
+	@rm -rf _build .jupyter_cache .mypy_cache .pytest_cache .ruff_cache dist
+	@find . -path './.venv*' -prune -o -name __pycache__ -prune -exec rm -rf {} +
+
+# The output of pip is cut down to the large downloads: proof of life on a slow line.
+$(STAMP):
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed; $(PYTHON) is " + sys.version.split()[0])'
+	@echo "Setting up $(VENV) from requirements.txt; the first time takes a few minutes."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install --disable-pip-version-check --progress-bar off -r requirements.txt \
+	  | { grep --line-buffered -E '^ *Downloading .* [MG]B\)$$' || true; }
+	@$(PY) -m pip install --disable-pip-version-check --quiet --no-build-isolation --no-deps -e .
+	@rm -f $(VENV)/.installed-*
+	@touch $@
