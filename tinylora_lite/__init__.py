@@ -2,7 +2,9 @@
 
 from tinylora_lite.adapter import TinyLoraAdapter, attach
 from tinylora_lite.basis import Basis, load_basis, save_basis
+from tinylora_lite.calibrate import calibrate
 from tinylora_lite.config import TinyLoraConfig, lora_xs
+from tinylora_lite.counting import count_parameters, plan
 from tinylora_lite.evaluate import Score, evaluate
 from tinylora_lite.grpo import GRPOSettings, train_grpo
 from tinylora_lite.losses import grpo_advantages, grpo_loss
@@ -22,11 +24,14 @@ __all__ = [
     "TinyLoraAdapter",
     "TinyLoraConfig",
     "attach",
+    "calibrate",
+    "count_parameters",
     "evaluate",
     "grpo_advantages",
     "grpo_loss",
     "load_basis",
     "lora_xs",
+    "plan",
     "save_basis",
     "train_grpo",
     "truncated_svd",

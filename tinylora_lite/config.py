@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Any, Literal, TypeGuard, get_args
 
+from tinylora_lite.basis import Basis
 from tinylora_lite.tying import Tying
-
-if TYPE_CHECKING:
-    from tinylora_lite.basis import Basis
 
 Sigma = Literal["left", "split", "right"]
 
@@ -20,13 +18,14 @@ class TinyLoraConfig:
 
     Attributes:
         rank: r, how many singular triplets of each weight are kept, frozen.
-        u: the length of one trainable vector v.
-        n_tie: how many modules share one v, or ``"all"``.
+        u: the length of one trainable vector v. Above ``rank²`` it helps only where modules share it.
+        n_tie: how many modules share one v, or ``"all"``: one v for the whole model, whatever the tying.
         tying: ``"tiled"`` ties consecutive modules whatever their type, ``"structured"`` ties modules of one type.
-        seed: of the random projections P (and of the start of the SVD's iteration).
+        seed: of the random projections P (and of the start of the SVD's iteration); 0 … 2⁶⁴ - 1.
         sigma: where Σ stands: ``"left"`` beside U (the paper), ``"split"`` as √Σ on both sides (PEFT),
             ``"right"`` beside Vᵀ (the code of LoRA-XS).
         target_modules: module names, or their last parts; ``None`` takes the seven linear layers of every block.
+            Kept as a tuple.
         projection: ``"random"`` (the paper); ``"identity"``, where v is R itself (LoRA-XS, needs ``u = rank²``); or a
             calibrated :class:`~tinylora_lite.basis.Basis` (this project's own).
 
@@ -45,43 +44,46 @@ class TinyLoraConfig:
 
     def __post_init__(self) -> None:
         for name, value in (("rank", self.rank), ("u", self.u)):
-            if not isinstance(value, int) or value < 1:
+            if not _is_whole(value) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
-        if self.n_tie != "all" and (not isinstance(self.n_tie, int) or self.n_tie < 1):
-            raise ValueError(
-                f'n_tie must be a whole number of at least 1 or "all", not {self.n_tie!r}'
-            )
-        for name, value, choices in (
-            ("tying", self.tying, get_args(Tying)),
-            ("sigma", self.sigma, get_args(Sigma)),
-        ):
-            if value not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
-        if isinstance(self.target_modules, str) or (
-            self.target_modules is not None and not len(self.target_modules)
-        ):
-            raise ValueError(
-                f"target_modules must be a list of at least one name, or None, not {self.target_modules!r}"
-            )
-        if isinstance(self.projection, str):
-            if self.projection not in ("random", "identity"):
-                raise ValueError(
-                    f'projection must be "random", "identity" or a basis, not {self.projection!r}'
-                )
-            if self.projection == "identity" and self.u != self.rank**2:
-                raise ValueError(
-                    f"projection='identity' needs u = rank² = {self.rank**2}, not u={self.u}"
-                )
-        else:
+        if self.n_tie != "all" and (not _is_whole(self.n_tie) or self.n_tie < 1):
+            raise ValueError(f'n_tie must be a whole number of at least 1 or "all", not {self.n_tie!r}')
+        if not _is_whole(self.seed) or not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be a whole number from 0 to 2**64 - 1, not {self.seed!r}")
+        for name, choice, choices in (("tying", self.tying, get_args(Tying)), ("sigma", self.sigma, get_args(Sigma))):
+            if choice not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {choice!r}")
+        object.__setattr__(self, "target_modules", _checked_names(self.target_modules))
+        if isinstance(self.projection, Basis):
             self.projection.check(self)
+        elif self.projection not in ("random", "identity"):
+            raise ValueError(f'projection must be "random", "identity" or a basis, not {self.projection!r}')
+        elif self.projection == "identity" and self.u != self.rank**2:
+            raise ValueError(f"projection='identity' needs u = rank² = {self.rank**2}, not u={self.u}")
 
 
-def lora_xs(
-    rank: int, *, sigma: Sigma = "right", target_modules: Sequence[str] | None = None
-) -> TinyLoraConfig:
+def lora_xs(rank: int, *, sigma: Sigma = "right", target_modules: Sequence[str] | None = None) -> TinyLoraConfig:
     """LoRA-XS (arXiv 2405.17604) as the same adapter: all ``rank²`` entries of R train in every module, none tied.
 
-    ``sigma="right"`` puts Σ beside the input, as the authors' code does.
+    ``sigma="right"`` puts Σ beside the input, as the authors' code does; the formula of their paper is ``"left"``.
+
+    Raises:
+        ValueError: see :class:`TinyLoraConfig`.
     """
-    options = {"sigma": sigma, "target_modules": target_modules, "projection": "identity"}
-    return TinyLoraConfig(rank=rank, u=rank**2, n_tie=1, **options)
+    if not _is_whole(rank) or rank < 1:
+        raise ValueError(f"rank must be a whole number of at least 1, not {rank!r}")
+    return TinyLoraConfig(
+        rank=rank, u=rank**2, n_tie=1, sigma=sigma, target_modules=target_modules, projection="identity"
+    )
+
+
+def _is_whole(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _checked_names(names: Any) -> tuple[str, ...] | None:
+    if names is None:
+        return None
+    if isinstance(names, str) or not names or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"target_modules must be a list of at least one name, or None, not {names!r}")
+    return tuple(names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import comb
@@ -10,10 +11,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tinylora_lite.sampler import check_tokenizer, encode_prompts, sample
+from tinylora_lite.seeds import seed_of
 from tinylora_lite.tasks import Example, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Z = 1.959963984540054
+"""The normal quantile of a two-sided 95 % interval."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +35,14 @@ class Completion:
 
 @dataclass(frozen=True)
 class Score:
-    """pass@1 with its 95 % interval.
+    """The mean reward (pass@1, where rewards are 0 or 1) with its 95 % interval.
 
-    ``n`` problems, ``samples`` completions each. With one sample per problem the interval is Wilson's; with
-    more it is Student's over the problems' means, which are independent as the samples of one problem are not.
+    Attributes:
+        accuracy: the mean reward of all completions.
+        low, high: the interval; see :func:`interval`.
+        n: problems.
+        samples: completions of each problem.
+        completions: all of them, those of one problem in consecutive places, problems in the order of the task.
     """
 
     accuracy: float
@@ -44,19 +53,15 @@ class Score:
     completions: tuple[Completion, ...] = field(repr=False)
 
     def pass_at(self, k: int) -> float:
-        """The chance that one of ``k`` samples is right, without bias (Chen et al., arXiv 2107.03374)."""
+        """The chance that one of ``k`` samples earns a reward above 0, without bias (Chen et al., arXiv 2107.03374).
+
+        Raises:
+            ValueError: ``k`` is below 1, or above the samples that there are.
+        """
         if not 1 <= k <= self.samples:
-            raise ValueError(
-                f"pass@{k} needs at least {k} samples per problem; there are {self.samples}"
-            )
-        right = (
-            np.array([c.reward > 0 for c in self.completions])
-            .reshape(self.n, self.samples)
-            .sum(axis=1)
-        )
-        return float(
-            np.mean([1 - comb(self.samples - int(c), k) / comb(self.samples, k) for c in right])
-        )
+            raise ValueError(f"pass@{k} needs at least {max(k, 1)} samples per problem; there are {self.samples}")
+        right = np.array([c.reward > 0 for c in self.completions]).reshape(self.n, self.samples).sum(axis=1)
+        return float(np.mean([1 - comb(self.samples - int(c), k) / comb(self.samples, k) for c in right]))
 
     def summary(self) -> dict[str, float | int]:
         """What a record keeps: accuracy, low, high, n, samples."""
@@ -67,19 +72,35 @@ class Score:
 
 
 def interval(rewards: np.ndarray) -> tuple[float, float]:
-    """The 95 % interval of the mean reward of ``[problems, samples]`` (see :class:`Score`)."""
-    from scipy import stats  # takes a second to import, which import tinylora_lite should not
+    """The 95 % interval of the mean of rewards from 0 to 1, ``[problems, samples]`` float.
 
-    if rewards.shape[1] == 1 and np.isin(rewards, (0.0, 1.0)).all():
-        found = stats.binomtest(int(rewards.sum()), rewards.size).proportion_ci(
-            0.95, method="wilson"
-        )
-        return float(found.low), float(found.high)
+    Wilson's interval at the effective number of observations (Dean and Pagano, "Evaluating confidence interval
+    methods for binomial proportions in clustered surveys", 2015): the number of independent observations that would
+    have the variance found between problems. It is the number of problems with one sample each, and between that and
+    the number of completions with more, since the samples of one problem resemble one another. It never leaves 0..1
+    and has a width even where all are right.
+
+    Rewards outside 0..1 get Student's interval over the problems' means, which one problem alone does not have:
+    infinite then.
+
+    >>> low, high = interval(np.array([[1.0], [1.0], [1.0], [0.0]]))
+    >>> f"{low:.3f} {high:.3f}"
+    '0.301 0.954'
+    """
+    n, samples = rewards.shape
     means = rewards.mean(axis=1)
-    if len(means) < 2 or np.ptp(means) == 0:
-        return float(rewards.min()), float(rewards.max())
-    low, high = stats.t.interval(0.95, len(means) - 1, loc=means.mean(), scale=stats.sem(means))
-    return max(float(low), 0.0), min(float(high), 1.0)
+    p, variance = float(means.mean()), float(means.var(ddof=1)) / n if n > 1 else 0.0
+    if rewards.min() < 0 or rewards.max() > 1:
+        if n == 1:
+            return -math.inf, math.inf
+        from scipy import stats  # takes a second to import, which import tinylora_lite should not
+
+        half = float(stats.t.ppf(0.975, n - 1)) * math.sqrt(variance)
+        return p - half, p + half
+    effective = n if samples == 1 or variance == 0 else min(max(n, p * (1 - p) / variance), n * samples)
+    centre = (p + Z**2 / (2 * effective)) / (1 + Z**2 / effective)
+    half = Z / (1 + Z**2 / effective) * math.sqrt(p * (1 - p) / effective + Z**2 / (4 * effective**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def evaluate(
@@ -106,14 +127,19 @@ def evaluate(
         samples: completions for each problem; with ``temperature=0`` one is enough.
         temperature: of sampling; 0 is greedy.
         max_new_tokens: the length limit. A completion that reaches it scores 0.
-        batch_size: completions decoded together.
+        batch_size: completions decoded together; another size draws other samples.
         seed: of the sampling.
         progress: called with completions done and completions in all.
 
     Raises:
-        ValueError: the split is empty, or the tokenizer lacks a pad token, an end token or a chat template.
+        ValueError: the split is empty or unknown, a number is below 1, the tokenizer lacks a pad token, an end token or
+            a chat template, or the reward is no finite number.
     """
     check_tokenizer(tokenizer)
+    if split not in ("test", "validation", "train"):
+        raise ValueError(f"split must be test, validation or train, not {split!r}")
+    if min(samples, batch_size, 1 if problems is None else problems) < 1:
+        raise ValueError(f"problems, samples and batch_size must be at least 1, not {problems}, {samples}, {batch_size}")
     examples: Sequence[Example] = getattr(task, split)[:problems]
     if not examples:
         raise ValueError(f"task {task.name} has no {split} problems to evaluate on")
@@ -122,19 +148,19 @@ def evaluate(
     completions: list[Completion] = []
     for start in range(0, len(queue), batch_size):
         chunk = queue[start : start + batch_size]
-        ids, mask = encode_prompts(tokenizer, task, chunk, device)
-        options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-        rollouts = sample(model, tokenizer, ids, mask, **options, seed=seed * 1_000_003 + start)
-        for row, (example, text) in enumerate(zip(chunk, rollouts.texts, strict=True)):
-            cut = bool(rollouts.truncated[row])
-            reward = 0.0 if cut else float(task.reward(text, example.gold))
-            completions.append(
-                Completion(
-                    example.prompt, example.gold, text, reward, int(rollouts.lengths[row]), cut
-                )
-            )
+        rollouts = sample(
+            model,
+            tokenizer,
+            *encode_prompts(tokenizer, task, chunk, device),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed_of("evaluate", seed, start),
+        )
+        rows = zip(chunk, rollouts.texts, rollouts.lengths.tolist(), rollouts.truncated.tolist(), strict=True)
+        for example, text, tokens, cut in rows:
+            reward = 0.0 if cut else task.score(text, example.gold)
+            completions.append(Completion(example.prompt, example.gold, text, reward, tokens, cut))
         if progress:
             progress(len(completions), len(queue))
     rewards = np.array([c.reward for c in completions]).reshape(len(examples), samples)
-    low, high = interval(rewards)
-    return Score(float(rewards.mean()), low, high, len(examples), samples, tuple(completions))
+    return Score(float(rewards.mean()), *interval(rewards), len(examples), samples, tuple(completions))

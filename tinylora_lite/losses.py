@@ -3,7 +3,7 @@
 Deviations from the first GRPO paper (DeepSeekMath, arXiv 2402.03300), each by an argument: advantages without
 the standard deviation and a constant length normaliser (Dr. GRPO, arXiv 2503.20783); asymmetric clipping and a
 mean over tokens (DAPO, arXiv 2503.14476); truncated importance weights for a sampler whose probabilities
-differ from the trainer's.
+differ from the trainer's (Yao et al. 2025, which the TinyLoRA paper follows).
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ Normalise = Literal["token", "sequence", "constant"]
 def grpo_advantages(rewards: Tensor, scale: Scale = "group", eps: float = 1e-4) -> Tensor:
     """Rewards relative to the other completions of the same prompt.
 
-    ``A = (reward - mean of its group) / (std + eps)`` with the standard deviation of its group (GRPO), of the
-    whole batch, or none (Dr. GRPO). A group whose rewards are all equal has nothing to say: zeros.
+    ``A = (reward - mean of its group) / (std + eps)`` with the standard deviation (Bessel's, as TRL) of its group
+    (GRPO), of the whole batch, or none (Dr. GRPO). A group whose rewards are all equal has nothing to say: zeros.
 
     Args:
-        rewards: ``[prompts, group_size]``, finite.
+        rewards: ``[prompts, group_size]``, any real dtype, finite.
         scale: which standard deviation divides.
         eps: keeps the division finite; TRL's value.
 
@@ -32,7 +32,8 @@ def grpo_advantages(rewards: Tensor, scale: Scale = "group", eps: float = 1e-4) 
         ``[prompts, group_size]`` float32, each row of mean zero.
 
     Raises:
-        ValueError: a shape other than two axes, fewer than two completions in a group, or a reward that is not finite.
+        ValueError: a shape other than two axes, fewer than two completions in a group, a reward that is not finite, or
+            an unknown ``scale``.
 
     >>> grpo_advantages(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), scale="none")
     tensor([[ 0.5000, -0.5000],
@@ -44,9 +45,7 @@ def grpo_advantages(rewards: Tensor, scale: Scale = "group", eps: float = 1e-4) 
         )
     rewards = rewards.float()
     if not torch.isfinite(rewards).all():
-        raise ValueError(
-            "a reward is NaN or infinite; the reward function must return finite numbers"
-        )
+        raise ValueError("a reward is NaN or infinite; the reward function must return finite numbers")
     advantages = rewards - rewards.mean(dim=1, keepdim=True)
     if scale == "group":
         advantages = advantages / (rewards.std(dim=1, keepdim=True) + eps)
@@ -54,7 +53,8 @@ def grpo_advantages(rewards: Tensor, scale: Scale = "group", eps: float = 1e-4) 
         advantages = advantages / (rewards.std() + eps)
     elif scale != "none":
         raise ValueError(f"scale must be group, batch or none, not {scale!r}")
-    return advantages
+    # The mean of equal numbers is not always that number in floating point.
+    return advantages.masked_fill((rewards == rewards[:, :1]).all(dim=1, keepdim=True), 0.0)
 
 
 def grpo_loss(
@@ -81,51 +81,67 @@ def grpo_loss(
     ``k3 = exp(ref - logprobs) - (ref - logprobs) - 1`` estimates the divergence from the reference policy.
 
     Args:
-        logprobs: ``[batch, tokens]`` under the policy being trained; the only argument that needs a gradient.
+        logprobs: ``[batch, tokens]`` under the policy being trained; gradients flow through this argument alone.
         old_logprobs: ``[batch, tokens]`` under the policy before the update, in the trainer's arithmetic.
         advantages: ``[batch]``, one per completion.
-        mask: ``[batch, tokens]``, 1 on completion tokens, 0 on padding.
-        clip_low, clip_high: how far the ratio may leave 1 and still be rewarded.
+        mask: ``[batch, tokens]``, 1 on completion tokens, 0 on padding, where the others may hold anything.
+        clip_low: how far below 1 the ratio may go and still be rewarded.
+        clip_high: how far above.
         normalise: ``"token"`` averages over all tokens (DAPO), ``"sequence"`` over each completion's tokens and then
             over completions (GRPO), ``"constant"`` divides by ``batch · max_tokens`` (Dr. GRPO).
-        max_tokens: the longest completion allowed; needed by ``"constant"``.
+        max_tokens: the longest completion allowed; needed by ``"constant"`` unless ``denominator`` is given.
         denominator: what the sum is divided by in place of this batch's own count, so that the losses of
-            micro-batches add up to the loss of the whole: tokens, completions, or ``completions · max_tokens``.
+            micro-batches add up to the loss of the whole: its tokens, completions, or ``completions · max_tokens``.
         sampler_logprobs: ``[batch, tokens]`` as the sampler saw them; ``None`` leaves the correction out.
         tis_cap: the largest importance weight.
         ref_logprobs: ``[batch, tokens]`` under the reference policy; needed when ``kl > 0``.
         kl: the weight of the penalty.
 
     Returns:
-        A scalar.
+        A scalar of ``logprobs``' dtype.
 
     Raises:
-        ValueError: an argument that a setting needs is missing, or an unknown ``normalise``.
+        ValueError: shapes that do not fit, an argument that a setting needs is missing, or an unknown ``normalise``.
+
+    Two completions at ratio 1, so the loss is minus the mean advantage over the three tokens:
+
+    >>> logprobs = torch.tensor([[-1.0, -2.0], [-3.0, 0.0]])
+    >>> mask = torch.tensor([[1, 1], [1, 0]])
+    >>> grpo_loss(logprobs, logprobs, torch.tensor([1.0, -1.0]), mask)
+    tensor(-0.3333)
     """
-    mask = mask.to(logprobs.dtype)
-    ratio = torch.exp(logprobs - old_logprobs)
-    A = advantages[:, None]
+    same = {"old_logprobs": old_logprobs, "mask": mask, "sampler_logprobs": sampler_logprobs, "ref_logprobs": ref_logprobs}
+    for name, other in same.items():
+        if other is not None and other.shape != logprobs.shape:
+            raise ValueError(f"{name} is {tuple(other.shape)}, but logprobs is {tuple(logprobs.shape)}")
+    if advantages.shape != logprobs.shape[:1]:
+        raise ValueError(
+            f"advantages is {tuple(advantages.shape)}, but must be [batch] = [{len(logprobs)}]; flatten() a group's"
+        )
+    mask = mask.bool()
+
+    def difference(a: Tensor, b: Tensor) -> Tensor:  # padding may hold infinities, and inf · 0 is NaN
+        return torch.where(mask, a - b, 0.0)
+
+    ratio = torch.exp(difference(logprobs, old_logprobs.detach()))
+    A = advantages.detach()[:, None]
     per_token = -torch.min(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)
     if sampler_logprobs is not None:
-        per_token = per_token * torch.exp(old_logprobs - sampler_logprobs).clamp(max=tis_cap)
+        per_token = per_token * torch.exp(difference(old_logprobs, sampler_logprobs).detach()).clamp(max=tis_cap)
     if kl > 0:
         if ref_logprobs is None:
-            raise ValueError(
-                "kl > 0 needs ref_logprobs, the log-probabilities under the reference policy"
-            )
-        difference = ref_logprobs - logprobs
-        per_token = per_token + kl * (torch.exp(difference) - difference - 1)
+            raise ValueError("kl > 0 needs ref_logprobs, the log-probabilities under the reference policy")
+        gap = difference(ref_logprobs.detach(), logprobs)
+        per_token = per_token + kl * (torch.exp(gap) - gap - 1)
+    per_token = per_token * mask
     if normalise == "token":
-        total, count = (per_token * mask).sum(), mask.sum()
+        total, count = per_token.sum(), mask.sum()
     elif normalise == "sequence":
-        total, count = (
-            ((per_token * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)).sum(),
-            mask.new_tensor(len(mask)),
-        )
+        total, count = (per_token.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).sum(), len(mask)
     elif normalise == "constant":
-        if max_tokens is None:
+        if max_tokens is None and denominator is None:
             raise ValueError('normalise="constant" needs max_tokens')
-        total, count = (per_token * mask).sum(), mask.new_tensor(len(mask) * max_tokens)
+        total, count = per_token.sum(), len(mask) * (max_tokens or 1)
     else:
         raise ValueError(f"normalise must be token, sequence or constant, not {normalise!r}")
-    return total / (count.clamp(min=1) if denominator is None else denominator)
+    return total / (max(1, int(count)) if denominator is None else denominator)

@@ -1,4 +1,8 @@
-"""Completions from a model, many at once, with the probability of every token."""
+"""Completions from a model, many at once, with the probability of every token.
+
+Prompts that occur more than once (the groups of GRPO) are read once, in sampling and in training: their keys and
+values are computed for one row and repeated for the others.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from torch import Tensor
 from tinylora_lite.tasks import Example, Task
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -20,12 +24,12 @@ class Rollouts:
     """A batch of prompts with one completion each, prompts padded on the left, completions on the right.
 
     Attributes:
-        prompt_ids: ``[batch, prompt]`` token ids.
-        prompt_mask: ``[batch, prompt]``, 1 on prompt tokens.
-        completion_ids: ``[batch, tokens]``, the end token included.
-        completion_mask: ``[batch, tokens]``, 1 up to and including the end token.
-        logprobs: ``[batch, tokens]`` float32, of each token as the sampler drew it, at its temperature.
-        entropies: ``[batch, tokens]`` float32, in nats, of the distribution that each token was drawn from.
+        prompt_ids: ``[batch, prompt]`` int64 token ids.
+        prompt_mask: ``[batch, prompt]`` int64, 1 on prompt tokens.
+        completion_ids: ``[batch, tokens]`` int64, the end token included, padding after it.
+        completion_mask: ``[batch, tokens]`` int64, 1 up to and including the end token.
+        logprobs: ``[batch, tokens]`` float32, of each token as the sampler drew it, at its temperature; 0 on padding.
+        entropies: ``[batch, tokens]`` float32, in nats, of the distribution that each token was drawn from; 0 on padding.
         truncated: ``[batch]`` bool, where the length limit came before an end token.
         texts: the completions without special tokens.
     """
@@ -44,11 +48,11 @@ class Rollouts:
 
     @property
     def lengths(self) -> Tensor:
-        """``[batch]``, tokens of each completion."""
+        """``[batch]`` int64, tokens of each completion."""
         return self.completion_mask.sum(dim=1)
 
     def rows(self, index: Tensor) -> Rollouts:
-        """Some of the rows, with the padding that none of them needs cut off."""
+        """Some of the rows, ``index [rows]`` int64, with the padding that none of them needs cut off."""
         prompt = int(self.prompt_mask[index].sum(dim=1).max())
         tokens = int(self.lengths[index].max())
         return Rollouts(
@@ -63,21 +67,30 @@ class Rollouts:
         )
 
 
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ``ValueError`` where a tokenizer lacks what sampling needs: pad token, end token, chat template."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end token, so completions would never stop; set tokenizer.eos_token")
+    if tokenizer.pad_token_id is None:
+        raise ValueError("the tokenizer has no pad token; set tokenizer.pad_token = tokenizer.eos_token")
+    if not tokenizer.chat_template:
+        raise ValueError("the tokenizer has no chat template; set tokenizer.chat_template")
+
+
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     examples: Sequence[Example],
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:
-    """Prompts through the chat template: ids and mask, ``[batch, prompt]``, padded on the left.
+    """Prompts through the chat template: ids and mask, both ``[batch, prompt]`` int64, padded on the left.
 
     Raises:
         ValueError: the tokenizer has no pad token, no end token or no chat template.
     """
     check_tokenizer(tokenizer)
     texts = [
-        tokenizer.apply_chat_template(task.messages(e), tokenize=False, add_generation_prompt=True)
-        for e in examples
+        tokenizer.apply_chat_template(task.messages(e), tokenize=False, add_generation_prompt=True) for e in examples
     ]
     rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
     width = max(map(len, rows))
@@ -87,20 +100,6 @@ def encode_prompts(
         ids[i, width - len(row) :] = torch.tensor(row)
         mask[i, width - len(row) :] = 1
     return ids.to(device), mask.to(device)
-
-
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ``ValueError`` where a tokenizer lacks what sampling needs."""
-    if tokenizer.pad_token_id is None:
-        raise ValueError(
-            "the tokenizer has no pad token; set tokenizer.pad_token = tokenizer.eos_token"
-        )
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            "the tokenizer has no end token, so completions would never stop; set tokenizer.eos_token"
-        )
-    if not tokenizer.chat_template:
-        raise ValueError("the tokenizer has no chat template; set tokenizer.chat_template")
 
 
 @torch.no_grad()
@@ -117,115 +116,146 @@ def sample(
     """One completion for each prompt, decoded together with a key-value cache that drops finished rows.
 
     Args:
-        model: any causal language model of transformers, adapted or not.
+        model: any causal language model of transformers, adapted or not. It samples in evaluation mode and is left in
+            the mode it was in.
         tokenizer: its tokenizer.
-        prompt_ids, prompt_mask: ``[batch, prompt]``, padded on the left.
+        prompt_ids: ``[batch, prompt]`` int64, padded on the left; a prompt to be answered several times stands in
+            several rows, and is read once.
+        prompt_mask: ``[batch, prompt]`` int64, 1 on prompt tokens.
         max_new_tokens: the length limit.
-        temperature: divides the logits; 0 takes the likeliest token. No top-k or top-p: their renormalised
-            probabilities would not be the trainer's (research note in the book).
+        temperature: divides the logits; 0 takes the likeliest token (log-probabilities are then those of temperature 1).
+            No top-k or top-p: their renormalised probabilities would not be the trainer's.
         seed: of the draw.
-    """
-    from transformers import (
-        DynamicCache,
-    )  # importing its modules takes seconds; import tinylora_lite should not
 
-    device = prompt_ids.device
-    count = len(prompt_ids)
-    pad, ends = tokenizer.pad_token_id, _end_ids(model, tokenizer).to(device)
+    Raises:
+        ValueError: ``max_new_tokens`` is below 1, or ``temperature`` below 0.
+        FloatingPointError: the model puts out NaN.
+    """
+    if max_new_tokens < 1 or temperature < 0:
+        raise ValueError(
+            f"max_new_tokens must be at least 1 and temperature at least 0, not {max_new_tokens} and {temperature}"
+        )
+    device, count = prompt_ids.device, len(prompt_ids)
+    ends = _end_ids(model, tokenizer).to(device)
     generator = torch.Generator(device).manual_seed(seed)
-    ids = torch.full((count, max_new_tokens), pad, device=device)
+    ids = torch.full((count, max_new_tokens), tokenizer.pad_token_id, device=device)
     logprobs = torch.zeros(count, max_new_tokens, device=device)
     entropies = torch.zeros_like(logprobs)
-    mask = torch.zeros_like(ids)
+    alive = torch.arange(count, device=device)  # rows of the batch that the cache still holds
+    done = torch.zeros(count, dtype=torch.bool, device=device)
+    attention, position = prompt_mask, prompt_mask.sum(dim=1, keepdim=True) - 1
 
     was_training = model.training
     model.eval()
-    cache = DynamicCache(config=model.config)
-    alive = torch.arange(count, device=device)  # rows of the batch that the cache still holds
-    done = torch.zeros(count, dtype=torch.bool, device=device)
-    attention = prompt_mask
-    position = prompt_mask.cumsum(dim=1) - 1
-    inputs, positions = prompt_ids, position.clamp(min=0)
-    position = position[:, -1:]
-    for step in range(max_new_tokens):
-        output = model(
-            input_ids=inputs,
-            attention_mask=attention,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits = output.logits[:, -1].float()
-        log_distribution = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
-        if temperature == 0:
-            token = logits.argmax(dim=-1, keepdim=True)
-        else:
-            token = torch.multinomial(log_distribution.exp(), 1, generator=generator)
-        open_rows = ~done[alive]
-        rows = alive[open_rows]
-        ids[rows, step] = token[open_rows, 0]
-        logprobs[rows, step] = log_distribution.gather(1, token)[open_rows, 0]
-        entropies[rows, step] = -(log_distribution.exp() * log_distribution).sum(dim=-1)[open_rows]
-        mask[rows, step] = 1
-        done[alive] |= torch.isin(token[:, 0], ends)
-        if done.all():
-            break
-        position = position + 1
-        attention = torch.cat([attention, attention.new_ones(len(alive), 1)], dim=1)
-        # Dropping copies the cache, so it waits until it halves the work.
-        keep = (~done[alive]).nonzero()[:, 0]
-        if len(keep) <= len(alive) // 2:
-            cache.batch_select_indices(keep)
-            alive, token, attention, position = (
-                alive[keep],
-                token[keep],
-                attention[keep],
-                position[keep],
-            )
-        inputs, positions = token, position
-    model.train(was_training)
+    try:
+        logits, cache = _read_prompts(model, prompt_ids, prompt_mask)
+        if logits.isnan().any():
+            raise FloatingPointError("the model puts out NaN; lower the learning rate, or load it in a wider dtype")
+        for step in range(max_new_tokens):
+            log_distribution = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
+            distribution = log_distribution.exp()
+            token = logits.argmax(-1, True) if temperature == 0 else distribution.multinomial(1, generator=generator)
+            ids[alive, step] = token[:, 0]
+            logprobs[alive, step] = log_distribution.gather(1, token)[:, 0]
+            entropies[alive, step] = torch.special.entr(distribution).sum(dim=-1)
+            done[alive] |= torch.isin(token[:, 0], ends)
+            if step + 1 == max_new_tokens or done.all():
+                break
+            attention = torch.cat([attention, attention.new_ones(len(alive), 1)], dim=1)
+            position = position + 1
+            # Dropping copies the cache, as every step does anyway, so it pays as soon as a few rows go.
+            keep = (~done[alive]).nonzero()[:, 0]
+            if len(keep) <= 0.9 * len(alive):
+                cache.reorder_cache(keep)
+                alive, token, attention, position = (t[keep] for t in (alive, token, attention, position))
+            logits = model(
+                input_ids=token, attention_mask=attention, position_ids=position, past_key_values=cache, use_cache=True
+            ).logits[:, -1]
+    finally:
+        model.train(was_training)
 
+    ended = torch.isin(ids[:, : step + 1], ends).long()
+    mask = (ended.cumsum(dim=1) - ended == 0).long()  # rows that wait to be dropped go on after their end token
     width = int(mask.sum(dim=1).max())
-    ids, mask, logprobs, entropies = (
-        tensor[:, :width] for tensor in (ids, mask, logprobs, entropies)
-    )
-    texts = tokenizer.batch_decode(
-        [row[m.bool()] for row, m in zip(ids, mask, strict=True)], skip_special_tokens=True
-    )
+    ids, mask = ids[:, :width], mask[:, :width]
+    texts = tokenizer.batch_decode([row[m.bool()] for row, m in zip(ids, mask, strict=True)], skip_special_tokens=True)
     return Rollouts(
         prompt_ids,
         prompt_mask,
-        ids,
+        ids.masked_fill(mask == 0, tokenizer.pad_token_id),
         mask,
-        logprobs,
-        entropies,
+        logprobs[:, :width] * mask,
+        entropies[:, :width] * mask,
         ~done,
         [text.strip() for text in texts],
     )
 
 
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    ends = configured if isinstance(configured, list) else [configured]
-    return torch.tensor(sorted({tokenizer.eos_token_id, *(e for e in ends if e is not None)}))
-
-
-def completion_logprobs(
-    model: PreTrainedModel, rollouts: Rollouts, temperature: float = 1.0
-) -> Tensor:
+def completion_logprobs(model: PreTrainedModel, rollouts: Rollouts, temperature: float = 1.0) -> Tensor:
     """Log-probabilities of the completion tokens, teacher-forced: ``[batch, tokens]`` float32, differentiable.
 
     Positions outside ``completion_mask`` hold numbers without meaning. Logits are computed for the completions
     only: with a large vocabulary they are the largest tensor of all.
     """
+    ids, tokens = rollouts.completion_ids, rollouts.completion_ids.shape[1]
     attention = torch.cat([rollouts.prompt_mask, rollouts.completion_mask], dim=1)
+    positions = (attention.cumsum(dim=1) - 1).clamp(min=0)
+    if _can_share_prompts(model):
+        first, cache = _read_prompts(model, rollouts.prompt_ids, rollouts.prompt_mask)
+        logits = first[:, None]
+        if tokens > 1:
+            following = model(
+                input_ids=ids[:, :-1],
+                attention_mask=attention[:, :-1],
+                position_ids=positions[:, -tokens:-1],
+                past_key_values=cache,
+                use_cache=True,
+            ).logits
+            logits = torch.cat([logits, following], dim=1)
+    else:
+        logits = model(
+            input_ids=torch.cat([rollouts.prompt_ids, ids], dim=1),
+            attention_mask=attention,
+            position_ids=positions,
+            use_cache=False,
+            logits_to_keep=tokens + 1,
+        ).logits[:, :-1]
+    log_distribution = torch.log_softmax(logits.float() / temperature, dim=-1)
+    return log_distribution.gather(2, ids[..., None])[..., 0]
+
+
+def _read_prompts(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, Cache]:
+    """The logits after each prompt, ``[batch, vocabulary]``, and a cache of all prompts; equal prompts are read once."""
+    from transformers import DynamicCache  # its modules take seconds, which import tinylora_lite should not
+
+    (distinct_ids, distinct_mask), place = torch.unique(torch.stack([ids, mask]), dim=1, return_inverse=True)
+    cache = DynamicCache(config=model.config)
     logits = model(
-        input_ids=torch.cat([rollouts.prompt_ids, rollouts.completion_ids], dim=1),
-        attention_mask=attention,
-        position_ids=(attention.cumsum(dim=1) - 1).clamp(min=0),
-        use_cache=False,
-        logits_to_keep=rollouts.completion_ids.shape[1] + 1,
-    ).logits
-    distribution = torch.log_softmax(logits[:, :-1].float() / temperature, dim=-1)
-    return distribution.gather(2, rollouts.completion_ids[..., None])[..., 0]
+        input_ids=distinct_ids,
+        attention_mask=distinct_mask,
+        position_ids=(distinct_mask.cumsum(dim=1) - 1).clamp(min=0),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]
+    cache.reorder_cache(place)
+    return logits[place], cache
+
+
+def recomputes(model: PreTrainedModel) -> bool:
+    """Whether gradient checkpointing is on (transformers renames its own property between versions)."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def _can_share_prompts(model: PreTrainedModel) -> bool:
+    """Whether gradients can pass through a cache: not in recomputed layers, and not in recurrent or windowed ones."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    recomputed = model.training and recomputes(model)
+    return not recomputed and all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+
+
+def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ends = configured if isinstance(configured, list) else [configured]
+    return torch.tensor(sorted({tokenizer.eos_token_id, *ends} - {None}))

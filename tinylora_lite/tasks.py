@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -21,8 +22,13 @@ class Example:
 class Task:
     """Problems in three splits that share none, and the reward that scores a completion.
 
-    ``train`` is for learning, ``validation`` for choosing (learning rates, bases), ``test`` for the number
-    that is reported. ``system`` is the system message of every prompt; ``None`` sends none.
+    Attributes:
+        name: names the task in records and errors.
+        train: for learning.
+        validation: for choosing (learning rates, bases).
+        test: for the number that is reported.
+        reward: scores a completion; :meth:`score` calls it.
+        system: the system message of every prompt; ``None`` sends none.
     """
 
     name: str
@@ -33,6 +39,29 @@ class Task:
     system: str | None = None
 
     def messages(self, example: Example) -> list[dict[str, str]]:
-        """The conversation that a chat template turns into a prompt."""
+        """The conversation that a chat template turns into a prompt.
+
+        >>> task = Task("sums", [], [], [], reward=lambda completion, gold: float(completion == gold), system="Be brief.")
+        >>> task.messages(Example("1 + 1?", "2"))
+        [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': '1 + 1?'}]
+        """
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         return [*system, {"role": "user", "content": example.prompt}]
+
+    def score(self, completion: str, gold: str) -> float:
+        """The reward of a completion, as a number that training can use.
+
+        Raises:
+            ValueError: the reward function returned something other than a finite number.
+        """
+        worth = self.reward(completion, gold)
+        try:
+            value = math.nan if isinstance(worth, (str, bytes)) else float(worth)
+        except (TypeError, ValueError):
+            value = math.nan
+        if not math.isfinite(value):
+            shown = completion if len(completion) <= 60 else f"{completion[:60]}..."
+            raise ValueError(
+                f"the reward of task {self.name} returned {worth!r} for {shown!r}; it must return a finite number"
+            )
+        return value

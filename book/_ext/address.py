@@ -37,7 +37,15 @@ def write_sitemap(app, error):
         )
 
 
+def launch_notebooks_only(app, pagename, templatename, context, doctree):
+    # Colab opens .ipynb files; on a Markdown page that runs code the theme's button would lead to an error.
+    if not str(app.env.doc2path(pagename)).endswith(".ipynb"):
+        buttons = context.get("header_buttons", [])
+        context["header_buttons"] = [button for button in buttons if button.get("label") != "launch-buttons"]
+
+
 def setup(app):
     app.connect("config-inited", set_addresses, priority=100)
+    app.connect("html-page-context", launch_notebooks_only, priority=900)
     app.connect("build-finished", write_sitemap)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

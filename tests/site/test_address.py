@@ -12,6 +12,11 @@ def test_chapters_open_in_colab(chapters, urls):
         assert [name for button in buttons if button["href"].endswith(notebook)], name
 
 
+def test_no_markdown_page_opens_in_colab(pages, chapters):
+    # Colab cannot open one, even where it runs code.
+    assert [name for name in set(pages) - set(chapters) if pages[name].select('a[title="Launch on Colab"]')] == []
+
+
 def test_every_page_leads_to_the_repository(pages, urls):
     for name, page in pages.items():
         assert page.find("a", href=urls["Repository"]), name

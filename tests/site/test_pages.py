@@ -31,6 +31,12 @@ def test_every_image_says_what_it_shows(pages):
         for image in page.select("article img")
         if says_nothing(image.get("alt") or "")
     ]
+    mute += [
+        f"{name}: {drawing.get('aria-label')!r}"
+        for name, page in pages.items()
+        for drawing in page.select("article figure svg")
+        if drawing.get("role") != "img" or says_nothing(drawing.get("aria-label") or "")
+    ]
     assert mute == []
 
 

@@ -23,7 +23,7 @@ __all__ = ["BASE", "CHECKPOINTS", "MAX_NEW_TOKENS", "basis", "load", "reward", "
 
 
 def load(name: str = BASE) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """A shipped base, in float32 and evaluation mode, and its tokenizer. Raises ``FileNotFoundError`` for other names."""
+    """A shipped base, float32, in evaluation mode, and its tokenizer. Raises ``FileNotFoundError`` for other names."""
     folder = CHECKPOINTS / name
     if not folder.is_dir():
         shipped = ", ".join(sorted(p.name for p in CHECKPOINTS.iterdir() if p.is_dir()))

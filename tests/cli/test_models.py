@@ -1,0 +1,61 @@
+"""Models by name: the shapes that are written down are those of the real models."""
+
+import pytest
+from transformers import Qwen2Config
+
+from tinylora_lite.cli.models import LLAMA, NAMES, QWEN, model_config
+from tinylora_lite.counting import count_parameters
+
+RANK_ONE_LORA = {
+    "qwen2.5-0.5b": 549_888,
+    "qwen2.5-1.5b": 1_154_048,
+    "qwen2.5-3b": 1_870_848,
+    "qwen2.5-7b": 2_523_136,
+    "llama-3.2-3b": 1_519_616,
+    "llama-3.1-8b": 2_621_440,
+}
+ALL_WEIGHTS = {"qwen2.5-7b": 7_615_616_512, "qwen2.5-0.5b": 494_032_768, "llama-3.1-8b": 8_030_261_248}
+
+
+@pytest.mark.parametrize("name", RANK_ONE_LORA)
+def test_rank_one_lora(name):
+    assert count_parameters(model_config(name), "lora", rank=1) == RANK_ONE_LORA[name]
+
+
+@pytest.mark.parametrize("name", ALL_WEIGHTS)
+def test_all_weights(name):
+    """What the hub's model cards say."""
+    assert count_parameters(model_config(name), "full") == ALL_WEIGHTS[name]
+
+
+def test_every_name_is_tested():
+    assert set(NAMES) == {"nano", *QWEN, *LLAMA} == {"nano", *RANK_ONE_LORA}
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen2.5-7B-Instruct", "QWEN2.5-7B", "qwen2.5-7b-instruct"])
+def test_names_as_the_hub_has_them(name):
+    assert model_config(name).hidden_size == 3584
+
+
+@pytest.mark.parametrize("as_folder", [True, False])
+def test_a_config_file(tmp_path, as_folder):
+    Qwen2Config(hidden_size=40, num_hidden_layers=3).save_pretrained(tmp_path)
+    config = model_config(str(tmp_path if as_folder else tmp_path / "config.json"))
+    assert (config.model_type, config.hidden_size, config.num_hidden_layers) == ("qwen2", 40, 3)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"model_type": "no-such-model"}', '{"hidden_size": 3}'])
+def test_files_that_are_no_configuration(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match="no configuration that transformers knows"):
+        model_config(str(tmp_path))
+
+
+def test_a_folder_without_a_config(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no config\.json"):
+        model_config(str(tmp_path))
+
+
+def test_unknown_names_are_told_the_known_ones():
+    with pytest.raises(ValueError, match=r"no model named gpt-9; .*qwen2\.5-7b"):
+        model_config("gpt-9")

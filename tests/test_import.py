@@ -1,0 +1,38 @@
+"""``import tinylora_lite``: silent, quick, without network, and without what only extras bring."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = """
+import json, socket, sys
+
+def refuse(*args, **kwargs):
+    raise AssertionError("the import opened a socket")
+
+socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = socket.create_connection = refuse
+sys.path.insert(0, sys.argv[1])
+import tinylora_lite as tl
+
+missing = [name for name in tl.__all__ if not hasattr(tl, name)]
+print(json.dumps({"modules": sorted(sys.modules), "missing": missing}))
+"""
+
+
+def test_import():
+    start = time.monotonic()
+    command = [sys.executable, "-W", "error", "-c", SCRIPT, str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    seconds = time.monotonic() - start
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert found["missing"] == []
+    loaded = {name.partition(".")[0] for name in found["modules"]}
+    extras = {"trl", "peft", "vllm", "datasets", "matplotlib", "scipy", "ipywidgets", "accelerate", "pandas"}
+    assert loaded & extras == set()
+    assert [name for name in found["modules"] if name.startswith("tinylora_lite.nano")] == []
+    # Far above what it takes, because the machine may be busy; an import that trains or downloads is above.
+    assert seconds < 60

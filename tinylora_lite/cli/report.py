@@ -1,0 +1,34 @@
+"""What ``tinylora demo`` says at the end."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from tinylora_lite.cli.demo import Demo
+
+
+def report(demo: Demo) -> Table:
+    """Three problems with their answers, and where the files are."""
+    report = Table.grid()
+    for number, answers in enumerate(demo.examples(), start=1):
+        lines = Table.grid(padding=(0, 1, 0, 0))
+        lines.add_column(no_wrap=True)
+        lines.add_row(f"test problem {number}", Text(answers[0].prompt, "italic"))
+        for name, answer in zip(("base", "random", "calibrated"), answers, strict=True):
+            verdict = "right" if answer.reward else "wrong"
+            lines.add_row(name, Text(f"{answer.text or '(nothing)'}  [{verdict}]", "" if answer.reward else "dim"))
+        report.add_row("")
+        report.add_row(lines)
+    report.add_row("")
+    for name, trained in (("random", demo.random), ("calibrated", demo.calibrated)):
+        size = trained.file.stat().st_size
+        report.add_row(
+            f"{name}: {trained.parameters} numbers, {trained.payload_bytes} bytes, in a file of {size:,} bytes:\n"
+            f"  {trained.file}"
+        )
+    report.add_row(f"{demo.seconds:.0f} seconds in all")
+    return report

@@ -1,0 +1,260 @@
+"""The measurements behind the book's first chapters: ``python -m tinylora_lite.nano.study``.
+
+A trial is one training run on a shipped base, scored on held-out problems; its record is a file. What is recorded is
+not run again, so an interrupted study goes on where it stopped. Learning rates are swept on seed 0 and scored on the
+validation split; the test split is read by the trials of the report alone, each with the best rate of its sweep.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from tinylora_lite import nano
+from tinylora_lite.adapter import attach
+from tinylora_lite.basis import load_basis, save_basis
+from tinylora_lite.calibrate import calibrate
+from tinylora_lite.config import TinyLoraConfig
+from tinylora_lite.evaluate import Completion, evaluate
+from tinylora_lite.grpo import train_grpo
+from tinylora_lite.grpo_settings import GRPOSettings
+from tinylora_lite.runs import environment
+
+Record = dict[str, Any]
+
+_PACKAGED = Path(__file__).parents[1] / "results"
+RESULTS = (_PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "book" / "results") / "nano"
+"""Where the records lie: beside the book in a checkout, inside the package where it was installed from a wheel."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training run: which numbers train, how fast, from which seed.
+
+    Attributes:
+        method: where the numbers point: ``"random"``, ``"calibrated"``, or ``"all weights"``.
+        learning_rate: of Adam at the first step; it falls linearly to zero.
+        seed: moves the data order, the sampling, and P or the calibration.
+        rank, u, n_tie: of the adapter; 0 where all weights train.
+        looks: of the calibration.
+        steps: of GRPO.
+        split: what the trained model is scored on: ``"validation"`` in a sweep, ``"test"`` in the report.
+        base: the name of a shipped base.
+    """
+
+    method: str
+    learning_rate: float
+    seed: int = 0
+    rank: int = 0
+    u: int = 0
+    n_tie: int | str = 0
+    looks: int = 2
+    steps: int = 30
+    split: str = "test"
+    base: str = nano.BASE
+
+    @property
+    def name(self) -> str:
+        method = self.method.replace(" ", "-")
+        if self.method != "all weights":
+            method += f"-r{self.rank}-u{self.u}-tie{self.n_tie}"
+        if self.method == "calibrated" and self.looks != 2:
+            method += f"-looks{self.looks}"
+        return f"{self.base}/{self.split}/{method}-lr{self.learning_rate:g}-seed{self.seed}"
+
+
+ALL = Trial("all weights", 1e-3)
+PAPER = Trial("random", 0.2, rank=2, u=1, n_tie=4)
+RANK_ONE = replace(PAPER, rank=1)
+UNTIED = Trial("random", 0.2, rank=2, u=2, n_tie=1)
+CALIBRATED = Trial("calibrated", 0.2, rank=8, u=13, n_tie="all")
+HEADLINES = (CALIBRATED, PAPER, RANK_ONE, UNTIED, ALL)
+CURVE = (
+    *(replace(PAPER, n_tie=n_tie) for n_tie in ("all", 12, 2, 1)),
+    *(replace(RANK_ONE, n_tie=n_tie) for n_tie in ("all", 12, 1)),
+    *(replace(CALIBRATED, u=u) for u in (1, 2, 4)),
+    *(replace(CALIBRATED, rank=rank) for rank in (1, 2)),
+    replace(CALIBRATED, looks=1),
+)
+RATES = {ALL: (3e-4, 1e-3, 3e-3)}
+SEEDS = range(5)
+
+
+def sweep() -> list[Trial]:
+    """Three learning rates for every headline, seed 0, scored on the validation split."""
+    return [
+        replace(trial, learning_rate=rate, split="validation")
+        for trial in HEADLINES
+        for rate in RATES.get(trial, (0.1, 0.2, 0.4))
+    ]
+
+
+def best_rate(trial: Trial, folder: Path = RESULTS) -> Trial:
+    """The trial with the learning rate of its sweep that scored best on the validation split, if it was swept."""
+    swept = {
+        rate: json.loads(path.read_text(encoding="utf-8"))["sampled"]["accuracy"]
+        for rate in RATES.get(replace(trial, seed=0), (0.1, 0.2, 0.4))
+        if (path := path_of(replace(trial, learning_rate=rate, split="validation", seed=0), folder)).exists()
+    }
+    return replace(trial, learning_rate=max(swept, key=lambda rate: swept[rate])) if swept else trial
+
+
+def settings_of(trial: Trial) -> GRPOSettings:
+    """32 prompts, 8 completions each, and the trial's own learning rate, steps and seed."""
+    return GRPOSettings(
+        steps=trial.steps,
+        learning_rate=trial.learning_rate,
+        schedule="linear",
+        warmup=3 if trial.method == "all weights" else 0,
+        max_new_tokens=nano.MAX_NEW_TOKENS,
+        seed=trial.seed,
+    )
+
+
+def adapter_config(trial: Trial, folder: Path = RESULTS) -> TinyLoraConfig:
+    """The adapter of a trial; a calibrated one makes its basis on the first call and finds it afterwards."""
+    options: dict[str, Any] = {"rank": trial.rank, "u": trial.u, "n_tie": trial.n_tie, "seed": trial.seed}
+    if trial.method != "calibrated":
+        return TinyLoraConfig(**options)
+    path = folder / trial.base / "bases" / f"r{trial.rank}-looks{trial.looks}-seed{trial.seed}.safetensors"
+    if not path.exists():
+        model, tokenizer = nano.load(trial.base)
+        basis = calibrate(
+            model,
+            tokenizer,
+            nano.task(),
+            rank=trial.rank,
+            looks=trial.looks,
+            seed=trial.seed,
+            max_new_tokens=nano.MAX_NEW_TOKENS,
+        )
+        save_basis(basis, path)
+    return TinyLoraConfig(**options, projection=load_basis(path))
+
+
+def path_of(trial: Trial, folder: Path = RESULTS) -> Path:
+    """Where the record of a trial lies."""
+    return folder / f"{trial.name}.json"
+
+
+def run_trial(trial: Trial, folder: Path = RESULTS) -> Record:
+    """Runs a trial and writes its record, or reads the record where there is one."""
+    path = path_of(trial, folder)
+    if path.exists():
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    started = time.perf_counter()
+    model, tokenizer = nano.load(trial.base)
+    task = nano.task()
+    adapter = None if trial.method == "all weights" else attach(model, adapter_config(trial, folder))
+    run = train_grpo(model, tokenizer, adapter, task, settings_of(trial), progress=False)
+    scores = {}
+    for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
+        score = evaluate(
+            model,
+            tokenizer,
+            task,
+            split=trial.split,
+            temperature=temperature,
+            max_new_tokens=nano.MAX_NEW_TOKENS,
+            seed=trial.seed,
+        )
+        scores[name] = score.summary()
+    record = {
+        "trial": asdict(trial),
+        **scores,
+        "vectors": [] if adapter is None else adapter.vectors.tolist(),
+        "seconds": round(time.perf_counter() - started, 1),
+        "run": _rounded(asdict(run)),
+    }
+    _write(path, record)
+    return record
+
+
+def writer_of(completion: Completion) -> str:
+    """Whose style an answer is in, by the way it opens."""
+    openings = {"####": "hasty", "ok,": "chatty", "start": "sloppy"}
+    return next((who for opening, who in openings.items() if completion.text.startswith(opening)), "careful")
+
+
+def run_base(base: str = nano.BASE, folder: Path = RESULTS) -> Record:
+    """Scores an untouched base on the 1,000 test problems, 8 samples each, and says whose style the answers are in."""
+    path = folder / base / "base.json"
+    if path.exists():
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    model, tokenizer = nano.load(base)
+    options: dict[str, Any] = {"max_new_tokens": nano.MAX_NEW_TOKENS}
+    sampled = evaluate(model, tokenizer, nano.task(), samples=8, **options)
+    greedy = evaluate(model, tokenizer, nano.task(), temperature=0, **options)
+    answers: dict[str, list[float]] = {}
+    for completion in sampled.completions:
+        answers.setdefault(writer_of(completion), []).append(completion.reward)
+    record = {
+        "base": base,
+        "sampled": sampled.summary(),
+        "greedy": greedy.summary(),
+        "pass_at": {str(k): sampled.pass_at(k) for k in (1, 2, 4, 8)},
+        "writers": {
+            who: {"share": len(rewards) / len(sampled.completions), "accuracy": sum(rewards) / len(rewards)}
+            for who, rewards in sorted(answers.items())
+        },
+        "environment": environment(),
+    }
+    _write(path, record)
+    return record
+
+
+def records(folder: Path = RESULTS, base: str = nano.BASE, split: str = "test") -> list[Record]:
+    """Every record of a split."""
+    paths = sorted((folder / base / split).glob("*.json"))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list) else value
+
+
+def _write(path: Path, record: Record) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["base", "sweep", "report", "curve"], nargs="+", help="what to run, in order")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="of the report and the curve")
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="where the records go (default: %(default)s)")
+    arguments = parser.parse_args()
+    console = Console()
+    for part in arguments.part:
+        if part == "base":
+            console.print_json(data=run_base(folder=arguments.folder))
+            continue
+        queue = sweep()
+        if part != "sweep":
+            shapes = HEADLINES if part == "report" else CURVE
+            queue = [
+                replace(best_rate(trial, arguments.folder), seed=seed) for seed in arguments.seeds for trial in shapes
+            ]
+        for number, trial in enumerate(queue, 1):
+            record = run_trial(trial, arguments.folder)
+            sampled, greedy = record["sampled"]["accuracy"], record["greedy"]["accuracy"]
+            outcome = f"sampled {sampled:.3f}, greedy {greedy:.3f}, {record['seconds']:.0f} s"
+            console.print(f"{number}/{len(queue)} {trial.name}: {outcome}", highlight=False)
+
+
+if __name__ == "__main__":
+    main()
