@@ -11,7 +11,9 @@ from tinylora_lite.checkpoint import resume, save_checkpoint
 
 def a_run(**changes) -> Run:
     settings = dataclasses.asdict(GRPOSettings(steps=3, **changes.pop("settings", {})))
-    return Run(**{"method": "grpo", "settings": settings, "adapter": "two numbers", "parameters": 2, "task": "t"} | changes)
+    return Run(
+        **{"method": "grpo", "settings": settings, "adapter": "two numbers", "parameters": 2, "task": "t"} | changes
+    )
 
 
 def numbers(value: float = 0.0, size: int = 2):
@@ -77,6 +79,14 @@ def test_another_run_is_refused_and_nothing_changes(folder, change, match):
     assert not run.steps
 
 
+def test_steps_may_not_differ_where_the_learning_rate_depends_on_them(tmp_path):
+    run = a_run(settings={"schedule": "linear"})
+    save_checkpoint(tmp_path, run, *numbers())
+    run.settings["steps"] = 50
+    with pytest.raises(ValueError, match="steps = 3, not 50"):
+        resume(tmp_path, run, *numbers())
+
+
 def test_fewer_steps_than_done(folder):
     run = a_run()
     run.settings["steps"] = 1
@@ -97,7 +107,7 @@ def cut(content: bytes) -> bytes:
 def test_a_damaged_file(folder, damage):
     path = folder / "checkpoint.pt"
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match="damaged .*; delete it to start the run again") as error:
+    with pytest.raises(ValueError, match=r"damaged .*; delete it to start the run again") as error:
         resume(folder, a_run(), *numbers())
     assert "\n" not in str(error.value)
 

@@ -77,7 +77,7 @@ def completions(rewards) -> tuple[Completion, ...]:
 class TestScore:
     def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer(self):
         rows = [[1.0, 0.0, 0.0, 1.0, 0.0], [0.0] * 5, [1.0] * 5, [0.0, 0.0, 1.0, 0.0, 0.0]]
-        score = Score(0.4, 0.0, 1.0, 4, 5, completions(sum(rows, [])))
+        score = Score(0.4, 0.0, 1.0, 4, 5, completions(itertools.chain(*rows)))
         for k in range(1, 6):
             subsets = [any(subset) for row in rows for subset in itertools.combinations(row, k)]
             assert score.pass_at(k) == pytest.approx(np.mean(subsets))
@@ -100,7 +100,13 @@ class TestEvaluate:
         assert score.accuracy == pytest.approx(np.mean([c.reward for c in score.completions]))
         rewards = np.array([c.reward for c in score.completions]).reshape(6, 3)
         assert (score.low, score.high) == interval(rewards)
-        assert score.summary() == {"accuracy": score.accuracy, "low": score.low, "high": score.high, "n": 6, "samples": 3}
+        assert score.summary() == {
+            "accuracy": score.accuracy,
+            "low": score.low,
+            "high": score.high,
+            "n": 6,
+            "samples": 3,
+        }
 
     def test_the_reward_sees_text_and_gold(self, model, tokenizer, task):
         model.generation_config.eos_token_id = list(range(len(tokenizer)))  # every answer is one token, and ends

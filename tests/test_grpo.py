@@ -45,32 +45,33 @@ def without_time(run: Run) -> list[dict]:
     return [{key: value for key, value in row.items() if key != "seconds"} for row in run.steps]
 
 
-class Interrupted(Exception):
+class Stop(Exception):  # noqa: N818
     pass
 
 
 def interrupt_at(step: int):
     def on_step(run: Run) -> None:
         if len(run.steps) == step:
-            raise Interrupted
+            raise Stop
 
     return on_step
 
 
-class TestLearning:
-    settings = {"steps": 30, "prompts_per_step": 8, "max_new_tokens": 4, "learning_rate": 0.02, "truncated": "score"}
+LEARNING = {"steps": 30, "prompts_per_step": 8, "max_new_tokens": 4, "learning_rate": 0.02, "truncated": "score"}
 
+
+class TestLearning:
     @pytest.mark.parametrize("variant", ["grpo", "dr_grpo", "dapo"])
     def test_an_adapter_learns(self, model, tokenizer, numbers, variant):
         adapter = tl.attach(model, tl.lora_xs(16))
         base = {name: p.clone() for name, p in model.state_dict().items()}
-        run = train_grpo(model, tokenizer, adapter, numbers, GRPOSettings.variant(variant, **self.settings))
+        run = train_grpo(model, tokenizer, adapter, numbers, GRPOSettings.variant(variant, **LEARNING))
         assert run.curve()[0] < 0.7
         assert sum(run.curve()[-5:]) / 5 > 0.8
         assert all(torch.equal(base[name], p) for name, p in model.state_dict().items())
 
     def test_all_weights_learn(self, model, tokenizer, numbers):
-        settings = GRPOSettings(**self.settings | {"learning_rate": 0.01, "steps": 20})
+        settings = GRPOSettings(**LEARNING | {"learning_rate": 0.01, "steps": 20})
         run = train_grpo(model, tokenizer, None, numbers, settings)
         assert run.curve()[0] < 0.7
         assert sum(run.curve()[-5:]) / 5 > 0.95
@@ -201,7 +202,7 @@ class TestResume:
             return run, [adapter.vectors] if adapter else list(model.parameters())
 
         through, expected = train(None)
-        with pytest.raises(Interrupted):
+        with pytest.raises(Stop):
             train(tmp_path, on_step=interrupt_at(step))
         resumed, found = train(tmp_path)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -299,7 +300,7 @@ class TestTheModelAfterwards:
         frozen = model.model.embed_tokens.weight.clone()
         try:
             train_grpo(model, tokenizer, None, numbers, QUICK, on_step=interrupt_at(1 if stopped else 99))
-        except Interrupted:
+        except Stop:
             assert stopped
         assert [p.requires_grad for p in model.parameters()] == flags
         assert model.training is training
@@ -322,7 +323,9 @@ class TestTheModelAfterwards:
             if recompute:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
             count = [0]
-            model.model.layers[0].self_attn.register_forward_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
+            model.model.layers[0].self_attn.register_forward_hook(
+                lambda *_, count=count: count.__setitem__(0, count[0] + 1)
+            )
             adapter = tl.attach(model, tl.lora_xs(4))
             settings = dataclasses.replace(QUICK, steps=1, micro_batch=64)
             train_grpo(model, tokenizer, adapter, numbers, settings)

@@ -22,7 +22,10 @@ def test_variants_are_the_papers():
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
-        *((name, 0) for name in ("steps", "prompts_per_step", "max_new_tokens", "epochs_per_step", "micro_batch", "save_every")),
+        *(
+            (name, 0)
+            for name in ("steps", "prompts_per_step", "max_new_tokens", "epochs_per_step", "micro_batch", "save_every")
+        ),
         ("steps", 1.5),
         ("warmup", -1),
         ("evaluate_every", -1),

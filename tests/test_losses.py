@@ -122,9 +122,7 @@ class TestLoss:
         (-(reinforce * A[:, None] * MASK).sum() / MASK.sum()).backward()
         assert torch.equal(new.grad, reinforce.grad)
 
-    @pytest.mark.parametrize(
-        ("normalise", "denominator"), [("token", 5.0), ("sequence", 2.0), ("constant", 2.0 * 4)]
-    )
+    @pytest.mark.parametrize(("normalise", "denominator"), [("token", 5.0), ("sequence", 2.0), ("constant", 2.0 * 4)])
     def test_micro_batches_add_up(self, normalise, denominator):
         parts = [
             grpo_loss(
@@ -176,9 +174,7 @@ class TestLoss:
             grpo_loss(**arguments | change)
 
 
-@pytest.mark.parametrize(
-    ("loss_type", "normalise"), [("grpo", "sequence"), ("dapo", "token"), ("dr_grpo", "constant")]
-)
+@pytest.mark.parametrize(("loss_type", "normalise"), [("grpo", "sequence"), ("dapo", "token"), ("dr_grpo", "constant")])
 @pytest.mark.parametrize("beta", [0.0, 0.04])
 @pytest.mark.parametrize("weights", [False, True])
 def test_agrees_with_trl(loss_type, normalise, beta, weights):

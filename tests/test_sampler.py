@@ -172,7 +172,9 @@ def test_end_tokens_and_truncation(ending, tokenizer, task):
     rollouts = sample(ending, tokenizer, *prompts(tokenizer, task, repeats=5), max_new_tokens=6, seed=4)
     ends = set(ending.generation_config.eos_token_id)
     assert 0 < int(rollouts.truncated.sum()) < len(rollouts)
-    for ids, length, cut in zip(rollouts.completion_ids.tolist(), rollouts.lengths.tolist(), rollouts.truncated, strict=True):
+    for ids, length, cut in zip(
+        rollouts.completion_ids.tolist(), rollouts.lengths.tolist(), rollouts.truncated, strict=True
+    ):
         assert not ends & set(ids[: length - 1])
         assert (ids[length - 1] in ends) == (not cut)
         assert length == 6 or not cut
@@ -221,7 +223,9 @@ def test_encoding_pads_on_the_left(tokenizer, task):
         assert mask[row].tolist() == sorted(mask[row].tolist())
 
 
-@pytest.mark.parametrize(("options", "match"), [({"max_new_tokens": 0}, "max_new_tokens"), ({"temperature": -1.0}, "temperature")])
+@pytest.mark.parametrize(
+    ("options", "match"), [({"max_new_tokens": 0}, "max_new_tokens"), ({"temperature": -1.0}, "temperature")]
+)
 def test_bad_numbers(model, tokenizer, task, options, match):
     with pytest.raises(ValueError, match=match):
         sample(model, tokenizer, *prompts(tokenizer, task), **{"max_new_tokens": 4} | options)

@@ -13,7 +13,9 @@ def test_the_same_on_every_machine():
 
 
 def test_no_two_purposes_share_a_stream():
-    parts = [(what, seed, step) for what in ("rollout", "evaluate", "prompts") for seed in range(20) for step in range(200)]
+    parts = [
+        (what, seed, step) for what in ("rollout", "evaluate", "prompts") for seed in range(20) for step in range(200)
+    ]
     found = {seed_of(*each) for each in parts}
     assert len(found) == len(parts)
     # The Mersenne twister of PyTorch's CPU generator is seeded with the lower 32 bits alone.

@@ -6,6 +6,7 @@ from tinylora_lite.calibrate import calibrate
 from tinylora_lite.config import TinyLoraConfig, lora_xs
 from tinylora_lite.counting import count_parameters, plan
 from tinylora_lite.evaluate import Score, evaluate
+from tinylora_lite.files import AdapterFileError, load, save
 from tinylora_lite.grpo import GRPOSettings, train_grpo
 from tinylora_lite.losses import grpo_advantages, grpo_loss
 from tinylora_lite.runs import Run
@@ -15,6 +16,7 @@ from tinylora_lite.tasks import Example, Task
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterFileError",
     "Basis",
     "Example",
     "GRPOSettings",
@@ -29,9 +31,11 @@ __all__ = [
     "evaluate",
     "grpo_advantages",
     "grpo_loss",
+    "load",
     "load_basis",
     "lora_xs",
     "plan",
+    "save",
     "save_basis",
     "train_grpo",
     "truncated_svd",

@@ -17,9 +17,6 @@ from torch import Tensor
 
 from tinylora_lite.runs import Run
 
-MAY_DIFFER = ("steps", "save_every")
-"""Settings that a resumed run may change: they decide where training stops, not where it goes."""
-
 
 def save_checkpoint(
     folder: str | Path, run: Run, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer
@@ -37,14 +34,13 @@ def save_checkpoint(
     os.replace(temporary, folder / "checkpoint.pt")
 
 
-def resume(
-    folder: str | Path, run: Run, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer
-) -> None:
+def resume(folder: str | Path, run: Run, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> None:
     """Puts run, parameters and optimizer where the checkpoint in ``folder`` left them; without one, changes nothing.
 
     Raises:
-        ValueError: the checkpoint is damaged, or of a run of another method, task, adapter, base or other settings (``steps``
-            and ``save_every`` may differ, as long as ``steps`` is not below what is done).
+        ValueError: the checkpoint is damaged, or of a run of another method, task, adapter, base or other settings.
+            ``save_every`` may differ, and under a constant learning rate ``steps`` may, down to what is done: they
+            decide where training stops, not where it goes.
     """
     path = Path(folder) / "checkpoint.pt"
     if not path.exists():
@@ -53,10 +49,9 @@ def resume(
         state = torch.load(path, weights_only=True, map_location="cpu")
         saved, values, moments = Run.from_dict(json.loads(state["run"])), state["parameters"], state["optimizer"]
     except Exception as error:  # pickle, zip and tensor formats each raise their own
-        raise ValueError(
-            f"{path} is damaged ({type(error).__name__}); delete it to start the run again"
-        ) from error
+        raise ValueError(f"{path} is damaged ({type(error).__name__}); delete it to start the run again") from error
 
+    may_differ = {"save_every", "steps"} if run.settings.get("schedule") == "constant" else {"save_every"}
     for what, before, now in (
         ("method", saved.method, run.method),
         ("task", saved.task, run.task),
@@ -64,7 +59,7 @@ def resume(
         ("base", saved.base, run.base),
         *((key, saved.settings.get(key), run.settings.get(key)) for key in {**saved.settings, **run.settings}),
     ):
-        if before != now and what not in MAY_DIFFER:
+        if before != now and what not in may_differ:
             raise ValueError(
                 f"{folder} holds a run with {what} = {before!r}, not {now!r}; give another folder, or delete that one"
             )

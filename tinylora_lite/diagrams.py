@@ -18,7 +18,7 @@ from tinylora_lite.plot import BLACK, INK, METHODS, WIDTH, figure, style
 
 OUT, IN, RANK = 1.7, 2.0, 0.62
 """Sides of the drawn matrices, in units of which the width of a figure holds ``UNITS``."""
-UNITS = 13.2
+UNITS = 13.4
 
 Kind = Literal["lora", "lora_xs", "tinylora"]
 
@@ -111,8 +111,9 @@ def _row(axes: Axes, items: Sequence[Box | str]) -> None:
             axes.text(left, 0, item, ha="center", va="center", color=BLACK, weight="bold", size=9)
             left += 0.12
         else:
-            width = {"(": 0.28, ")": 0.2, "+": 0.4, "+ … +": 1.3, "W\u2032 =": 1.15}[item]
-            axes.text(left + width / 2, 0, item, ha="center", va="center", size=16 if item in "()" else 11)
+            width = {"(": 0.28, ")": 0.2, "+": 0.4, "+ … +": 1.3, "W\u2032 =": 1.3}[item]
+            middle = left + (width / 2 if left else 0.45)
+            axes.text(middle, 0, item, ha="center", va="center", size=16 if item in "()" else 11)
             left += width
 
 
@@ -138,16 +139,17 @@ def tying_map(groups: Sequence[int], types: Sequence[str]) -> Figure:
     count = grid.max() + 1
     numbered = len(groups) <= 100
     top = -2.2 if numbered else -2.9
-    drawn, axes = figure(0.3 + 0.86 * WIDTH / max(layers, 13) * (len(types) + 0.3 - top))
+    width = WIDTH if layers > 12 else 0.7 * WIDTH
+    drawn, axes = figure(0.35 + 0.86 * width / max(layers, 8) * (len(types) + 0.3 - top), width)
     axes.set(xlim=(-0.6, layers - 0.4), ylim=(len(types) - 0.4, top - 0.7), aspect="equal")
     for number in range(count):
         x = (number + 0.5) * layers / count - 0.5
         tone = TONES[number % 2]
         for layer in np.unique(np.nonzero(grid == number)[1]):
             axes.plot([x, layer], [top, -0.5], color=tone, lw=1.0)
-        axes.plot([x], [top], "o", color=tone, ms=11.5 if numbered else 9, mec=INK, mew=0.6)
+        axes.plot([x], [top], "o", color=tone, ms=11 if numbered else 9, mec=INK, mew=0.6)
         if numbered:
-            axes.text(x, top, str(number + 1), ha="center", va="center", color=BLACK, size=8, weight="bold")
+            axes.text(x, top, str(number + 1), ha="center", va="center", color=BLACK, size=7.5, weight="bold")
     for (row, layer), number in np.ndenumerate(grid):
         axes.add_patch(Rectangle((layer - 0.44, row - 0.44), 0.88, 0.88, fc=TONES[number % 2], lw=0))
         if numbered:

@@ -120,7 +120,8 @@ def evaluate(
     """Scores a model on a split of a task.
 
     Args:
-        model, tokenizer: any causal language model of transformers, adapted or not.
+        model: any causal language model of transformers, adapted or not.
+        tokenizer: the model's.
         task: the problems and the reward.
         split: ``"test"``, ``"validation"`` or ``"train"``.
         problems: how many of the split, from its start; ``None`` takes all.
@@ -139,7 +140,9 @@ def evaluate(
     if split not in ("test", "validation", "train"):
         raise ValueError(f"split must be test, validation or train, not {split!r}")
     if min(samples, batch_size, 1 if problems is None else problems) < 1:
-        raise ValueError(f"problems, samples and batch_size must be at least 1, not {problems}, {samples}, {batch_size}")
+        raise ValueError(
+            f"problems, samples and batch_size must be at least 1, not {problems}, {samples}, {batch_size}"
+        )
     examples: Sequence[Example] = getattr(task, split)[:problems]
     if not examples:
         raise ValueError(f"task {task.name} has no {split} problems to evaluate on")

@@ -46,7 +46,7 @@ def train_grpo(
     tokenizer: PreTrainedTokenizerBase,
     adapter: TinyLoraAdapter | None,
     task: Task,
-    settings: GRPOSettings = GRPOSettings(),
+    settings: GRPOSettings | None = None,
     *,
     folder: str | Path | None = None,
     on_step: Callable[[Run], None] | None = None,
@@ -55,10 +55,11 @@ def train_grpo(
     """Trains an adapter's numbers by GRPO, or all weights of the model where ``adapter`` is ``None``.
 
     Args:
-        model, tokenizer: any causal language model of transformers. Where its gradient checkpointing is on, it is used.
+        model: any causal language model of transformers. Where its gradient checkpointing is on, it is used.
+        tokenizer: the model's.
         adapter: attached to the model; ``None`` trains every weight, in place.
         task: prompts come from its training split, evaluations from its validation split.
-        settings: see :class:`~tinylora_lite.grpo_settings.GRPOSettings`.
+        settings: see :class:`~tinylora_lite.grpo_settings.GRPOSettings`; ``None`` takes its defaults.
         folder: where the run is saved; called again with the same base and settings, an interrupted run goes on from
             its last checkpoint to the same numbers as one that was never interrupted.
         on_step: called with the run so far after every step.
@@ -70,8 +71,10 @@ def train_grpo(
     Raises:
         ValueError: the task is empty, the reward returns something other than a finite number, the tokenizer lacks a
             token, the adapter is not the model's, or ``folder`` holds a damaged run or one of other settings.
-        FloatingPointError: the model puts out NaN, or the gradient is not finite. The numbers are those of the step before.
+        FloatingPointError: the model puts out NaN, or the gradient is not finite; the numbers stay those of the last
+            update.
     """
+    settings = settings or GRPOSettings()
     check_task(tokenizer, task, settings)
     check_adapter(model, adapter)
     parameters: list[Tensor] = list(model.parameters()) if adapter is None else [adapter.vectors]
@@ -97,9 +100,7 @@ def train_grpo(
             advantages = grpo_advantages(rewards, settings.scale).flatten()
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate_at(step)
-            gradient_norm, clipped = update_policy(
-                model, adapter, reference, optimizer, rollouts, advantages, settings
-            )
+            gradient_norm, clipped = update_policy(model, adapter, reference, optimizer, rollouts, advantages, settings)
             row = {
                 "step": step + 1,
                 "reward": rewards.mean().item(),
@@ -158,7 +159,7 @@ def rollout(
 
 
 def score(rollouts: Rollouts, task: Task, examples: list[Example], settings: GRPOSettings) -> Tensor:
-    """The rewards of a rollout, ``[prompts, group_size]`` float32. Raises ``ValueError`` where one is no finite number."""
+    """Rewards of a rollout, ``[prompts, group_size]`` float32. Raises ``ValueError`` where one is no finite number."""
     golds = [example.gold for example in examples for _ in range(settings.group_size)]
     rewards = torch.tensor([task.score(text, gold) for text, gold in zip(rollouts.texts, golds, strict=True)])
     if settings.truncated != "score":
@@ -197,12 +198,12 @@ def update_policy(
     advantages = advantages.to(rollouts.logprobs.device)
     counted = torch.ones_like(rollouts.truncated) if settings.truncated != "mask" else ~rollouts.truncated
     tokens = max(1, int(rollouts.lengths[counted].sum()))
-    rows = len(rollouts)
-    denominator = {"token": tokens, "sequence": rows, "constant": rows * settings.max_new_tokens}[settings.normalise]
+    constant = len(rollouts) * settings.max_new_tokens
+    denominator = {"token": tokens, "sequence": len(rollouts), "constant": constant}[settings.normalise]
     live = counted & (advantages != 0) if settings.kl == 0 else counted
     order = torch.argsort(rollouts.lengths, stable=True)  # rows of like length together: less padding to compute
-    index = [rows for rows in order[live[order]].split(settings.micro_batch) if len(rows)]
-    batches = [(rollouts.rows(rows), advantages[rows]) for rows in index]
+    index = [chunk for chunk in order[live[order]].split(settings.micro_batch) if len(chunk)]
+    batches = [(rollouts.rows(chunk), advantages[chunk]) for chunk in index]
 
     def logprobs_of(policy: PreTrainedModel) -> list[Tensor]:
         with torch.no_grad():

@@ -30,7 +30,7 @@ class GRPOSettings:
             the correction for the sampler out.
         truncated: what a completion cut off at the limit is worth: ``"zero"`` reward; ``"mask"``, zero reward in its
             group's mean and no part in the loss; or ``"score"``, its text is scored like any other.
-        micro_batch: completions in one forward and backward pass; changes memory and speed, the result by rounding only.
+        micro_batch: completions in one forward and backward pass; changes memory and speed, the result by rounding.
         evaluate_every: steps between evaluations on the validation split; 0 never evaluates.
         evaluate_problems: problems of an evaluation.
         save_every: steps between checkpoints, where a folder is given.

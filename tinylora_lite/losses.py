@@ -110,8 +110,12 @@ def grpo_loss(
     >>> grpo_loss(logprobs, logprobs, torch.tensor([1.0, -1.0]), mask)
     tensor(-0.3333)
     """
-    same = {"old_logprobs": old_logprobs, "mask": mask, "sampler_logprobs": sampler_logprobs, "ref_logprobs": ref_logprobs}
-    for name, other in same.items():
+    for name, other in (
+        ("old_logprobs", old_logprobs),
+        ("mask", mask),
+        ("sampler_logprobs", sampler_logprobs),
+        ("ref_logprobs", ref_logprobs),
+    ):
         if other is not None and other.shape != logprobs.shape:
             raise ValueError(f"{name} is {tuple(other.shape)}, but logprobs is {tuple(logprobs.shape)}")
     if advantages.shape != logprobs.shape[:1]:
@@ -135,7 +139,7 @@ def grpo_loss(
         per_token = per_token + kl * (torch.exp(gap) - gap - 1)
     per_token = per_token * mask
     if normalise == "token":
-        total, count = per_token.sum(), mask.sum()
+        total, count = per_token.sum(), int(mask.sum())
     elif normalise == "sequence":
         total, count = (per_token.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).sum(), len(mask)
     elif normalise == "constant":
@@ -144,4 +148,4 @@ def grpo_loss(
         total, count = per_token.sum(), len(mask) * (max_tokens or 1)
     else:
         raise ValueError(f"normalise must be token, sequence or constant, not {normalise!r}")
-    return total / (max(1, int(count)) if denominator is None else denominator)
+    return total / (max(1, count) if denominator is None else denominator)

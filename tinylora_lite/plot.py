@@ -97,9 +97,9 @@ def style() -> Iterator[None]:
 
 
 @style()
-def figure(height: float = 3.0) -> tuple[Figure, Axes]:
-    """An empty figure of the book's width and ``height`` inches. It knows no window and needs no closing."""
-    drawn = Figure(figsize=(WIDTH, height))
+def figure(height: float = 3.0, width: float = WIDTH) -> tuple[Figure, Axes]:
+    """An empty figure, its sides in inches. It knows no window and needs no closing."""
+    drawn = Figure(figsize=(width, height))
     return drawn, drawn.subplots()
 
 
@@ -140,7 +140,8 @@ def show(drawn: Figure, alt: str) -> Drawing:
     svg = re.sub(f"{INK}|#000000", "currentColor", svg)
     svg = re.sub(r"'DejaVu Sans'(, ?'[^']*')*(, ?sans-serif)?", "var(--pst-font-family-base, sans-serif)", svg)
     described = alt.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    look = "display:block;height:auto;max-width:39rem;overflow:visible;stroke-linejoin:round;width:100%"
+    measure = 39 * drawn.get_figwidth() / WIDTH
+    look = f"display:block;height:auto;max-width:{measure:.3g}rem;overflow:visible;stroke-linejoin:round;width:100%"
     root = f'<svg role="img" aria-label="{described}" fill="currentColor" style="{look}"'
     return Drawing(svg.replace("<svg", root, 1), alt)
 

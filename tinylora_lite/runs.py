@@ -15,9 +15,7 @@ import torch
 
 def environment() -> dict[str, str]:
     """Versions of what computed a result, and on what: tinylora_lite, torch, transformers, python, machine."""
-    device = (
-        torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    )
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     from tinylora_lite import __version__  # the package imports this module
 
     return {

@@ -29,7 +29,7 @@ class Rollouts:
         completion_ids: ``[batch, tokens]`` int64, the end token included, padding after it.
         completion_mask: ``[batch, tokens]`` int64, 1 up to and including the end token.
         logprobs: ``[batch, tokens]`` float32, of each token as the sampler drew it, at its temperature; 0 on padding.
-        entropies: ``[batch, tokens]`` float32, in nats, of the distribution that each token was drawn from; 0 on padding.
+        entropies: ``[batch, tokens]`` float32, in nats, of the distribution each token was drawn from; 0 on padding.
         truncated: ``[batch]`` bool, where the length limit came before an end token.
         texts: the completions without special tokens.
     """
@@ -123,8 +123,8 @@ def sample(
             several rows, and is read once.
         prompt_mask: ``[batch, prompt]`` int64, 1 on prompt tokens.
         max_new_tokens: the length limit.
-        temperature: divides the logits; 0 takes the likeliest token (log-probabilities are then those of temperature 1).
-            No top-k or top-p: their renormalised probabilities would not be the trainer's.
+        temperature: divides the logits; 0 takes the likeliest token, and reports probabilities at temperature 1. No
+            top-k or top-p: their renormalised probabilities would not be the trainer's.
         seed: of the draw.
 
     Raises:
@@ -166,7 +166,7 @@ def sample(
             # Dropping copies the cache, as every step does anyway, so it pays as soon as a few rows go.
             keep = (~done[alive]).nonzero()[:, 0]
             if len(keep) <= 0.9 * len(alive):
-                cache.reorder_cache(keep)
+                cache.reorder_cache(keep)  # type: ignore[arg-type]  # any tensor of indices will do
                 alive, token, attention, position = (t[keep] for t in (alive, token, attention, position))
             logits = model(
                 input_ids=token, attention_mask=attention, position_ids=position, past_key_values=cache, use_cache=True
@@ -225,7 +225,7 @@ def completion_logprobs(model: PreTrainedModel, rollouts: Rollouts, temperature:
 
 
 def _read_prompts(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, Cache]:
-    """The logits after each prompt, ``[batch, vocabulary]``, and a cache of all prompts; equal prompts are read once."""
+    """Logits after each prompt, ``[batch, vocabulary]``, and a cache of all prompts; equal prompts are read once."""
     from transformers import DynamicCache  # its modules take seconds, which import tinylora_lite should not
 
     (distinct_ids, distinct_mask), place = torch.unique(torch.stack([ids, mask]), dim=1, return_inverse=True)

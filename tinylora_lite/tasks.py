@@ -41,7 +41,7 @@ class Task:
     def messages(self, example: Example) -> list[dict[str, str]]:
         """The conversation that a chat template turns into a prompt.
 
-        >>> task = Task("sums", [], [], [], reward=lambda completion, gold: float(completion == gold), system="Be brief.")
+        >>> task = Task("sums", [], [], [], reward=lambda text, gold: float(text == gold), system="Be brief.")
         >>> task.messages(Example("1 + 1?", "2"))
         [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': '1 + 1?'}]
         """
@@ -54,9 +54,9 @@ class Task:
         Raises:
             ValueError: the reward function returned something other than a finite number.
         """
-        worth = self.reward(completion, gold)
+        worth: object = self.reward(completion, gold)  # whatever its annotation says
         try:
-            value = math.nan if isinstance(worth, (str, bytes)) else float(worth)
+            value = math.nan if isinstance(worth, (str, bytes)) else float(worth)  # type: ignore[arg-type]
         except (TypeError, ValueError):
             value = math.nan
         if not math.isfinite(value):

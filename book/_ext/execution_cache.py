@@ -41,6 +41,14 @@ def drop_if_stale(app, config):
     stamp.write_text(now)
 
 
+def read_again(app, env, added, changed, removed):
+    # Sphinx would keep the page of a source that did not change, and never ask the emptied cache.
+    cache = Path(app.config.nb_execution_cache_path)
+    emptied = [path.name for path in cache.iterdir()] == ["inputs.sha256"]
+    return env.found_docs if emptied else []
+
+
 def setup(app):
     app.connect("config-inited", drop_if_stale, priority=100)
+    app.connect("env-get-outdated", read_again)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

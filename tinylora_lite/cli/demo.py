@@ -36,10 +36,10 @@ EXAMPLE = "tinylora demo"
 SEED_HELP = "of the random projections, the order of problems and the sampling"
 
 NUMBERS = 13
-STEPS = 20
+STEPS = 30
 PROMPTS = 32
 GROUP_SIZE = 8
-LEARNING_RATES = {"random": 0.03, "calibrated": 0.1}
+LEARNING_RATES = {"random": 0.2, "calibrated": 0.2}
 TEST_PROBLEMS = 500
 BASIS_RANK = 8
 FOLDER = Path("tinylora-demo")
@@ -168,6 +168,7 @@ def run_demo(
             group_size=GROUP_SIZE,
             max_new_tokens=nano.MAX_NEW_TOKENS,
             learning_rate=rate,
+            schedule="linear",
             seed=seed,
         )
         for name, rate in LEARNING_RATES.items()

@@ -15,7 +15,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
+from scipy import stats
 
 from tinylora_lite import nano
 from tinylora_lite.adapter import attach
@@ -214,6 +216,31 @@ def records(folder: Path = RESULTS, base: str = nano.BASE, split: str = "test") 
     """Every record of a split."""
     paths = sorted((folder / base / split).glob("*.json"))
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def seeds_of(trial: Trial, folder: Path = RESULTS) -> list[Record]:
+    """The test records of a trial with the learning rate of its sweep, one for each seed that was run."""
+    trial = best_rate(trial, folder)
+    paths = (path_of(replace(trial, seed=seed), folder) for seed in SEEDS)
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+
+
+def over_seeds(found: list[Record], kind: str = "sampled") -> dict[str, float]:
+    """The mean accuracy over seeds and its 95 % interval (Student's): ``accuracy``, ``low``, ``high``, ``seeds``.
+
+    Args:
+        found: records that differ in their seed only, at least two.
+        kind: ``"sampled"`` or ``"greedy"``.
+
+    Raises:
+        ValueError: fewer than two records.
+    """
+    if len(found) < 2:
+        raise ValueError(f"an interval over seeds needs at least two records, not {len(found)}")
+    accuracies = [record[kind]["accuracy"] for record in found]
+    mean, error = float(np.mean(accuracies)), float(stats.sem(accuracies))
+    low, high = stats.t.interval(0.95, len(found) - 1, loc=mean, scale=max(error, 1e-9))
+    return {"accuracy": mean, "low": max(float(low), 0.0), "high": min(float(high), 1.0), "seeds": len(found)}
 
 
 def _rounded(value: Any) -> Any:
