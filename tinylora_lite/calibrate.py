@@ -25,7 +25,7 @@ from tinylora_lite.basis import Basis
 from tinylora_lite.config import Sigma, TinyLoraConfig
 from tinylora_lite.fingerprint import base_fingerprint
 from tinylora_lite.grpo import check_task, draw_prompts, rollout, score
-from tinylora_lite.grpo_settings import GRPOSettings
+from tinylora_lite.grpo_settings import GRPOSettings, Truncated
 from tinylora_lite.losses import grpo_advantages, grpo_loss
 from tinylora_lite.sampler import completion_logprobs
 from tinylora_lite.tasks import Example, Task
@@ -52,6 +52,7 @@ def calibrate(
     group_size: int = 8,
     looks: int = 2,
     max_new_tokens: int = 256,
+    truncated: Truncated = "zero",
     progress: Callable[[int, int], None] | None = None,
 ) -> Basis:
     """Directions for the numbers, from the policy gradients of a calibration set.
@@ -68,6 +69,7 @@ def calibrate(
         group_size: completions of each.
         looks: 1 takes every gradient at v = 0; 2 takes half of them where the first half's mean leads.
         max_new_tokens: the length limit of a completion.
+        truncated: what a completion cut off there is worth, as in :class:`~tinylora_lite.grpo_settings.GRPOSettings`.
         progress: called with problems done and problems in all.
 
     Returns:
@@ -80,7 +82,11 @@ def calibrate(
     if looks not in (1, 2):
         raise ValueError(f"looks must be 1 or 2, not {looks!r}")
     settings = GRPOSettings(
-        prompts_per_step=PROMPTS_AT_ONCE, group_size=group_size, max_new_tokens=max_new_tokens, seed=seed
+        prompts_per_step=PROMPTS_AT_ONCE,
+        group_size=group_size,
+        max_new_tokens=max_new_tokens,
+        truncated=truncated,
+        seed=seed,
     )
     check_task(tokenizer, task, settings)
     adapter = attach(model, TinyLoraConfig(rank=rank, u=rank**2, sigma=sigma, projection="identity"))

@@ -5,9 +5,7 @@ from urllib.parse import urlsplit
 
 # In pieces, so that this file does not find itself.
 MACHINE_PATH = re.compile(r"(?<![\w.~$}\-])/(?:ro{2}t|wor{1}k|tm{1}p|hom{1}e|User{1}s)/[\w.]")
-REGISTRY = re.compile(
-    r"\b(?:py{1}pi\.org|python{1}hosted\.org|npm{1}js\.(?:com|org)|deb\.{1}debian)"
-)
+REGISTRY = re.compile(r"\b(?:py{1}pi\.org|python{1}hosted\.org|npm{1}js\.(?:com|org)|deb\.{1}debian)")
 
 
 def hits(texts, pattern):

@@ -30,9 +30,7 @@ def test_canonical_links(pages, urls):
 
 def test_sitemap(site, pages, urls):
     sitemap = (site / "sitemap.xml").read_text(encoding="utf-8")
-    assert set(re.findall("<loc>(.+?)</loc>", sitemap)) == {
-        urls["Homepage"] + name for name in pages
-    }
+    assert set(re.findall("<loc>(.+?)</loc>", sitemap)) == {urls["Homepage"] + name for name in pages}
 
 
 def test_the_404_page_finds_its_styles(every_page, urls):

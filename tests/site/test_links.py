@@ -40,18 +40,12 @@ def loads(page):
 
 
 def test_pages_load_nothing_from_other_hosts(every_page):
-    assert [
-        (name, url) for name, page in every_page.items() for url in loads(page) if is_outside(url)
-    ] == []
+    assert [(name, url) for name, page in every_page.items() for url in loads(page) if is_outside(url)] == []
 
 
 def test_styles_load_nothing_from_other_hosts(site):
     pattern = re.compile(r"(?:@import\s+|url\(\s*)[\"']?(?:https?:)?//", re.IGNORECASE)
-    found = [
-        path.name
-        for path in site.rglob("*.css")
-        if pattern.search(path.read_text(encoding="utf-8"))
-    ]
+    found = [path.name for path in site.rglob("*.css") if pattern.search(path.read_text(encoding="utf-8"))]
     assert found == []
 
 
@@ -68,10 +62,7 @@ def test_loaded_files_exist(site, pages):
 
 
 def test_links_and_anchors_resolve(site, every_page, pages):
-    anchors = {
-        name: {element["id"] for element in page.find_all(id=True)}
-        for name, page in every_page.items()
-    }
+    anchors = {name: {element["id"] for element in page.find_all(id=True)} for name, page in every_page.items()}
     dead = []
     for name, page in pages.items():
         for link in page.find_all("a", href=True):
@@ -80,9 +71,7 @@ def test_links_and_anchors_resolve(site, every_page, pages):
                 continue
             target = normpath(join(dirname(name), unquote(url.path))) if url.path else name
             known = anchors.get(target, {unquote(url.fragment)})
-            if not (site / target).is_file() or (
-                url.fragment and unquote(url.fragment) not in known
-            ):
+            if not (site / target).is_file() or (url.fragment and unquote(url.fragment) not in known):
                 dead.append((name, link["href"]))
     assert dead == []
 

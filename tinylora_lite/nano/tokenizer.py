@@ -50,12 +50,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     numbers = [f" {n}" for n in range(problems.MAX_VALUE + 1)]
     vocabulary = [*SPECIAL, *marks, *numbers, *sorted(f" {word}" for word in words)]
 
-    backend = Tokenizer(
-        models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token=PAD)
-    )
-    backend.pre_tokenizer = pre_tokenizers.Split(
-        Regex(r" ?[a-z]+| ?\d+| ?####| [+\-*=]|[.,?]"), "isolated"
-    )
+    backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token=PAD))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?[a-z]+| ?\d+| ?####| [+\-*=]|[.,?]"), "isolated")
     backend.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,

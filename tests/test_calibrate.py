@@ -1,0 +1,102 @@
+"""Calibration: orthonormal directions that point where the reward rises, from a model that is left as it was."""
+
+import copy
+
+import pytest
+import torch
+
+import tinylora_lite as tl
+from tinylora_lite.adapter import adapter_of
+
+OPTIONS = {"rank": 2, "directions": 3, "problems": 24, "group_size": 8, "max_new_tokens": 3, "truncated": "score"}
+
+
+@pytest.fixture(scope="module")
+def words(task) -> tl.Task:
+    """A random model writes such words now and then, so that answers to one problem differ in reward."""
+
+    def reward(completion: str, gold: str) -> float:
+        return float("a" in completion)
+
+    return tl.Task("words", task.train, task.validation, task.test, reward)
+
+
+@pytest.fixture
+def calibrate(model, tokenizer, words):
+    def call(**options):
+        return tl.calibrate(model, tokenizer, words, **OPTIONS | options)
+
+    return call
+
+
+def test_directions_are_orthonormal_over_all_modules(calibrate):
+    basis = calibrate()
+    assert basis.directions.shape == (3, 14, 2, 2)
+    flat = basis.directions.flatten(1)
+    torch.testing.assert_close(flat @ flat.T, torch.eye(3), atol=1e-5, rtol=0)
+    assert basis.provenance["problems"] == 24
+    assert 3 <= basis.provenance["informative"] <= 24
+    spectrum = basis.provenance["spectrum"]
+    assert spectrum == sorted(spectrum, reverse=True)
+
+
+def test_the_model_is_left_as_it_was(calibrate, model):
+    before = copy.deepcopy(model.state_dict())
+    calibrate()
+    assert adapter_of(model) is None
+    assert all(p.requires_grad for p in model.parameters())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_the_seed_decides(calibrate):
+    first, again, other = calibrate(seed=1), calibrate(seed=1), calibrate(seed=2)
+    assert torch.equal(first.directions, again.directions)
+    assert not torch.allclose(first.directions, other.directions, atol=1e-3)
+
+
+def test_directions_hold_more_of_a_fresh_gradient_than_chance_does(model, tokenizer, words, calibrate):
+    def share_of_fresh_gradient(basis: tl.Basis) -> float:
+        fresh = tl.calibrate(
+            model, tokenizer, words, **OPTIONS | {"directions": 1, "problems": 64, "seed": 9, "looks": 1}
+        )
+        flat = basis.directions.flatten(1)
+        return (flat @ fresh.directions.flatten()).square().sum().item()
+
+    aimed = share_of_fresh_gradient(calibrate(problems=64, looks=1))
+    chance = 3 / (14 * 4)
+    assert aimed > 5 * chance
+
+
+def test_a_second_look_changes_the_directions_and_says_how_far_it_went(calibrate):
+    one, two = calibrate(looks=1), calibrate(looks=2)
+    assert one.provenance["stride"] == 0
+    assert two.provenance["stride"] >= 0
+    assert not torch.allclose(one.directions, two.directions, atol=1e-3)
+
+
+def test_progress_is_told(calibrate):
+    told = []
+    calibrate(progress=lambda done, total: told.append((done, total)))
+    assert told[-1] == (24, 24)
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"looks": 3}, "looks must be 1 or 2"),
+        ({"directions": 25}, "fewer than the 25 directions"),
+        ({"rank": 1000}, "rank"),
+    ],
+)
+def test_what_cannot_be_done_is_said(calibrate, model, options, message):
+    with pytest.raises(ValueError, match=message):
+        calibrate(**options)
+    assert adapter_of(model) is None
+
+
+def test_a_reward_that_never_differs_teaches_no_direction(model, tokenizer, task):
+    silent = tl.Task("silent", task.train, task.validation, task.test, lambda completion, gold: 1.0)
+    with pytest.raises(ValueError, match="only 0 of 24 problems"):
+        tl.calibrate(model, tokenizer, silent, **OPTIONS)
