@@ -13,8 +13,8 @@ import copy
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tinylora_lite.adapter import TinyLoraAdapter, adapter_of
+from tinylora_lite.adapter import TinyLoraAdapter
 from tinylora_lite.checkpoint import resume, save_checkpoint
 from tinylora_lite.evaluate import evaluate
 from tinylora_lite.fingerprint import base_fingerprint
@@ -31,9 +31,10 @@ from tinylora_lite.grpo_settings import GRPOSettings
 from tinylora_lite.losses import grpo_advantages, grpo_loss
 from tinylora_lite.progress import progress_bar
 from tinylora_lite.runs import Run
-from tinylora_lite.sampler import Rollouts, check_tokenizer, completion_logprobs, encode_prompts, recomputes, sample
+from tinylora_lite.sampler import Rollouts, check_tokenizer, completion_logprobs, encode_prompts, sample
 from tinylora_lite.seeds import seed_of
 from tinylora_lite.tasks import Example, Task
+from tinylora_lite.training import check_adapter, ready_to_train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -248,29 +249,6 @@ def update_policy(
         if gradient_norm > 0:
             optimizer.step()
     return gradient_norm, clipped / tokens / settings.epochs_per_step
-
-
-@contextmanager
-def ready_to_train(model: PreTrainedModel, adapter: TinyLoraAdapter | None) -> Iterator[None]:
-    """Inside, the right parameters take gradients and dropout is off; afterwards flags and modes are as before."""
-    flags, was_training = [(p, p.requires_grad) for p in model.parameters()], model.training
-    model.requires_grad_(adapter is None)
-    model.train(recomputes(model))  # which transformers does in training mode only
-    try:
-        yield
-    finally:
-        model.train(was_training)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-
-
-def check_adapter(model: PreTrainedModel, adapter: TinyLoraAdapter | None) -> None:
-    """Raises ``ValueError`` unless ``adapter`` is the one that the model carries."""
-    carried = adapter_of(model)
-    if adapter is None and carried is not None:
-        raise ValueError("the model carries an adapter; pass it, or call its detach() to train all weights")
-    if adapter is not carried:
-        raise ValueError("the adapter is not attached to this model; pass the model that attach() was given")
 
 
 def check_task(tokenizer: PreTrainedTokenizerBase, task: Task, settings: GRPOSettings) -> None:

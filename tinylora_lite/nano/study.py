@@ -1,8 +1,8 @@
 """The measurements behind the book's first chapters: ``python -m tinylora_lite.nano.study``.
 
 A trial is one training run on a shipped base, scored on held-out problems; its record is a file. What is recorded is
-not run again, so an interrupted study goes on where it stopped. Learning rates are swept on seed 0 and scored on the
-validation split; the test split is read by the trials of the report alone, each with the best rate of its sweep.
+not run again, so an interrupted study goes on where it stopped. Learning rates are swept and scored on the validation
+split; the test split is read by the trials of the report and the curve alone, each with the best rate of its sweep.
 """
 
 from __future__ import annotations
@@ -72,40 +72,48 @@ class Trial:
         return f"{self.base}/{self.split}/{method}-lr{self.learning_rate:g}-seed{self.seed}"
 
 
-ALL = Trial("all weights", 1e-3)
-PAPER = Trial("random", 0.2, rank=2, u=1, n_tie=4)
+ALL = Trial("all weights", 3e-4)
+PAPER = Trial("random", 0.1, rank=2, u=1, n_tie=4)
 RANK_ONE = replace(PAPER, rank=1)
-UNTIED = Trial("random", 0.2, rank=2, u=2, n_tie=1)
+UNTIED = Trial("random", 0.1, rank=2, u=2, n_tie=1)
 CALIBRATED = Trial("calibrated", 0.2, rank=8, u=13, n_tie="all")
-HEADLINES = (CALIBRATED, PAPER, RANK_ONE, UNTIED, ALL)
+HEADLINES = (CALIBRATED, PAPER, UNTIED, ALL, RANK_ONE)
 CURVE = (
-    *(replace(PAPER, n_tie=n_tie) for n_tie in ("all", 12, 2, 1)),
-    *(replace(RANK_ONE, n_tie=n_tie) for n_tie in ("all", 12, 1)),
-    *(replace(CALIBRATED, u=u) for u in (1, 2, 4)),
-    *(replace(CALIBRATED, rank=rank) for rank in (1, 2)),
     replace(CALIBRATED, looks=1),
+    *(replace(PAPER, n_tie=n_tie) for n_tie in ("all", 12, 1)),
+    *(replace(CALIBRATED, u=u) for u in (1, 4)),
+    *(replace(CALIBRATED, rank=rank) for rank in (1, 2)),
 )
-RATES = {ALL: (3e-4, 1e-3, 3e-3)}
 SEEDS = range(5)
 
 
+def rates_of(trial: Trial) -> tuple[float, ...]:
+    """The learning rates that are swept."""
+    return (3e-4, 1e-3, 3e-3) if trial.method == "all weights" else (0.1, 0.2, 0.4)
+
+
 def sweep() -> list[Trial]:
-    """Three learning rates for every headline, seed 0, scored on the validation split."""
+    """Three learning rates for every headline, scored on the validation split: seed 0, and for r = 1 two seeds more.
+
+    Of r = 1 the first report had taken the rate that was best for seed 0, and it destroyed the model on other seeds.
+    """
     return [
-        replace(trial, learning_rate=rate, split="validation")
+        replace(trial, learning_rate=rate, seed=seed, split="validation")
         for trial in HEADLINES
-        for rate in RATES.get(trial, (0.1, 0.2, 0.4))
+        for seed in (range(3) if trial == RANK_ONE else range(1))
+        for rate in rates_of(trial)
     ]
 
 
 def best_rate(trial: Trial, folder: Path = RESULTS) -> Trial:
-    """The trial with the learning rate of its sweep that scored best on the validation split, if it was swept."""
-    swept = {
-        rate: json.loads(path.read_text(encoding="utf-8"))["sampled"]["accuracy"]
-        for rate in RATES.get(replace(trial, seed=0), (0.1, 0.2, 0.4))
-        if (path := path_of(replace(trial, learning_rate=rate, split="validation", seed=0), folder)).exists()
-    }
-    return replace(trial, learning_rate=max(swept, key=lambda rate: swept[rate])) if swept else trial
+    """The trial with the rate whose mean accuracy on the validation split was best, if its shape was swept."""
+    swept: dict[float, list[float]] = {}
+    for rate in rates_of(trial):
+        for seed in SEEDS:
+            path = path_of(replace(trial, learning_rate=rate, split="validation", seed=seed), folder)
+            if path.exists():
+                swept.setdefault(rate, []).append(json.loads(path.read_text(encoding="utf-8"))["sampled"]["accuracy"])
+    return replace(trial, learning_rate=max(swept, key=lambda rate: np.mean(swept[rate]))) if swept else trial
 
 
 def settings_of(trial: Trial) -> GRPOSettings:

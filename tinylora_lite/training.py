@@ -1,0 +1,36 @@
+"""What every training loop needs: a look at its inputs first, and a model in the right state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from tinylora_lite.adapter import TinyLoraAdapter, adapter_of
+from tinylora_lite.sampler import recomputes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@contextmanager
+def ready_to_train(model: PreTrainedModel, adapter: TinyLoraAdapter | None) -> Iterator[None]:
+    """Inside, the right parameters take gradients and dropout is off; afterwards flags and modes are as before."""
+    flags, was_training = [(p, p.requires_grad) for p in model.parameters()], model.training
+    model.requires_grad_(adapter is None)
+    model.train(recomputes(model))  # which transformers does in training mode only
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def check_adapter(model: PreTrainedModel, adapter: TinyLoraAdapter | None) -> None:
+    """Raises ``ValueError`` unless ``adapter`` is the one that the model carries."""
+    carried = adapter_of(model)
+    if adapter is None and carried is not None:
+        raise ValueError("the model carries an adapter; pass it, or call its detach() to train all weights")
+    if adapter is not carried:
+        raise ValueError("the adapter is not attached to this model; pass the model that attach() was given")
