@@ -83,7 +83,7 @@ $(STAMP):
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed; $(PYTHON) is " + sys.version.split()[0])'
 	@echo "Setting up $(VENV) from requirements.txt; the first time takes a few minutes."
 	@$(PYTHON) -m venv $(VENV)
-	@$(PY) -m pip install --disable-pip-version-check --progress-bar off -r requirements.txt \
+	@set -o pipefail; $(PY) -m pip install --disable-pip-version-check --progress-bar off -r requirements.txt \
 	  | { grep --line-buffered -E '^ *Downloading .* [MG]B\)$$' || true; }
 	@$(PY) -m pip install --disable-pip-version-check --quiet --no-build-isolation --no-deps -e .
 	@rm -f $(VENV)/.installed-*

@@ -194,5 +194,5 @@ def test_without_matplotlib_the_error_names_the_extra(monkeypatch):
 
     monkeypatch.delitem(sys.modules, "tinylora_lite.plot")
     monkeypatch.setattr(builtins, "__import__", no_matplotlib)
-    with pytest.raises(ModuleNotFoundError, match=re.escape('pip install "tinylora_lite[book]"')):
+    with pytest.raises(ModuleNotFoundError, match=re.escape('pip install "tinylora_lite[lab]"')):
         importlib.import_module("tinylora_lite.plot")

@@ -23,7 +23,7 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError('figures need matplotlib; pip install "tinylora_lite[book]" brings it') from error
+    raise ModuleNotFoundError('figures need matplotlib; pip install "tinylora_lite[lab]" brings it') from error
 
 if TYPE_CHECKING:
     from tinylora_lite.runs import Run
