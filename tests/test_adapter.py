@@ -381,6 +381,10 @@ class Packed(nn.Linear):
         self.weight = nn.Parameter(torch.zeros(shape, dtype=dtype), requires_grad=False)
 
 
+class Tile(torch.Tensor):
+    """A stand-in for the tensors of quantisation libraries, which call themselves float32."""
+
+
 def swap(model, module):
     model.model.layers[1].mlp.up_proj = module
 
@@ -401,6 +405,11 @@ REFUSED = {
     "eight-bit weights": (lambda m: swap(m, Packed((4, 4), torch.int8)), {}, "holds torch.int8 weights"),
     "eight-bit floats": (lambda m: swap(m, Packed((4, 4), torch.float8_e4m3fn)), {}, "holds torch.float8_e4m3fn"),
     "packed floats": (lambda m: swap(m, Packed((16,), torch.float32)), {}, r"of shape \(16,\), as quantised"),
+    "a tensor of a quantisation library": (
+        lambda m: setattr(m.model.layers[1].mlp.up_proj, "weight", nn.Parameter(torch.ones(4, 4).as_subclass(Tile))),
+        {},
+        r"layers\.1\.mlp\.up_proj holds a Tile, as quantised layers do; load the model",
+    ),
     "no values": (
         lambda m: swap(m, nn.Linear(32, 48, device="meta")),
         {},
@@ -535,8 +544,24 @@ def test_no_model_is_kept_alive(make_model, dropped):
 
 def test_repr_says_what_it_is(model):
     text = repr(attach(model, TinyLoraConfig(u=2, n_tie=7)))
-    assert "4 numbers on 14 modules" in text
+    assert "4 numbers on 14 modules (" in text
     assert "projection=random" in text
+
+
+def test_repr_tells_adapters_apart(model):
+    def words(**settings) -> str:
+        adapter = attach(model, TinyLoraConfig(**settings))
+        adapter.detach()
+        return adapter.extra_repr()
+
+    def basis(first: float) -> Basis:
+        return Basis(torch.full((1, len(names), 2, 2), first), names)
+
+    names = tuple(site.name for site in find_sites(model))
+    settings = [{}, {"seed": 1}, {"target_modules": ["q_proj"]}, {"target_modules": ["k_proj"]}]
+    settings += [{"projection": basis(1.0)}, {"projection": basis(2.0)}]
+    assert words() == words()
+    assert len({words(**each) for each in settings}) == len(settings)
 
 
 def test_the_order_of_names_and_groups(model):

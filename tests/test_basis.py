@@ -143,6 +143,14 @@ def test_another_safetensors_file(tmp_path):
             load_basis(tmp_path / "a")
 
 
+def test_a_loaded_basis_does_not_change_with_its_file(basis, tmp_path):
+    path = save_basis(basis, tmp_path / "basis.safetensors")
+    loaded = load_basis(path)
+    with path.open("r+b") as file:
+        file.write(b"\1" * path.stat().st_size)
+    assert torch.equal(loaded.directions, basis.directions)
+
+
 def test_nothing_is_left_of_a_failed_save(basis, tmp_path, monkeypatch):
     path = save_basis(basis, tmp_path / "a")
     before = path.read_bytes()

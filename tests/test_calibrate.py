@@ -49,6 +49,13 @@ def test_the_model_is_left_as_it_was(calibrate, model):
         assert torch.equal(value, before[name])
 
 
+def test_dropout_is_off(make_model, tokenizer, words):
+    model = make_model("llama", attention_dropout=0.9)
+    calm = tl.calibrate(model, tokenizer, words, **OPTIONS)
+    assert torch.equal(tl.calibrate(model.train(), tokenizer, words, **OPTIONS).directions, calm.directions)
+    assert model.training
+
+
 def test_the_seed_decides(calibrate):
     first, again, other = calibrate(seed=1), calibrate(seed=1), calibrate(seed=2)
     assert torch.equal(first.directions, again.directions)
@@ -86,11 +93,16 @@ def test_progress_is_told(calibrate):
     ("options", "message"),
     [
         ({"looks": 3}, "looks must be 1 or 2"),
-        ({"directions": 25}, "fewer than the 25 directions"),
+        ({"directions": 25}, "24 problems have no 25 directions; calibrate on more, or ask for fewer"),
+        ({"directions": 0}, "directions must be a whole number of at least 1, not 0"),
+        ({"directions": True}, "directions must be a whole number of at least 1, not True"),
+        ({"problems": 24.0}, r"problems must be a whole number of at least 1, not 24\.0"),
+        ({"rank": 1, "directions": 15}, "R has 14 entries at rank=1, fewer than directions=15; raise the rank"),
         ({"rank": 1000}, "rank"),
     ],
 )
-def test_what_cannot_be_done_is_said(calibrate, model, options, message):
+def test_what_cannot_be_done_is_said_before_the_model_runs(calibrate, model, options, message):
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
     with pytest.raises(ValueError, match=message):
         calibrate(**options)
     assert adapter_of(model) is None

@@ -194,6 +194,7 @@ def test_plans_that_cannot_be(model, budget, settings, message):
     [
         ({"method": "dora"}, "method must be one of full, lora, lora_xs, vera, tinylora, not 'dora'"),
         ({"method": "lora"}, '"lora" needs rank=, a whole number of at least 1, not None'),
+        ({"method": "lora", "rank": True}, "a whole number of at least 1, not True"),
         ({"method": "vera", "rank": 0}, '"vera" needs rank=, a whole number of at least 1, not 0'),
         ({"method": "lora_xs", "rank": 17}, "the smallest side is 16"),
         ({"u": 0}, "u must be a whole number"),

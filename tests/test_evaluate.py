@@ -119,7 +119,7 @@ class TestEvaluate:
         score = evaluate(model, tokenizer, Task("t", [], [], task.test, reward), max_new_tokens=1)
         assert score.accuracy == pytest.approx(2 / 6)
         assert [c.reward for c in score.completions] == [1.0, 0.0, 0.0, 1.0, 0.0, 0.0]
-        assert seen == [(c.text, c.gold) for c in score.completions]
+        assert seen == [("", "20"), *((c.text, c.gold) for c in score.completions)], "a look at the reward comes first"
 
     def test_a_truncated_answer_is_worth_nothing(self, model, tokenizer, task):
         generous = Task("t", [], [], task.test, lambda text, gold: 1.0)
@@ -127,6 +127,8 @@ class TestEvaluate:
         score = evaluate(model, tokenizer, generous, samples=10, max_new_tokens=1)
         assert 0 < score.accuracy < 1
         assert all(c.reward == float(not c.truncated) for c in score.completions)
+        scored = evaluate(model, tokenizer, generous, samples=10, max_new_tokens=1, truncated="score")
+        assert scored.accuracy == 1
 
     def test_greedy_needs_no_seed(self, model, tokenizer, task):
         options = {"temperature": 0, "max_new_tokens": 8}
@@ -161,6 +163,7 @@ class TestEvaluate:
             ({"split": "train"}, "no train problems"),
             ({"problems": 0}, "at least 1"),
             ({"samples": 0}, "at least 1"),
+            ({"truncated": "mask"}, "truncated must be zero or score, not 'mask'"),
             ({"batch_size": 0}, "at least 1"),
         ],
     )
@@ -171,6 +174,6 @@ class TestEvaluate:
 
     def test_a_reward_that_is_no_number(self, model, tokenizer):
         broken = Task("t", [], [], [Example("tom has 1", "1")], lambda text, gold: math.nan)
-        model.generation_config.eos_token_id = list(range(len(tokenizer)))
+        model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
         with pytest.raises(ValueError, match="reward of task t returned nan"):
             evaluate(model, tokenizer, broken, max_new_tokens=1)

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -219,6 +220,15 @@ class TestResume:
         again = train_grpo(model, tokenizer, adapter, numbers, QUICK, folder=tmp_path, on_step=interrupt_at(1))
         assert again == first
 
+    def test_another_adapter_does_not_go_on(self, model, tokenizer, numbers, tmp_path):
+        settings = dataclasses.replace(QUICK, steps=1)
+        for seed in (0, 1):
+            adapter = tl.attach(model, tl.TinyLoraConfig(seed=seed))
+            refused = pytest.raises(ValueError, match="seed=0") if seed else nullcontext()
+            with refused:
+                train_grpo(model, tokenizer, adapter, numbers, settings, folder=tmp_path)
+            adapter.detach()
+
     def test_more_steps_go_on(self, make_model, tokenizer, numbers, tmp_path):
         found = []
         for stops in ([6], [3, 6]):
@@ -306,10 +316,14 @@ class TestTheModelAfterwards:
         assert model.training is training
         assert not torch.equal(model.model.embed_tokens.weight, frozen), "all weights are all weights"
 
-    def test_dropout_is_off(self, make_model, tokenizer, numbers):
+    @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
+    @pytest.mark.parametrize("recompute", [False, True])
+    def test_dropout_is_off(self, make_model, tokenizer, numbers, recompute):
         found = []
         for dropout in (0.0, 0.9):
             model = make_model("llama", attention_dropout=dropout).train()
+            if recompute:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
             adapter = tl.attach(model, tl.lora_xs(4))
             train_grpo(model, tokenizer, adapter, numbers, dataclasses.replace(QUICK, steps=2))
             found.append(adapter.vectors)

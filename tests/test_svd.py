@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tinylora_lite.svd import EXACT_UP_TO, canonical_signs, truncated_svd
+from tinylora_lite.svd import EXACT_UP_TO, _block_krylov, canonical_signs, truncated_svd
 
 LARGE = (600, 520)  # decomposed by iteration at small ranks
 
@@ -156,3 +156,25 @@ def test_a_weight_that_is_not_finite(value):
     matrix[2, 3] = value
     with pytest.raises(ValueError, match="NaN or infinity"):
         truncated_svd(matrix, 1)
+
+
+@pytest.mark.parametrize(
+    ("weight", "rank", "message"),
+    [
+        (torch.ones(4, 6, device="meta"), 1, "on the meta device and has no values"),
+        (torch.ones(4, 6, dtype=torch.int8), 1, r"holds torch\.int8, no floating-point numbers"),
+        (torch.ones(4, 6), 1.0, r"rank must be a whole number, not 1\.0"),
+        (torch.ones(4, 6), True, "rank must be a whole number, not True"),
+    ],
+)
+def test_what_has_no_decomposition(weight, rank, message):
+    with pytest.raises(ValueError, match=message):
+        truncated_svd(weight, rank)
+
+
+def test_an_iteration_that_does_not_settle_gives_way_to_the_exact_method():
+    matrix = with_spectrum((60, 50), 1 - torch.arange(50) * 1e-4)
+    U, S, Vh = _block_krylov(matrix.double(), 2, 0, oversampling=1, depth=1, most=1)
+    exact = torch.linalg.svd(matrix.double(), full_matrices=False)
+    torch.testing.assert_close(S, exact.S[:2])
+    torch.testing.assert_close((U * S) @ Vh, (exact.U[:, :2] * exact.S[:2]) @ exact.Vh[:2])

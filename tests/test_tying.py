@@ -139,6 +139,22 @@ def test_an_unknown_target_names_itself_and_what_there_is(targets):
         find_sites(model, targets)
 
 
+class QuantLinear(nn.Module):
+    """A stand-in for the layers of quantisation libraries, which are no ``nn.Linear``."""
+
+
+@pytest.mark.parametrize("targets", [None, ["up_proj"]])
+def test_a_quantised_layer_is_named(targets):
+    model = nn.Module()
+    model.layers = nn.ModuleList([Block()])
+    model.layers[0].mlp.up_proj = QuantLinear()
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.up_proj is a QuantLinear .* load the model without quant"):
+        find_sites(model, targets)
+    model.layers[0].mlp.up_proj.base_layer = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="no linear layer named up_proj"):
+        find_sites(model, ["up_proj"])
+
+
 def test_models_without_the_seven_types():
     with pytest.raises(ValueError, match=r"named q_proj, .* in Sequential; set target_modules to some of: 0, 1$"):
         find_sites(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))

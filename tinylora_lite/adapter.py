@@ -10,6 +10,8 @@ adapter alone keeps no model in memory. A deep copy or a pickle of the model tak
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -176,12 +178,14 @@ class TinyLoraAdapter(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
-        """The settings, for ``repr``."""
+        """The settings, for ``repr``; a run that is resumed knows its adapter by them, so they are complete."""
         c = self.config
-        projection = "calibrated" if isinstance(c.projection, Basis) else c.projection
+        p = c.projection
+        projection = f"calibrated {p.fingerprint()[:12]}" if isinstance(p, Basis) else p
+        modules = hashlib.sha256(json.dumps(self.names).encode()).hexdigest()[:8]
         return (
-            f"{self.num_parameters} numbers on {len(self.names)} modules, rank={c.rank}, u={c.u}, n_tie={c.n_tie}, "
-            f"tying={c.tying}, sigma={c.sigma}, projection={projection}"
+            f"{self.num_parameters} numbers on {len(self.names)} modules ({modules}), rank={c.rank}, u={c.u}, "
+            f"n_tie={c.n_tie}, tying={c.tying}, seed={c.seed}, sigma={c.sigma}, projection={projection}"
         )
 
 
@@ -243,6 +247,14 @@ def _no_model() -> None:
     """Stands for the weak reference to a model that is gone."""
 
 
+def _is_sharded(tensor: Tensor) -> bool:
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor  # takes a while to import, for what few weights are
+
+    return isinstance(tensor, DTensor)
+
+
 def _check_weights(sites: list[Site], modules: dict[str, nn.Module], rank: int) -> None:
     floating = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     for site in sites:
@@ -253,6 +265,11 @@ def _check_weights(sites: list[Site], modules: dict[str, nn.Module], rank: int) 
         if weight.dtype not in floating or weight.ndim != 2:
             raise ValueError(
                 f"{site.name} holds {weight.dtype} weights of shape {shape}, as quantised layers do; "
+                "load the model without quantisation (dtype=torch.bfloat16)"
+            )
+        if type(weight.data) is not Tensor and not _is_sharded(weight.data):
+            raise ValueError(
+                f"{site.name} holds a {type(weight.data).__name__}, as quantised layers do; "
                 "load the model without quantisation (dtype=torch.bfloat16)"
             )
         if rank > min(shape):

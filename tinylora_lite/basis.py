@@ -146,7 +146,8 @@ def load_basis(path: str | Path) -> Basis:
             if metadata.get("format") != FORMAT:
                 raise ValueError(f"its format is {metadata.get('format')!r} instead of {FORMAT!r}")
             names, provenance = tuple(metadata["names"]), metadata["provenance"]
-            basis = Basis(file.get_tensor("directions"), names, metadata["sigma"], provenance)
+            # A clone: the tensor itself is the file's memory, and changes when somebody writes there.
+            basis = Basis(file.get_tensor("directions").clone(), names, metadata["sigma"], provenance)
             if basis.fingerprint() != metadata["fingerprint"]:
                 raise ValueError("its numbers are not those that were saved")
     except (safetensors.SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:

@@ -29,6 +29,7 @@ from tinylora_lite.grpo_settings import GRPOSettings, Truncated
 from tinylora_lite.losses import grpo_advantages, grpo_loss
 from tinylora_lite.sampler import completion_logprobs
 from tinylora_lite.tasks import Example, Task
+from tinylora_lite.training import ready_to_train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -76,11 +77,17 @@ def calibrate(
         A :class:`~tinylora_lite.basis.Basis` of orthonormal directions, the one of largest variance first.
 
     Raises:
-        ValueError: ``looks`` is neither 1 nor 2, fewer problems had answers of different reward than there are
-            directions to find, or whatever ``attach`` and ``train_grpo`` refuse.
+        ValueError: ``looks`` is neither 1 nor 2, there are fewer problems or fewer entries of R than directions to
+            find, fewer problems had answers of different reward than that, or whatever ``attach`` and ``train_grpo``
+            refuse.
     """
     if looks not in (1, 2):
         raise ValueError(f"looks must be 1 or 2, not {looks!r}")
+    for name, value in (("problems", problems), ("directions", directions)):
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+    if directions > problems:
+        raise ValueError(f"{problems} problems have no {directions} directions; calibrate on more, or ask for fewer")
     settings = GRPOSettings(
         prompts_per_step=PROMPTS_AT_ONCE,
         group_size=group_size,
@@ -91,12 +98,18 @@ def calibrate(
     check_task(tokenizer, task, settings)
     adapter = attach(model, TinyLoraConfig(rank=rank, u=rank**2, sigma=sigma, projection="identity"))
     try:
-        samples = _Samples(model, tokenizer, adapter, task, settings, progress, problems)
-        found = [samples.gradients(problems // looks)]
-        stride = 0.0
-        if looks == 2 and len(found[0]):
-            stride = samples.step_along(-found[0].mean(dim=0))
-            found.append(samples.gradients(problems - problems // looks))
+        if directions > adapter.num_parameters:
+            raise ValueError(
+                f"R has {adapter.num_parameters} entries at rank={rank}, fewer than directions={directions}; "
+                "raise the rank, or ask for fewer"
+            )
+        with ready_to_train(model, adapter):
+            samples = _Samples(model, tokenizer, adapter, task, settings, progress, problems)
+            found = [samples.gradients(problems // looks)]
+            stride = 0.0
+            if looks == 2 and len(found[0]):
+                stride = samples.step_along(-found[0].mean(dim=0))
+                found.append(samples.gradients(problems - problems // looks))
     finally:
         adapter.detach()
     # Each look counts the same, whatever the length of its gradients.

@@ -64,7 +64,7 @@ def count_parameters(
     sites = find_sites(model, settings.target_modules)
     if method == "tinylora":
         return u * _groups(sites, n_tie, tying)
-    if not isinstance(rank, int) or rank < 1:
+    if type(rank) is not int or rank < 1:
         raise ValueError(f'"{method}" needs rank=, a whole number of at least 1, not {rank!r}')
     shapes = [tuple(model.get_parameter(f"{site.name}.weight").shape) for site in sites]
     if method == "lora":

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import comb
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -115,6 +115,7 @@ def evaluate(
     max_new_tokens: int = 256,
     batch_size: int = 256,
     seed: int = 0,
+    truncated: Literal["zero", "score"] = "zero",
     progress: Callable[[int, int], None] | None = None,
 ) -> Score:
     """Scores a model on a split of a task.
@@ -127,9 +128,11 @@ def evaluate(
         problems: how many of the split, from its start; ``None`` takes all.
         samples: completions for each problem; with ``temperature=0`` one is enough.
         temperature: of sampling; 0 is greedy.
-        max_new_tokens: the length limit. A completion that reaches it scores 0.
+        max_new_tokens: the length limit.
         batch_size: completions decoded together; another size draws other samples.
         seed: of the sampling.
+        truncated: what a completion cut off at the limit is worth: ``"zero"`` reward, or ``"score"``, its text is
+            scored like any other.
         progress: called with completions done and completions in all.
 
     Raises:
@@ -143,9 +146,12 @@ def evaluate(
         raise ValueError(
             f"problems, samples and batch_size must be at least 1, not {problems}, {samples}, {batch_size}"
         )
+    if truncated not in ("zero", "score"):
+        raise ValueError(f"truncated must be zero or score, not {truncated!r}")
     examples: Sequence[Example] = getattr(task, split)[:problems]
     if not examples:
         raise ValueError(f"task {task.name} has no {split} problems to evaluate on")
+    task.score("", examples[0].gold)  # a reward that fails should do so before an hour of sampling
     queue = [example for example in examples for _ in range(samples)]
     device = next(model.parameters()).device
     completions: list[Completion] = []
@@ -161,7 +167,7 @@ def evaluate(
         )
         rows = zip(chunk, rollouts.texts, rollouts.lengths.tolist(), rollouts.truncated.tolist(), strict=True)
         for example, text, tokens, cut in rows:
-            reward = 0.0 if cut else task.score(text, example.gold)
+            reward = 0.0 if cut and truncated == "zero" else task.score(text, example.gold)
             completions.append(Completion(example.prompt, example.gold, text, reward, tokens, cut))
         if progress:
             progress(len(completions), len(queue))

@@ -227,7 +227,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             found = header.get("format")
             if found != FORMAT:
                 raise AdapterFileError(f"{path} has the format {found}, not {FORMAT}; upgrade tinylora_lite")
-            tensors = {name: file.get_tensor(name) for name in ("vectors", "decomposition")}
+            tensors = {name: file.get_tensor(name).clone() for name in ("vectors", "decomposition")}
     except (safetensors.SafetensorError, json.JSONDecodeError) as error:
         raise AdapterFileError(f"{path} is damaged or no adapter file ({error})") from error
     if header.get("checksum") != _checksum(header, tensors):

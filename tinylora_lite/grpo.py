@@ -273,4 +273,5 @@ def _validate(
         temperature=settings.temperature,
         max_new_tokens=settings.max_new_tokens,
         seed=settings.seed,
+        truncated="score" if settings.truncated == "score" else "zero",
     ).summary()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -64,25 +65,23 @@ class GRPOSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.group_size < 2:
-            raise ValueError(
-                f"group_size must be at least 2 (a group of one has no better half), not {self.group_size}"
-            )
         counted = {"steps": 1, "prompts_per_step": 1, "group_size": 2, "max_new_tokens": 1, "epochs_per_step": 1}
         counted |= {"micro_batch": 1, "evaluate_problems": 1, "save_every": 1, "warmup": 0, "evaluate_every": 0}
-        for name, least in counted.items():
+        for name, least in (counted | {"seed": 0}).items():
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+            if type(value) is not int or value < least:  # True is an int too
+                why = " (a group of one has no better half)" if name == "group_size" else ""
+                raise ValueError(f"{name} must be a whole number of at least {least}{why}, not {value!r}")
         for name in ("temperature", "learning_rate", "max_grad_norm", "tis_cap"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be above 0, not {value!r}")
-        if not (0 <= self.clip_low <= 1 and self.clip_high >= 0 and self.kl >= 0):
-            raise ValueError(
-                "clip_low must be from 0 to 1, clip_high and kl at least 0, "
-                f"not {self.clip_low!r}, {self.clip_high!r} and {self.kl!r}"
-            )
+            if not (_is_finite(value) and value > 0) and (name, value) != ("tis_cap", None):
+                raise ValueError(f"{name} must be a finite number above 0, not {value!r}")
+        for name, most in (("clip_low", 1.0), ("clip_high", math.inf), ("kl", math.inf)):
+            value = getattr(self, name)
+            if not (_is_finite(value) and 0 <= value <= most):
+                raise ValueError(
+                    f"{name} must be a finite number {'from 0 to 1' if most == 1 else 'of at least 0'}, not {value!r}"
+                )
         named = {"scale": Scale, "normalise": Normalise, "truncated": Truncated, "schedule": Schedule}
         for name, choices in named.items():
             if getattr(self, name) not in get_args(choices):
@@ -96,6 +95,9 @@ class GRPOSettings:
     @classmethod
     def variant(cls, name: Literal["grpo", "dr_grpo", "dapo"], **settings: Any) -> GRPOSettings:
         """The loss of a paper: GRPO (2402.03300), Dr. GRPO (2503.20783) or DAPO (2503.14476, without its resampling).
+
+        It comes without GRPO's KL penalty (``kl=0.04`` there), and with the correction for the sampler, which none of
+        them has, unless ``tis_cap=None``.
 
         Args:
             name: the paper's name for it.
@@ -112,3 +114,7 @@ class GRPOSettings:
         if name not in losses:
             raise ValueError(f"variant must be one of {', '.join(losses)}, not {name!r}")
         return cls(**losses[name] | settings)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

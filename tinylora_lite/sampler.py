@@ -6,12 +6,13 @@ values are computed for one row and repeated for the others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tinylora_lite.tasks import Example, Task
 
@@ -129,7 +130,7 @@ def sample(
 
     Raises:
         ValueError: ``max_new_tokens`` is below 1, or ``temperature`` below 0.
-        FloatingPointError: the model puts out NaN.
+        FloatingPointError: the model puts out NaN, or an infinity that makes its probabilities NaN.
     """
     if max_new_tokens < 1 or temperature < 0:
         raise ValueError(
@@ -145,14 +146,13 @@ def sample(
     done = torch.zeros(count, dtype=torch.bool, device=device)
     attention, position = prompt_mask, prompt_mask.sum(dim=1, keepdim=True) - 1
 
-    was_training = model.training
-    model.eval()
-    try:
+    with modes_kept(model):
+        model.eval()
         logits, cache = _read_prompts(model, prompt_ids, prompt_mask)
-        if logits.isnan().any():
-            raise FloatingPointError("the model puts out NaN; lower the learning rate, or load it in a wider dtype")
         for step in range(max_new_tokens):
             log_distribution = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
+            if log_distribution.isnan().any():
+                raise FloatingPointError("the model puts out NaN; lower the learning rate, or load it in a wider dtype")
             distribution = log_distribution.exp()
             token = logits.argmax(-1, True) if temperature == 0 else distribution.multinomial(1, generator=generator)
             ids[alive, step] = token[:, 0]
@@ -171,8 +171,6 @@ def sample(
             logits = model(
                 input_ids=token, attention_mask=attention, position_ids=position, past_key_values=cache, use_cache=True
             ).logits[:, -1]
-    finally:
-        model.train(was_training)
 
     ended = torch.isin(ids[:, : step + 1], ends).long()
     mask = (ended.cumsum(dim=1) - ended == 0).long()  # rows that wait to be dropped go on after their end token
@@ -242,16 +240,27 @@ def _read_prompts(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[Te
     return logits[place], cache
 
 
-def recomputes(model: PreTrainedModel) -> bool:
-    """Whether gradient checkpointing is on (transformers renames its own property between versions)."""
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+def recomputes(module: nn.Module) -> bool:
+    """Whether gradient checkpointing is on in this very module (transformers renames its own name for it)."""
+    return bool(getattr(module, "gradient_checkpointing", False))
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Afterwards every module is in the mode, training or evaluation, that it was in before."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _can_share_prompts(model: PreTrainedModel) -> bool:
     """Whether gradients can pass through a cache: not in recomputed layers, and not in recurrent or windowed ones."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
-    recomputed = model.training and recomputes(model)
+    recomputed = any(module.training and recomputes(module) for module in model.modules())
     return not recomputed and all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
 
 

@@ -18,9 +18,10 @@ def truncated_svd(weight: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Ten
     rotate into each other, and no rule makes them agree between machines; the sum ``U @ diag(S) @ Vh`` still
     does, unless the tie is between the last value kept and the first one left out.
 
-    Small matrices are decomposed exactly. Where ``rank`` is far below both sides, a randomised block Krylov
-    method (Musco and Musco, arXiv 1504.05477) iterates until the vectors stand still to five digits. All is computed
-    in float64: in float32, rounding alone turns vectors whose singular values lie within 0.1 % of each other.
+    Small matrices are decomposed exactly. Where ``rank`` is far below both sides, a randomised block Krylov method
+    (Musco and Musco, arXiv 1504.05477) iterates until the vectors stand still to five digits; where they never do, the
+    matrix is decomposed exactly. All is computed in float64: in float32, rounding alone turns vectors whose singular
+    values lie within 0.1 % of each other.
 
     Args:
         weight: ``[out, in]``, any floating dtype.
@@ -31,11 +32,18 @@ def truncated_svd(weight: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Ten
         ``U [out, rank]``, ``S [rank]`` in falling order, ``Vh [rank, in]``, all float32 on the weight's device.
 
     Raises:
-        ValueError: ``weight`` is no matrix or holds NaN or infinity, or ``rank`` lies outside ``1 … min(out, in)``.
+        ValueError: ``weight`` is no matrix, has no values or no floating-point ones, or holds NaN or infinity, or
+            ``rank`` is no whole number or lies outside ``1 … min(out, in)``.
     """
     if weight.ndim != 2:
         raise ValueError(f"truncated_svd takes a matrix, not a tensor of shape {tuple(weight.shape)}")
+    if weight.is_meta:
+        raise ValueError("the weight is on the meta device and has no values; load it first")
+    if not weight.is_floating_point():
+        raise ValueError(f"the weight holds {weight.dtype}, no floating-point numbers; convert it with .float()")
     smaller = min(weight.shape)
+    if type(rank) is not int:
+        raise ValueError(f"rank must be a whole number, not {rank!r}")
     if not 1 <= rank <= smaller:
         raise ValueError(f"rank must be between 1 and {smaller} for a weight of {tuple(weight.shape)}, not {rank}")
     # Apple's GPUs know no float64.
@@ -92,8 +100,9 @@ def _block_krylov(
         residuals = torch.linalg.vector_norm(Ut[:rank] @ matrix - S[:rank, None] * block[:rank], dim=1)
         distances = (S[:rank] - S[1 : rank + 1]).clamp(min=1e-6 * float(S[0]))
         if (residuals <= tolerance * distances).all():
-            break
-    return Ut[:rank].T, S[:rank], block[:rank]
+            return Ut[:rank].T, S[:rank], block[:rank]
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    return U[:, :rank], S[:rank], Vh[:rank]
 
 
 def _orthonormal_rows(block: Tensor) -> Tensor:

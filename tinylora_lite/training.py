@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from tinylora_lite.adapter import TinyLoraAdapter, adapter_of
-from tinylora_lite.sampler import recomputes
+from tinylora_lite.sampler import modes_kept, recomputes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -15,14 +15,20 @@ if TYPE_CHECKING:
 
 @contextmanager
 def ready_to_train(model: PreTrainedModel, adapter: TinyLoraAdapter | None) -> Iterator[None]:
-    """Inside, the right parameters take gradients and dropout is off; afterwards flags and modes are as before."""
-    flags, was_training = [(p, p.requires_grad) for p in model.parameters()], model.training
+    """Inside, the right parameters take gradients and dropout is off; afterwards flags and modes are as before.
+
+    Where gradient checkpointing is on, dropout that a recomputed block calls as a function of its own stays on (OPT has
+    such blocks); that of the modules inside it is off.
+    """
+    flags = [(p, p.requires_grad) for p in model.parameters()]
     model.requires_grad_(adapter is None)
-    model.train(recomputes(model))  # which transformers does in training mode only
     try:
-        yield
+        with modes_kept(model):
+            model.eval()
+            for module in filter(recomputes, model.modules()):
+                module.training = True  # transformers recomputes in training mode only
+            yield
     finally:
-        model.train(was_training)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
 

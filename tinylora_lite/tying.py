@@ -38,12 +38,18 @@ def find_sites(model: nn.Module, target_modules: Sequence[str] | None = None) ->
         target_modules: full names or last parts of names; ``None`` means those of ``MODULE_TYPES`` that there are.
 
     Raises:
-        ValueError: a target names no linear layer of the model, or ``None`` finds none.
+        ValueError: a target names no linear layer of the model or only quantised ones, or ``None`` finds none.
     """
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     targets = MODULE_TYPES if target_modules is None else tuple(target_modules)
     of_target = {target: [n for n in linear if f".{n}".endswith(f".{target}")] for target in targets}
     missing = [target for target, names in of_target.items() if not names]
+    for name, module in model.named_modules():
+        if f".{name}".endswith(tuple(f".{target}" for target in missing)) and _stands_for_linear(module):
+            raise ValueError(
+                f"{name} is a {type(module).__name__} of {type(module).__module__}, no torch.nn.Linear, "
+                "as in quantised models; load the model without quantisation"
+            )
     if missing and (target_modules is not None or len(missing) == len(targets)):
         known = ", ".join(dict.fromkeys(_type_of(name) for name in linear))
         advice = f"set target_modules to some of: {known}" if known else "it has no torch.nn.Linear at all"
@@ -88,6 +94,12 @@ def groups_of(sites: Sequence[Site], n_tie: int | Literal["all"], tying: Tying) 
 def _balanced_runs(count: int, n_tie: int) -> list[int]:
     groups = -(-count // n_tie)
     return [index * groups // count for index in range(count)]
+
+
+def _stands_for_linear(module: nn.Module) -> bool:
+    """Whether a module is some library's linear layer, and no wrapper around an ``nn.Linear``."""
+    named = "linear" in type(module).__name__.lower()
+    return named and not any(isinstance(part, nn.Linear) for part in module.modules())
 
 
 def _type_of(name: str) -> str:

@@ -1,6 +1,7 @@
 """count and plan: the paper's numbers, JSON for programs, one line for every mistake."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -104,6 +105,25 @@ def test_mistakes_take_one_line(capsys, argv, code, reason):
     assert reason in captured.err
     assert captured.err.startswith("tinylora")
     assert captured.err.count("\n") == 1
+
+
+def test_a_terminal_that_lacks_the_characters():
+    script = (
+        "import sys; from tinylora_lite import cli; cli.plan.run = lambda _: print('\\u28ff', 'done'); "
+        "sys.exit(cli.main(['plan', 'nano', '--budget', '13']))"
+    )
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert (found.returncode, found.stdout, found.stderr) == (0, "? done\n", "")
+
+
+def test_work_that_fails_in_torch_takes_one_line(capsys, monkeypatch):
+    def exhausted(_):
+        raise RuntimeError("out of memory\ntry less")
+
+    monkeypatch.setattr("tinylora_lite.cli.plan.run", exhausted)
+    assert main(["plan", "nano", "--budget", "13"]) == 1
+    assert capsys.readouterr().err == "tinylora plan: error: out of memory try less\n"
 
 
 def test_interruption(capsys, monkeypatch):

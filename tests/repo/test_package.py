@@ -52,3 +52,4 @@ def test_the_wheel_holds_the_library_and_nothing_else(root, tracked, tmp_path):
     assert {name.split("/")[0].split("-")[0] for name in names} == {"tinylora_lite"}
     files = [path.relative_to(root).as_posix() for path in tracked]
     assert {name for name in files if name.startswith("tinylora_lite/")} <= names
+    assert "tinylora_lite/py.typed" in names, "without it type checkers ignore the library's annotations"

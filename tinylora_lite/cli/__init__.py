@@ -7,6 +7,7 @@ wrong, 130 after Ctrl-C.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -48,6 +49,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code. Wrong usage, ``--help`` and ``--version`` raise ``SystemExit``."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # where they were replaced, they may be anything that has write()
+            stream.reconfigure(errors="replace")  # a terminal without a curve's characters is no reason to lose a run
     arguments = build_parser().parse_args(argv)
     try:
         COMMANDS[arguments.command].run(arguments)
@@ -59,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader, `head` for one, has left; Python would complain again when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, RuntimeError) as error:
         print(f"tinylora {arguments.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
