@@ -199,7 +199,13 @@ class _Samples:
                 first = index * self.settings.group_size
                 rows = rollouts.rows(torch.arange(first, first + self.settings.group_size))
                 logprobs = completion_logprobs(self.model, rows)
-                options = {"normalise": "constant", "max_tokens": 1}
-                loss = grpo_loss(logprobs, logprobs.detach(), advantages, rows.completion_mask, **options)
+                loss = grpo_loss(
+                    logprobs,
+                    logprobs.detach(),
+                    advantages,
+                    rows.completion_mask,
+                    normalise="constant",
+                    max_tokens=1,
+                )
                 (gradient,) = torch.autograd.grad(loss, self.adapter.vectors)
                 yield gradient.flatten().cpu()

@@ -263,10 +263,11 @@ def accuracy_against_numbers(rows: Iterable[Mapping[str, Any]], *, ylabel: str =
         x, y = [row["parameters"] for row in own], np.array([row["accuracy"] for row in own])
         spread = np.abs(np.array([[row["low"], row["high"]] for row in own]).T - y)
         axes.errorbar(x, y, spread, fmt=look.marker + look.line, color=look.colour, elinewidth=1.2, capsize=2.5)
-        right = x[-1] < 0.1 * trained[-1]["parameters"]
-        axes.annotate(look.label, (x[-1], y[-1]), xytext=(9 if right else 0, 0 if right else 10),
-                      textcoords="offset points", ha="left" if right else "right",
-                      va="center" if right else "bottom")  # fmt: skip
+        inside = x[-1] < 0.1 * trained[-1]["parameters"]
+        beside = inside and len(own) > 1
+        axes.annotate(look.label, (x[-1], y[-1]), xytext=(9, 0) if beside else (0, 10), textcoords="offset points",
+                      ha="left" if beside else "center" if inside else "right",
+                      va="center" if beside else "bottom")  # fmt: skip
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
     axes.set(xlabel="numbers trained", ylabel=ylabel)
     return drawn

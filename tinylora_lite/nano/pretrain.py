@@ -148,7 +148,7 @@ def pretrain(
     optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), fused=True)
     step, tokens, seconds, log = 0, 0, 0.0, []
     if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
+        state: dict[str, Any] = torch.load(state_file, weights_only=True)
         _same(state["settings"], settings, folder)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -180,9 +180,9 @@ def pretrain(
                     if not sys.stderr.isatty():
                         print(json.dumps(log[-1]), flush=True)
                 if step % checkpoint_every == 0:
-                    weights = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-                    place = {"settings": asdict(settings), "step": step, "tokens": tokens}
-                    torch.save(weights | place | {"seconds": seconds, "log": log}, state_file.with_suffix(".tmp"))
+                    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "seconds": seconds}
+                    state |= {"settings": asdict(settings), "step": step, "tokens": tokens, "log": log}
+                    torch.save(state, state_file.with_suffix(".tmp"))
                     os.replace(state_file.with_suffix(".tmp"), state_file)
 
     model.to(torch.float16).save_pretrained(folder)
