@@ -29,7 +29,7 @@ def test_outputs_and_gradients_agree_with_peft(model, weight_tying, n_tie):
         for name, group in zip(adapter.names, adapter.groups, strict=True):
             layer = layers[name]
             # The factors agree to float32's SVD and to the signs, which PEFT leaves to LAPACK; from here on, exactly.
-            A, B, factors = layer.tinylora_A["default"], layer.tinylora_B["default"], adapter._adapted[name]
+            A, B, factors = layer.tinylora_A["default"], layer.tinylora_B["default"], adapter.factors(name)
             signs = (B * factors.left).sum(dim=0).sign()
             torch.testing.assert_close(B * signs, factors.left, rtol=0, atol=1e-4)
             torch.testing.assert_close(A * signs[:, None], factors.right, rtol=0, atol=1e-4)

@@ -5,6 +5,7 @@ import os
 import pickle
 import stat
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import tinylora_lite as tl
-from tinylora_lite import files
+from tinylora_lite import files, svd_cache
 from tinylora_lite.adapter import adapter_of
 from tinylora_lite.files import KEY, AdapterFileError, load, save
 from tinylora_lite.fingerprint import base_fingerprint
+from tinylora_lite.svd import decompose
 from tinylora_lite.tying import find_sites
 
 RANDOM = tl.TinyLoraConfig(rank=2, u=1, n_tie=2, seed=3)
@@ -307,25 +309,22 @@ def test_another_seed_of_the_projections_does_not_pass_for_the_same(model, path)
 
 def test_another_decomposition_of_the_same_weights(model, path, monkeypatch):
     """A machine whose SVD gives one singular vector the other sign."""
-    from tinylora_lite import adapter
-
     def flipped(weight, rank, seed=0):
-        U, S, Vh = tl.truncated_svd(weight, rank, seed)
-        U[:, -1] *= -1
-        return U, S, Vh
+        found = decompose(weight, rank, seed)
+        found.U[:, -1] *= -1
+        return found
 
-    monkeypatch.setattr(adapter, "truncated_svd", flipped)
+    monkeypatch.setattr(svd_cache, "decompose", flipped)
     assert_refused(model, path, "another decomposition of model.layers.0.self_attn.q_proj")
 
 
 def test_rounding_of_another_machine_passes(model, path, monkeypatch):
-    from tinylora_lite import adapter
-
     def noisy(weight, rank, seed=0):
-        U, S, Vh = tl.truncated_svd(weight, rank, seed)
-        return U + 1e-4 * torch.randn_like(U), S * (1 + 1e-5), Vh + 1e-4 * torch.randn_like(Vh)
+        f = decompose(weight, rank, seed)
+        noisy = {"U": f.U + 1e-4 * torch.randn_like(f.U), "Vh": f.Vh + 1e-4 * torch.randn_like(f.Vh)}
+        return replace(f, S=f.S * (1 + 1e-5), **noisy)
 
-    monkeypatch.setattr(adapter, "truncated_svd", noisy)
+    monkeypatch.setattr(svd_cache, "decompose", noisy)
     assert torch.equal(load(model, path).vectors, VECTORS)
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tinylora_lite.svd import EXACT_UP_TO, _block_krylov, canonical_signs, truncated_svd
+from tinylora_lite import krylov, svd
+from tinylora_lite.svd import EXACT_AT_WORST, EXACT_UP_TO, canonical_signs, decompose, truncated_svd
 
 LARGE = (600, 520)  # decomposed by iteration at small ranks
 
@@ -172,9 +173,64 @@ def test_what_has_no_decomposition(weight, rank, message):
         truncated_svd(weight, rank)
 
 
-def test_an_iteration_that_does_not_settle_gives_way_to_the_exact_method():
-    matrix = with_spectrum((60, 50), 1 - torch.arange(50) * 1e-4)
-    U, S, Vh = _block_krylov(matrix.double(), 2, 0, oversampling=1, depth=1, most=1)
-    exact = torch.linalg.svd(matrix.double(), full_matrices=False)
-    torch.testing.assert_close(S, exact.S[:2])
-    torch.testing.assert_close((U * S) @ Vh, (exact.U[:, :2] * exact.S[:2]) @ exact.Vh[:2])
+@pytest.mark.parametrize("shape", [LARGE, LARGE[::-1]])
+@pytest.mark.parametrize(
+    ("values", "portable"),
+    [
+        ([1.0, 0.9, *[0.8 - 1e-3 * i for i in range(518)]], True),
+        ([1.0, 1.0 - 1e-4, *[0.8 - 1e-3 * i for i in range(518)]], True),
+        ([1.0, 1.0, *[0.8 - 1e-3 * i for i in range(518)]], False),
+        ([1.0, 0.9, 0.9 * (1 - 1e-7), *[0.8 - 1e-3 * i for i in range(517)]], False),
+        ([100.0, 1.0, *[0.9 - 1e-3 * i for i in range(518)]], True),
+    ],
+    ids=["apart", "close", "tied inside", "tied at the cut", "an outlier"],
+)
+def test_what_another_machine_would_find(shape, values, portable):
+    matrix = with_spectrum(shape, values)
+    found = decompose(matrix, 2)
+    assert found.portable is portable
+    torch.testing.assert_close(found.S, torch.tensor(values[:2]), rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.beyond, torch.tensor(values[2]), rtol=1e-3, atol=0)
+    if portable:
+        # LAPACK in float64 stands for the other machine.
+        U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+        U, S, Vh = canonical_signs(U[:, :2], S[:2], Vh[:2])
+        assert (found.U - U).norm(dim=0).max() < 3e-5
+        assert (found.Vh - Vh).norm(dim=1).max() < 3e-5
+
+
+def test_the_last_value_has_nothing_beyond_it():
+    found = decompose(torch.diag(torch.tensor([3.0, 2.0])), 2)
+    assert found.beyond == 0
+    assert found.portable
+
+
+def test_noise_without_leading_directions_gets_an_approximation_and_says_so(monkeypatch):
+    # Above EXACT_AT_WORST there is no exact decomposition to fall back on.
+    monkeypatch.setattr(svd, "EXACT_AT_WORST", 0)
+    monkeypatch.setattr(krylov, "MOST_BLOCKS", 4)
+    matrix = torch.randn(900, 600, generator=torch.Generator().manual_seed(0))
+    found = decompose(matrix, 2)
+    assert not found.portable
+    best = torch.linalg.svdvals(matrix)[:2]
+    assert (found.S <= best * (1 + 1e-5)).all()
+    assert (found.S >= 0.97 * best).all()
+    check_factors((found.U, found.S, found.Vh), matrix.shape, 2)
+
+
+def test_a_matrix_on_which_the_iteration_does_not_settle_is_decomposed_exactly_where_that_is_quick(monkeypatch):
+    assert min(LARGE) <= EXACT_AT_WORST
+    monkeypatch.setattr(krylov, "MOST_BLOCKS", 4)
+    calls = []
+    exact_svd = torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda *args, **options: calls.append(args) or exact_svd(*args, **options))
+    assert decompose(torch.randn(LARGE, generator=torch.Generator().manual_seed(0)), 2).portable
+    assert calls[-1][0].shape == LARGE
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_large_weight_that_is_not_finite(value):
+    matrix = with_spectrum(LARGE, 0.9 ** torch.arange(520)).float()
+    matrix[599, 3] = value
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        truncated_svd(matrix, 1)

@@ -13,32 +13,25 @@ import copy
 import hashlib
 import json
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tinylora_lite.basis import Basis
 from tinylora_lite.config import TinyLoraConfig
-from tinylora_lite.projection import random_projection
-from tinylora_lite.svd import truncated_svd
+from tinylora_lite.factors import Factors, factors_of
+from tinylora_lite.progress import progress_bar
+from tinylora_lite.quantised import allow_packing, check_weight, dense_weight, train_through, weight_shape
+from tinylora_lite.svd_cache import cached_decompose
 from tinylora_lite.tying import Site, find_sites, groups_of
+from tinylora_lite.update import AddUpdate
 
-LEFT_POWER = {"left": 1.0, "split": 0.5, "right": 0.0}
-
-
-@dataclass
-class _Adapted:
-    """One module's frozen factors, float32, ``left [out, r]``, ``right [r, in]``, ``projection [u, r²]``."""
-
-    left: Tensor
-    right: Tensor
-    projection: Tensor
-    group: int
+LARGE = 10**8
+"""How many weights to decompose are worth a progress bar."""
 
 
 class TinyLoraAdapter(nn.Module):
@@ -52,56 +45,48 @@ class TinyLoraAdapter(nn.Module):
         config: the settings.
         names: the adapted modules, by their names in ``model.named_modules()``, in tying order.
         groups: for each of them, the row of ``vectors`` that drives it.
+        given: the modules whose factors were given to :func:`attach` and not computed from their weights.
         enabled: whether the update is added; :meth:`disabled` switches it off for a while.
     """
 
     vectors: nn.Parameter
 
-    def __init__(self, model: nn.Module, config: TinyLoraConfig) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TinyLoraConfig,
+        given: Mapping[str, Factors],
+        cache: str | Path | None = None,
+    ) -> None:
         super().__init__()
         sites = find_sites(model, config.target_modules)
         modules = dict(model.named_modules())
-        _check_weights(sites, modules, config.rank)
+        for site in sites:
+            check_weight(site.name, modules[site.name], config.rank)
         if isinstance(config.projection, Basis):
             config.projection.check_modules([site.name for site in sites], modules)
         self.config = config
         self.names = tuple(site.name for site in sites)
-        self.groups = tuple(groups_of(sites, config.n_tie, config.tying))
-        self._adapted = {
-            name: self._factors(index, name, modules[name].weight, group)
-            for index, (name, group) in enumerate(zip(self.names, self.groups, strict=True))
-        }
-        device = modules[self.names[0]].weight.device
+        self.groups = _groups(sites, config)
+        self.given = frozenset(given)
+        for name in given:
+            if name not in self.names:
+                raise ValueError(f"factors were given for {name}, which is not among the modules to adapt")
+            given[name].check(name, weight_shape(modules[name]), config)
+        self._adapted = _all_factors(modules, self.names, config, given, cache)
+        device = modules[self.names[0]].get_parameter("weight").device
         self.vectors = nn.Parameter(torch.zeros(max(self.groups) + 1, config.u, dtype=torch.float32, device=device))
         self.enabled = True
 
         self._model: Callable[[], nn.Module | None] = weakref.ref(model)
         self._trainable_before = {name: p.requires_grad for name, p in model.named_parameters()}
         model.requires_grad_(False)
-        self._hooks = [
-            modules[name].register_forward_hook(_AddUpdate(self, adapted), with_kwargs=True)
-            for name, adapted in self._adapted.items()
+        # First, so that their backward pass comes last.
+        self._hooks = train_through(model)
+        self._hooks += [
+            modules[name].register_forward_hook(AddUpdate(self, factors, group), with_kwargs=True)
+            for (name, factors), group in zip(self._adapted.items(), self.groups, strict=True)
         ]
-
-    def _factors(self, index: int, name: str, weight: Tensor, group: int) -> _Adapted:
-        config = self.config
-        try:
-            U, S, Vh = truncated_svd(weight, config.rank, config.seed)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-        power = LEFT_POWER[config.sigma]
-        if isinstance(config.projection, Basis):
-            P = config.projection.projection(name, config.u)
-        elif config.projection == "identity":
-            P = torch.eye(config.u)
-        else:
-            P = random_projection(config.seed, index, config.u, config.rank)
-        projection = P.reshape(config.u, -1).to(U.device, torch.float32)
-        return _Adapted(left=U * S**power, right=S[:, None] ** (1 - power) * Vh, projection=projection, group=group)
-
-    def _mixing(self, adapted: _Adapted) -> Tensor:
-        v = self.vectors[adapted.group].to(adapted.projection.device)
-        return (v @ adapted.projection).view(self.config.rank, self.config.rank)
 
     @property
     def num_parameters(self) -> int:
@@ -114,7 +99,7 @@ class TinyLoraAdapter(nn.Module):
         Raises:
             KeyError: the module is not adapted.
         """
-        return self._mixing(self._get(name))
+        return self.factors(name).mixing(self.vectors[self.groups[self.names.index(name)]])
 
     def delta(self, name: str) -> Tensor:
         """The dense update ``W' - W`` of one module, ``[out, in]`` float32, by its name in ``named_modules()``.
@@ -122,10 +107,15 @@ class TinyLoraAdapter(nn.Module):
         Raises:
             KeyError: the module is not adapted.
         """
-        adapted = self._get(name)
-        return (adapted.left @ self._mixing(adapted) @ adapted.right).detach()
+        factors = self.factors(name)
+        return (factors.left @ self.mixing(name) @ factors.right).detach()
 
-    def _get(self, name: str) -> _Adapted:
+    def factors(self, name: str) -> Factors:
+        """The frozen factors of one module, by its name in ``named_modules()``; not a copy.
+
+        Raises:
+            KeyError: the module is not adapted.
+        """
         if name not in self._adapted:
             raise KeyError(f"{name} is not an adapted module; adapter.names lists the {len(self.names)} that are")
         return self._adapted[name]
@@ -146,6 +136,7 @@ class TinyLoraAdapter(nn.Module):
         """
         model = self._model()
         if model is not None and self._hooks:
+            allow_packing(model)
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(self._trainable_before.get(name, parameter.requires_grad))
         for hook in self._hooks:
@@ -182,95 +173,98 @@ class TinyLoraAdapter(nn.Module):
         c = self.config
         p = c.projection
         projection = f"calibrated {p.fingerprint()[:12]}" if isinstance(p, Basis) else p
-        modules = hashlib.sha256(json.dumps(self.names).encode()).hexdigest()[:8]
+        tying = f"n_tie={c.n_tie}, tying={c.tying}" if c.groups is None else f"groups={_short_hash(c.groups)}"
+        given = {name: [_short_hash(t.tolist()) for t in _tensors(self._adapted[name])] for name in sorted(self.given)}
         return (
-            f"{self.num_parameters} numbers on {len(self.names)} modules ({modules}), rank={c.rank}, u={c.u}, "
-            f"n_tie={c.n_tie}, tying={c.tying}, seed={c.seed}, sigma={c.sigma}, projection={projection}"
+            f"{self.num_parameters} numbers on {len(self.names)} modules ({_short_hash(self.names)}), rank={c.rank}, "
+            f"u={c.u}, {tying}, seed={c.seed}, sigma={c.sigma}, projection={projection}"
+            + (f", arithmetic={c.arithmetic}" if c.arithmetic != "model" else "")
+            + (f", given factors {_short_hash(given)}" if given else "")
         )
 
 
-class _AddUpdate:
-    """The forward hook of one module: adds ``x Vᵀ R (UΣ)`` to its output; an object, so that it can be pickled."""
-
-    def __init__(self, adapter: TinyLoraAdapter, adapted: _Adapted) -> None:
-        self.adapter, self.adapted = adapter, adapted
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
-    ) -> Tensor:
-        if not self.adapter.enabled:
-            return output
-        x, factors, dtype = args[0] if args else kwargs["input"], self.adapted, output.dtype
-        if factors.left.device != x.device:
-            for name in ("left", "right", "projection"):
-                setattr(factors, name, getattr(factors, name).to(x.device))
-        # R and v's gradient stay in float32, under autocast too: the r-dimensional middle costs nothing.
-        device = x.device.type
-        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-            narrow = F.linear(x.to(dtype), factors.right.to(dtype)).float()
-            narrow = F.linear(narrow, self.adapter._mixing(factors)).to(dtype)
-            return output + F.linear(narrow, factors.left.to(dtype))
-
-
-def attach(model: nn.Module, config: TinyLoraConfig | None = None) -> TinyLoraAdapter:
+def attach(
+    model: nn.Module,
+    config: TinyLoraConfig | None = None,
+    *,
+    factors: Mapping[str, Factors] | None = None,
+    cache: str | Path | None = None,
+) -> TinyLoraAdapter:
     """Puts an adapter on a model and freezes the model; names and values of its parameters stay as they are.
 
     With gradient checkpointing, ask for ``use_reentrant=False`` (the default of transformers 5): the reentrant
     kind passes no gradient where no input asks for one.
 
+    A quantised model (bitsandbytes, torchao) is dequantised one weight at a time, for the SVD alone.
+
     Args:
-        model: any PyTorch model whose target modules are ``nn.Linear`` with floating-point weights.
+        model: any PyTorch model whose target modules are ``nn.Linear``, plain or quantised.
         config: the settings; the default is ``TinyLoraConfig()``.
+        factors: of modules by name, to be used as they are in place of the SVD of their weights and of their P; for
+            adapters whose factors this library does not compute itself.
+        cache: a folder in which decompositions are kept and looked up by the weight's fingerprint; ``None`` takes the
+            environment variable ``TINYLORA_CACHE``, and where that is not set, keeps none.
 
     Raises:
         ValueError: no module or an unknown module is targeted, a weight is smaller than the rank, on the meta
-            device, quantised or not finite, the config's basis belongs to another model, or the model carries an
-            adapter already. The model is untouched then.
+            device, not finite or quantised in an unknown format, the config's basis belongs to another model, or the model carries an
+            adapter already, or given factors do not fit. The model is untouched then.
     """
     if adapter_of(model) is not None:
         raise ValueError(
             "the model carries an adapter already; call its detach() first (tinylora_lite.adapter.adapter_of finds it)"
         )
-    return TinyLoraAdapter(model, config or TinyLoraConfig())
+    return TinyLoraAdapter(model, config or TinyLoraConfig(), factors or {}, cache)
 
 
 def adapter_of(model: nn.Module) -> TinyLoraAdapter | None:
     """The adapter that a model or a part of it carries, or ``None``."""
     for module in model.modules():
         for hook in module._forward_hooks.values():
-            if isinstance(hook, _AddUpdate):
+            if isinstance(hook, AddUpdate):
                 return hook.adapter
     return None
 
 
+def _groups(sites: list[Site], config: TinyLoraConfig) -> tuple[int, ...]:
+    if config.groups is None:
+        return tuple(groups_of(sites, config.n_tie, config.tying))
+    if len(config.groups) != len(sites):
+        raise ValueError(f"groups names a vector for {len(config.groups)} modules; the model has {len(sites)} to adapt")
+    return tuple(config.groups)
+
+
+def _all_factors(
+    modules: Mapping[str, nn.Module],
+    names: tuple[str, ...],
+    config: TinyLoraConfig,
+    given: Mapping[str, Factors],
+    cache: str | Path | None,
+) -> dict[str, Factors]:
+    weights = {name: modules[name].get_parameter("weight") for name in names}
+    large = sum(weight.numel() for name, weight in weights.items() if name not in given) > LARGE
+    found = {}
+    with progress_bar("SVD", len(names), show=large) as advance:
+        for index, (name, weight) in enumerate(weights.items()):
+            if name in given:
+                found[name] = Factors(*(part.to(weight.device) for part in _tensors(given[name])))
+            else:
+                try:
+                    triplets = cached_decompose(dense_weight(modules[name]), config.rank, config.seed, cache)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from error
+                found[name] = factors_of(triplets, config, index, name)
+            advance(name)
+    return found
+
+
+def _tensors(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
+    return factors.left, factors.right, factors.projection
+
+
+def _short_hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:8]
+
+
 def _no_model() -> None:
     """Stands for the weak reference to a model that is gone."""
-
-
-def _is_sharded(tensor: Tensor) -> bool:
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.tensor import DTensor  # takes a while to import, for what few weights are
-
-    return isinstance(tensor, DTensor)
-
-
-def _check_weights(sites: list[Site], modules: dict[str, nn.Module], rank: int) -> None:
-    floating = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    for site in sites:
-        weight = modules[site.name].get_parameter("weight")
-        shape = tuple(weight.shape)
-        if weight.is_meta:
-            raise ValueError(f"{site.name} is on the meta device and has no values; load the weights before attach")
-        if weight.dtype not in floating or weight.ndim != 2:
-            raise ValueError(
-                f"{site.name} holds {weight.dtype} weights of shape {shape}, as quantised layers do; "
-                "load the model without quantisation (dtype=torch.bfloat16)"
-            )
-        if type(weight.data) is not Tensor and not _is_sharded(weight.data):
-            raise ValueError(
-                f"{site.name} holds a {type(weight.data).__name__}, as quantised layers do; "
-                "load the model without quantisation (dtype=torch.bfloat16)"
-            )
-        if rank > min(shape):
-            raise ValueError(f"rank={rank} is above the smaller side of {site.name}, {shape}; lower the rank")

@@ -1,4 +1,4 @@
-"""What an adapter is, in eight settings."""
+"""What an adapter is, in ten settings."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from tinylora_lite.basis import Basis
 from tinylora_lite.tying import Tying
 
 Sigma = Literal["left", "split", "right"]
+Arithmetic = Literal["model", "float32"]
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,13 @@ class TinyLoraConfig:
             Kept as a tuple.
         projection: ``"random"`` (the paper); ``"identity"``, where v is R itself (LoRA-XS, needs ``u = rank²``); or a
             calibrated :class:`~tinylora_lite.basis.Basis` (this project's own).
+        groups: which vector drives each module, in tying order, numbered from 0 without holes: an assignment that
+            ``n_tie`` and ``tying`` cannot say. Kept as a tuple; ``None`` leaves it to those two.
+        arithmetic: ``"model"`` multiplies by the long factors in the model's dtype and by R in float32; ``"float32"``
+            does all of it in float32 and adds it there, as PEFT does. On a float32 model they are the same.
 
     Raises:
-        ValueError: a setting is outside its range, or does not fit the basis.
+        ValueError: a setting is outside its range, or does not fit another or the basis.
     """
 
     rank: int = 2
@@ -41,6 +46,8 @@ class TinyLoraConfig:
     sigma: Sigma = "left"
     target_modules: Sequence[str] | None = None
     projection: Literal["random", "identity"] | Basis = "random"
+    groups: Sequence[int] | None = None
+    arithmetic: Arithmetic = "model"
 
     def __post_init__(self) -> None:
         for name, value in (("rank", self.rank), ("u", self.u)):
@@ -50,9 +57,12 @@ class TinyLoraConfig:
             raise ValueError(f'n_tie must be a whole number of at least 1 or "all", not {self.n_tie!r}')
         if not _is_whole(self.seed) or not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must be a whole number from 0 to 2**64 - 1, not {self.seed!r}")
-        for name, choice, choices in (("tying", self.tying, get_args(Tying)), ("sigma", self.sigma, get_args(Sigma))):
-            if choice not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {choice!r}")
+        for name, kind in (("tying", Tying), ("sigma", Sigma), ("arithmetic", Arithmetic)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, not {getattr(self, name)!r}")
+        object.__setattr__(self, "groups", _checked_groups(self.groups))
+        if self.groups is not None and (self.n_tie, self.tying) != (1, "tiled"):
+            raise ValueError("groups says which modules share a vector; leave n_tie and tying out")
         object.__setattr__(self, "target_modules", _checked_names(self.target_modules))
         if isinstance(self.projection, Basis):
             self.projection.check(self)
@@ -87,3 +97,12 @@ def _checked_names(names: Any) -> tuple[str, ...] | None:
     if isinstance(names, str) or not names or not all(isinstance(name, str) and name for name in names):
         raise ValueError(f"target_modules must be a list of at least one name, or None, not {names!r}")
     return tuple(names)
+
+
+def _checked_groups(groups: Any) -> tuple[int, ...] | None:
+    if groups is None:
+        return None
+    numbers = tuple(groups) if isinstance(groups, Sequence) and not isinstance(groups, str) else ()
+    if not numbers or not all(map(_is_whole, numbers)) or set(numbers) != set(range(len(set(numbers)))):
+        raise ValueError(f"groups must be whole numbers from 0 without holes, one for each module, not {groups!r}")
+    return numbers

@@ -58,7 +58,7 @@ def count_parameters(
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {', '.join(get_args(Method))}, not {method!r}")
     settings = TinyLoraConfig(u=u, n_tie=n_tie, tying=tying, target_modules=target_modules)
-    model = _without_weights(model_or_config)
+    model = without_weights(model_or_config)
     if method == "full":
         return sum(parameter.numel() for parameter in model.parameters())
     sites = find_sites(model, settings.target_modules)
@@ -96,7 +96,7 @@ def plan(model_or_config: nn.Module | PretrainedConfig, budget: int = 13, **sett
     if not isinstance(budget, int) or isinstance(budget, bool):
         raise ValueError(f"budget must be a whole number, not {budget!r}")
     config = TinyLoraConfig(**settings)
-    sites = find_sites(_without_weights(model_or_config), config.target_modules)
+    sites = find_sites(without_weights(model_or_config), config.target_modules)
     for n_tie in range(1, len(sites) + 1):
         if config.u * _groups(sites, n_tie, config.tying) <= budget:
             return TinyLoraConfig(**settings, n_tie=n_tie)
@@ -111,7 +111,12 @@ def _groups(sites: list[Site], n_tie: int | Literal["all"], tying: Tying) -> int
     return len(set(groups_of(sites, n_tie, tying)))
 
 
-def _without_weights(model_or_config: nn.Module | PretrainedConfig) -> nn.Module:
+def without_weights(model_or_config: nn.Module | PretrainedConfig) -> nn.Module:
+    """A model as it is, or the causal language model of a configuration on the meta device.
+
+    Raises:
+        ValueError: it is neither a model nor a configuration.
+    """
     if isinstance(model_or_config, nn.Module):
         return model_or_config
     # Imported here: it takes a second, and who counts on a model does not need it.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -23,12 +24,15 @@ from torch import Tensor, nn
 from tinylora_lite.adapter import TinyLoraAdapter, attach
 from tinylora_lite.basis import Basis, load_basis
 from tinylora_lite.config import TinyLoraConfig
+from tinylora_lite.factors import Factors
 from tinylora_lite.fingerprint import base_fingerprint, decomposition
 from tinylora_lite.tying import find_sites
 
 FORMAT = "tinylora-adapter-1"
 KEY = "tinylora"
 SHIPPED_BASES = Path(__file__).parent / "nano" / "checkpoints"
+
+FACTORS = ("left", "right", "projection")
 
 Precision = Literal["fp32", "fp16", "bf16"]
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -38,23 +42,37 @@ class AdapterFileError(ValueError):
     """An adapter file that cannot be used, and why: damaged, foreign, edited, or made for another base."""
 
 
-def save(adapter: TinyLoraAdapter, path: str | Path, dtype: Precision = "bf16") -> Path:
+def save(
+    adapter: TinyLoraAdapter,
+    path: str | Path,
+    dtype: Precision = "bf16",
+    *,
+    factors: bool | Literal["auto"] = "auto",
+) -> Path:
     """Writes an adapter; the file appears whole or not at all, and equal adapters give equal bytes.
 
-    The file holds ``vectors``, ``[groups, u]`` in ``dtype`` (the adapter keeps its float32 numbers), and
-    ``decomposition``, ``[modules, 2]`` float32: of every adapted weight the last kept singular value, the one at
-    the cut, and a number that the singular vectors and P determine, so that :func:`load` notices where another
-    machine decomposes a weight differently. Beside them: the settings and the seed, a hash of the modules' names,
-    the base's name, its :func:`~tinylora_lite.fingerprint.base_fingerprint`, the fingerprint of a calibrated basis,
-    and a checksum. 13 numbers take 26 bytes, and their file less than 4 KiB on a model of 7 billion weights.
+    The file holds ``vectors``, ``[groups, u]`` in ``dtype`` (the adapter keeps its float32 numbers;
+    :func:`storage_loss` says what rounding takes), and ``decomposition``, ``[modules, 3]`` float32: of every adapted
+    weight the singular values beside the cut and a number that the singular vectors and P determine, so that
+    :func:`load` notices where another machine decomposes a weight differently. Beside them: the settings and the
+    seed, a hash of the modules' names, the base's name, revision where the hub named one, and
+    :func:`~tinylora_lite.fingerprint.base_fingerprint`, the fingerprint of a calibrated basis, and a checksum.
+    13 numbers take 26 bytes, and their file less than 4 KiB on a model of 7 billion weights.
+
+    The frozen factors are computed from the base again when the file is loaded. Where singular values near the cut
+    are equal, machines disagree about them, and v alone would mean something else elsewhere: ``save`` then warns and
+    stores the factors of those modules too, 4 bytes for each of their ``r · (in + out) + u r²`` numbers.
 
     Args:
         adapter: attached or detached; its model must still exist.
         path: of the file; its folder is made.
         dtype: ``"bf16"`` (the paper's, 2 bytes a number), ``"fp16"`` or ``"fp32"``.
+        factors: whose factors to store: ``"auto"``, of modules where others would compute different ones; ``True``,
+            of all, and loading takes no SVD; ``False``, of none.
 
     Raises:
-        ValueError: an unknown dtype, a number that is not finite or that ``dtype`` cannot hold, or the model is gone.
+        ValueError: an unknown dtype, a number that is not finite or that ``dtype`` cannot hold, the model is gone, or
+            ``factors=False`` for an adapter whose factors were given to it (one from PEFT, say).
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(get_args(Precision))}, not {dtype!r}")
@@ -67,11 +85,16 @@ def save(adapter: TinyLoraAdapter, path: str | Path, dtype: Precision = "bf16") 
         held = f"numbers too large for {dtype}; save as fp32" if finite else "NaN or infinite numbers; train it again"
         raise ValueError(f"the adapter holds {held}")
     tensors = {"vectors": vectors.contiguous(), "decomposition": decomposition(adapter)}
+    for index in _stored_factors(adapter, factors):
+        stored = adapter.factors(adapter.names[index])
+        for part in FACTORS:
+            tensors[f"{part}.{index}"] = getattr(stored, part).detach().cpu().contiguous()
     header = {
         "format": FORMAT,
         "settings": _settings(adapter.config),
         "modules": _names_hash(adapter.names),
         "base": _base_name(model),
+        "base_revision": getattr(getattr(model, "config", None), "_commit_hash", None),
         "base_sha256": base_fingerprint(model),
         "base_dtype": _base_dtype(model),
     }
@@ -89,7 +112,13 @@ def save(adapter: TinyLoraAdapter, path: str | Path, dtype: Precision = "bf16") 
     return path
 
 
-def load(model: nn.Module, path: str | Path, basis: Basis | str | Path | None = None) -> TinyLoraAdapter:
+def load(
+    model: nn.Module,
+    path: str | Path,
+    basis: Basis | str | Path | None = None,
+    *,
+    cache: str | Path | None = None,
+) -> TinyLoraAdapter:
     """Attaches the adapter that :func:`save` wrote.
 
     Args:
@@ -97,6 +126,7 @@ def load(model: nn.Module, path: str | Path, basis: Basis | str | Path | None = 
         path: of the file.
         basis: where the directions of a calibrated adapter are: a :class:`~tinylora_lite.basis.Basis`, its file, or a
             folder that holds its file; ``None`` looks beside the adapter and among those that come with the package.
+        cache: of decompositions; see :func:`~tinylora_lite.attach`.
 
     Returns:
         The adapter; its ``vectors`` are float32, equal to the stored numbers.
@@ -117,10 +147,12 @@ def load(model: nn.Module, path: str | Path, basis: Basis | str | Path | None = 
         _check_base(path, model, names, header)
         if settings["projection"] not in ("random", "identity"):
             settings["projection"] = _find_basis(settings["projection"], basis, path)
-        adapter = attach(model, TinyLoraConfig(**settings))
+        stored = {names[int(key.partition(".")[2])] for key in tensors if key not in ("vectors", "decomposition")}
+        given = {n: Factors(*(tensors[f"{p}.{names.index(n)}"] for p in FACTORS)) for n in sorted(stored)}
+        adapter = attach(model, TinyLoraConfig(**settings), factors=given, cache=cache)
     except AdapterFileError:
         raise
-    except (KeyError, TypeError, ValueError) as error:
+    except (IndexError, KeyError, TypeError, ValueError) as error:
         raise AdapterFileError(f"{path} does not fit this model: {error}") from error
     try:
         if vectors.shape != adapter.vectors.shape:
@@ -137,10 +169,38 @@ def load(model: nn.Module, path: str | Path, basis: Basis | str | Path | None = 
     return adapter
 
 
+def storage_loss(adapter: TinyLoraAdapter, dtype: Precision = "bf16") -> float:
+    """What storing v in a dtype takes from it: the norm of the rounding error over the norm of v; 0 for v = 0."""
+    v = adapter.vectors.detach().double().cpu()
+    rounded = v.to(DTYPES[dtype]).double()
+    return float((rounded - v).norm() / v.norm()) if v.any() else 0.0
+
+
+def _stored_factors(adapter: TinyLoraAdapter, factors: bool | Literal["auto"]) -> list[int]:
+    if factors not in (True, False, "auto"):
+        raise ValueError(f'factors must be True, False or "auto", not {factors!r}')
+    if factors is False and adapter.given:
+        raise ValueError(
+            f"the factors of {len(adapter.given)} modules were given, and no base could give them back; "
+            'leave factors at "auto"'
+        )
+    doubtful = [name for name in adapter.names if name not in adapter.given and not adapter.factors(name).portable]
+    if doubtful and factors is not True:
+        warnings.warn(
+            f"{len(doubtful)} weights, {doubtful[0]} among them, have singular values near the cut that are too close "
+            "for their vectors to be the same on every machine; "
+            + ("the file may not load elsewhere" if factors is False else "their factors are stored too"),
+            stacklevel=3,
+        )
+    stored = {True: set(adapter.names), False: set()}.get(factors, adapter.given | set(doubtful))
+    return [index for index, name in enumerate(adapter.names) if name in stored]
+
+
 def _settings(config: TinyLoraConfig) -> dict[str, Any]:
     settings = {field.name: getattr(config, field.name) for field in fields(config)}
-    if settings["target_modules"] is not None:
-        settings["target_modules"] = list(settings["target_modules"])
+    for name in ("target_modules", "groups"):
+        if settings[name] is not None:
+            settings[name] = list(settings[name])
     if isinstance(config.projection, Basis):
         settings["projection"] = config.projection.fingerprint()
     return settings
@@ -174,12 +234,16 @@ def _check_decomposition(path: Path, adapter: TinyLoraAdapter, stored: Tensor) -
     if stored.shape != here.shape:
         raise AdapterFileError(f"{path} is damaged: it describes {len(stored)} weights of {len(here)}")
     # What float32 and an early stop of the SVD's iteration move stays far below; a flipped sign lies far above.
-    wrong = ((stored[:, 0] - here[:, 0]).abs() > 1e-2 * here[:, 0]) | ((stored[:, 1] - here[:, 1]).abs() > 0.05)
+    apart = (stored - here).abs()
+    # Given factors have no singular values, and were read from this very file.
+    computed = torch.tensor([name not in adapter.given for name in adapter.names])
+    wrong = (computed & (apart[:, :2] > 1e-2 * here[:, :1]).any(dim=1)) | (apart[:, 2] > 0.01)
     if wrong.any():
         index = int(wrong.nonzero()[0])
         raise AdapterFileError(
             f"{path} was trained on another decomposition of {adapter.names[index]} than this machine computes (its "
-            f"singular values near the cut, {here[index, 0]:.4g}, may be too close); use its LoRA export instead"
+            f"singular values near the cut, {here[index, 0]:.6g} and {here[index, 1]:.6g}, may be too close); save it "
+            "with factors=True where it was trained, or use its LoRA export"
         )
 
 
@@ -227,11 +291,16 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             found = header.get("format")
             if found != FORMAT:
                 raise AdapterFileError(f"{path} has the format {found}, not {FORMAT}; upgrade tinylora_lite")
-            tensors = {name: file.get_tensor(name).clone() for name in ("vectors", "decomposition")}
-    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        intact = header.get("checksum") == _checksum(header, tensors)
+    except AdapterFileError:
+        raise
+    except (safetensors.SafetensorError, RuntimeError, TypeError, ValueError) as error:
         raise AdapterFileError(f"{path} is damaged or no adapter file ({error})") from error
-    if header.get("checksum") != _checksum(header, tensors):
+    if not intact:
         raise AdapterFileError(f"{path} is damaged or was edited: its checksum does not fit its content; get it again")
+    if not {"vectors", "decomposition"} <= tensors.keys():
+        raise AdapterFileError(f"{path} holds no vectors or no decomposition")
     if tensors["vectors"].ndim != 2 or not torch.isfinite(tensors["vectors"]).all():
         raise AdapterFileError(f"{path} holds no vectors of finite numbers")
     return header, tensors

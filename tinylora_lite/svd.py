@@ -2,11 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from tinylora_lite.krylov import EQUAL, leading_triplets
+
 EXACT_UP_TO = 512
 """Matrices whose smaller side is at most this are decomposed exactly: it takes well under a second."""
+EXACT_AT_WORST = 1024
+"""Up to this smaller side, so is a matrix on which the iteration does not settle."""
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """The leading singular triplets of a matrix, ``weight ≈ U @ diag(S) @ Vh``.
+
+    Attributes:
+        U: ``[out, rank]`` float32, orthonormal columns with canonical signs.
+        S: ``[rank]`` float32, in falling order.
+        Vh: ``[rank, in]`` float32, orthonormal rows.
+        beyond: the first singular value left out, ``[]`` float32; 0 where there is none.
+        portable: whether other machines find the same vectors: no two of the values kept and the first left out lie
+            closer than 1e-5 of the largest, and the iteration settled.
+    """
+
+    U: Tensor
+    S: Tensor
+    Vh: Tensor
+    beyond: Tensor
+    portable: bool
 
 
 def truncated_svd(weight: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -14,14 +40,14 @@ def truncated_svd(weight: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Ten
 
     Singular vectors come in pairs of free sign, and LAPACK, cuSOLVER and randomised methods choose differently.
     Here the entry of largest magnitude in each column of ``U`` is positive, so that the same numbers ``v`` mean
-    the same update everywhere. Where two singular values agree to about twelve digits their vectors are free to
+    the same update everywhere. Where two singular values agree to five digits their vectors are free to
     rotate into each other, and no rule makes them agree between machines; the sum ``U @ diag(S) @ Vh`` still
-    does, unless the tie is between the last value kept and the first one left out.
+    does, unless the tie is between the last value kept and the first one left out (:func:`decompose` says so).
 
-    Small matrices are decomposed exactly. Where ``rank`` is far below both sides, a randomised block Krylov method
-    (Musco and Musco, arXiv 1504.05477) iterates until the vectors stand still to five digits; where they never do, the
-    matrix is decomposed exactly. All is computed in float64: in float32, rounding alone turns vectors whose singular
-    values lie within 0.1 % of each other.
+    Small matrices are decomposed exactly, in float64. Where ``rank`` is far below both sides, block Krylov iteration
+    (Musco and Musco, arXiv 1504.05477) runs in float32 until the residuals say that every vector stands still to
+    3e-5 radians, and in float64 where singular values lie too close for that. A large matrix without leading
+    directions, one of mere noise for instance, never settles; it gets a good approximation of low rank.
 
     Args:
         weight: ``[out, in]``, any floating dtype.
@@ -35,27 +61,34 @@ def truncated_svd(weight: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Ten
         ValueError: ``weight`` is no matrix, has no values or no floating-point ones, or holds NaN or infinity, or
             ``rank`` is no whole number or lies outside ``1 … min(out, in)``.
     """
-    if weight.ndim != 2:
-        raise ValueError(f"truncated_svd takes a matrix, not a tensor of shape {tuple(weight.shape)}")
-    if weight.is_meta:
-        raise ValueError("the weight is on the meta device and has no values; load it first")
-    if not weight.is_floating_point():
-        raise ValueError(f"the weight holds {weight.dtype}, no floating-point numbers; convert it with .float()")
-    smaller = min(weight.shape)
-    if type(rank) is not int:
-        raise ValueError(f"rank must be a whole number, not {rank!r}")
-    if not 1 <= rank <= smaller:
-        raise ValueError(f"rank must be between 1 and {smaller} for a weight of {tuple(weight.shape)}, not {rank}")
+    found = decompose(weight, rank, seed)
+    return found.U, found.S, found.Vh
+
+
+def decompose(weight: Tensor, rank: int, seed: int = 0) -> Decomposition:
+    """:func:`truncated_svd` with what is known beyond it; same arguments and errors."""
+    _check(weight, rank)
     # Apple's GPUs know no float64.
-    matrix = (weight.detach().cpu() if weight.device.type == "mps" else weight.detach()).double()
-    if not torch.isfinite(matrix).all():
-        raise ValueError("the weight holds NaN or infinity and has no SVD; load the model again, or in another dtype")
-    if smaller <= EXACT_UP_TO or rank * 8 > smaller:
-        U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    else:
-        U, S, Vh = _block_krylov(matrix, rank, seed)
-    U, S, Vh = canonical_signs(U[:, :rank], S[:rank], Vh[:rank])
-    return U.to(weight.device, torch.float32), S.to(weight.device, torch.float32), Vh.to(weight.device, torch.float32)
+    matrix = weight.detach().cpu() if weight.device.type == "mps" else weight.detach()
+    tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
+    smaller, settled = tall.shape[1], False
+    if smaller > EXACT_UP_TO and rank * 8 <= smaller:
+        found, settled = leading_triplets(tall, rank, seed)
+        left, values, right = found.left, found.values, found.right
+    if not settled and smaller <= EXACT_AT_WORST:
+        double = tall.double()
+        if not torch.isfinite(double).all():
+            raise ValueError("the weight holds NaN or infinity and has no SVD; load the model again")
+        left, values, right = torch.linalg.svd(double, full_matrices=False)
+        settled = True
+    if tall is not matrix:
+        left, right = right.T, left.T
+    U, S, Vh = canonical_signs(left[:, :rank], values[:rank], right[:rank])
+    beyond = values[rank] if rank < smaller else values.new_zeros(())
+    apart = S - torch.cat([S[1:], beyond[None]]) > EQUAL * S[0]
+    portable = settled and bool(apart.all())
+    U, S, Vh, beyond = (part.to(weight.device, torch.float32) for part in (U, S, Vh, beyond))
+    return Decomposition(U, S, Vh, beyond, portable)
 
 
 def canonical_signs(U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,40 +104,15 @@ def canonical_signs(U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor, T
     return (U * signs).contiguous(), S.contiguous(), (Vh * signs[:, None]).contiguous()
 
 
-def _block_krylov(
-    matrix: Tensor,
-    rank: int,
-    seed: int,
-    oversampling: int = 14,
-    depth: int = 8,
-    tolerance: float = 1e-5,
-    most: int = 40,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Restarted: every cycle spans ``depth`` blocks from the best right singular vectors so far."""
-    width = rank + oversampling
-    depth = min(depth, min(matrix.shape) // width)
-    # Drawn on the CPU, so that a GPU starts from the same numbers.
-    start = torch.randn(width, matrix.shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    # Vectors are rows here: thin products from the left are three times as fast as from the right.
-    block = _orthonormal_rows(start.to(matrix.device))
-    for _ in range(most):
-        basis, image = block, block @ matrix.T
-        for _ in range(depth - 1):
-            # All rows at once: where a matrix of low rank has no new direction left, Householder's QR still makes
-            # rows that stand on the old ones; subtracting those and normalising would enlarge mere rounding.
-            block = _orthonormal_rows(torch.cat([basis, image[-width:] @ matrix]))[-width:]
-            basis, image = torch.cat([basis, block]), torch.cat([image, block @ matrix.T])
-        mixture, S, Ut = torch.linalg.svd(image, full_matrices=False)
-        block = mixture[:, :width].T @ basis
-        # A vector's angle to the true one is at most about residual / distance to the next singular value.
-        residuals = torch.linalg.vector_norm(Ut[:rank] @ matrix - S[:rank, None] * block[:rank], dim=1)
-        distances = (S[:rank] - S[1 : rank + 1]).clamp(min=1e-6 * float(S[0]))
-        if (residuals <= tolerance * distances).all():
-            return Ut[:rank].T, S[:rank], block[:rank]
-    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    return U[:, :rank], S[:rank], Vh[:rank]
-
-
-def _orthonormal_rows(block: Tensor) -> Tensor:
-    Q: Tensor = torch.linalg.qr(block.T)[0]
-    return Q.T
+def _check(weight: Tensor, rank: int) -> None:
+    if weight.ndim != 2:
+        raise ValueError(f"truncated_svd takes a matrix, not a tensor of shape {tuple(weight.shape)}")
+    if weight.is_meta:
+        raise ValueError("the weight is on the meta device and has no values; load it first")
+    if not weight.is_floating_point():
+        raise ValueError(f"the weight holds {weight.dtype}, no floating-point numbers; convert it with .float()")
+    smaller = min(weight.shape)
+    if type(rank) is not int:
+        raise ValueError(f"rank must be a whole number, not {rank!r}")
+    if not 1 <= rank <= smaller:
+        raise ValueError(f"rank must be between 1 and {smaller} for a weight of {tuple(weight.shape)}, not {rank}")

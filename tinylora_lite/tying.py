@@ -31,24 +31,25 @@ class Site:
 def find_sites(model: nn.Module, target_modules: Sequence[str] | None = None) -> list[Site]:
     """The modules to adapt in tying order: block by block, and q, k, v, o, gate, up, down inside one.
 
-    Blocks stand in the order of ``named_modules()``. No weight is read, so a model on the meta device will do.
+    Blocks stand in the order of ``named_modules()``. No weight is read, so a model on the meta device will do. The
+    layers of bitsandbytes and torchao are ``nn.Linear`` too; those of other quantisation libraries often are not.
 
     Args:
         model: the model.
         target_modules: full names or last parts of names; ``None`` means those of ``MODULE_TYPES`` that there are.
 
     Raises:
-        ValueError: a target names no linear layer of the model or only quantised ones, or ``None`` finds none.
+        ValueError: a target names no linear layer of the model or one that is no ``nn.Linear``, or ``None`` finds none.
     """
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     targets = MODULE_TYPES if target_modules is None else tuple(target_modules)
     of_target = {target: [n for n in linear if f".{n}".endswith(f".{target}")] for target in targets}
     missing = [target for target, names in of_target.items() if not names]
     for name, module in model.named_modules():
-        if f".{name}".endswith(tuple(f".{target}" for target in missing)) and _stands_for_linear(module):
+        if f".{name}".endswith(tuple(f".{target}" for target in targets)) and _stands_for_linear(module):
             raise ValueError(
                 f"{name} is a {type(module).__name__} of {type(module).__module__}, no torch.nn.Linear, "
-                "as in quantised models; load the model without quantisation"
+                "as in quantised models; load the model without quantisation, or quantised by bitsandbytes or torchao"
             )
     if missing and (target_modules is not None or len(missing) == len(targets)):
         known = ", ".join(dict.fromkeys(_type_of(name) for name in linear))
