@@ -97,7 +97,7 @@ STRUCTURED_3B = {1: 252, 2: 126, 4: 63, 8: 35, 16: 21, 32: 14, 36: 7, 100: 7, "a
 def test_the_series_of_the_paper(config, tying, series):
     # Counted on one model, because building it is what takes time.
     with torch.device("meta"):
-        model = counting._without_weights(config)
+        model = counting.without_weights(config)
     for n_tie, groups in series.items():
         assert count_parameters(model, "tinylora", n_tie=n_tie, tying=tying) == groups
         assert count_parameters(model, "tinylora", u=13, n_tie=n_tie, tying=tying) == 13 * groups

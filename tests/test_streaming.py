@@ -12,7 +12,7 @@ from tinylora_lite.streaming import INDEX, decompose_checkpoint
 from tinylora_lite.svd import decompose
 
 
-@pytest.fixture(params=[None, "60KB"], ids=["one file", "shards"])
+@pytest.fixture(params=[None, "20KB"], ids=["one file", "shards"])
 def folder(model, tmp_path, request):
     sizes = {} if request.param is None else {"max_shard_size": request.param}
     model.to(torch.bfloat16).save_pretrained(tmp_path / "checkpoint", **sizes)
@@ -93,8 +93,9 @@ def test_what_is_wrong_with_a_checkpoint_is_said(folder):
             list(decompose_checkpoint(folder))
 
     config = json.loads((folder / "config.json").read_text())
+    deeper = {key: value for key, value in config.items() if key != "layer_types"} | {"num_hidden_layers": 3}
     weights = sorted(folder.glob("*.safetensors"))
-    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    (folder / "config.json").write_text(json.dumps(deeper))
     fails(ValueError, r"holds no tensor model\.layers\.2\.self_attn\.q_proj\.weight")
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {}}))
     fails(ValueError, "is quantised")
@@ -108,4 +109,4 @@ def test_what_is_wrong_with_a_checkpoint_is_said(folder):
     fails(ValueError, "is damaged|cannot be read")
     for path in weights:
         path.unlink()
-    fails(FileNotFoundError, "lacks 2 shards|lacks 3 shards|holds neither|lacks")
+    fails(FileNotFoundError, r"lacks \d+ shards|holds neither")

@@ -1,0 +1,47 @@
+"""Runs the benchmarks and writes their record; see ``--help``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from benchmarks import overhead, setup, sizes
+from tinylora_lite.runs import environment
+
+RECORD = Path(__file__).parents[1] / "book" / "results" / "benchmarks.json"
+PARTS = {
+    "svd": setup.svd,
+    "block": setup.block,
+    "shards": setup.shards,
+    "overhead": overhead.overhead,
+    "sizes": sizes.sizes,
+}
+
+
+def main() -> None:
+    """Runs the parts asked for and puts them into the record, beside those that stand there."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; without any, all of them")
+    parser.add_argument("--out", type=Path, default=RECORD, help="the record (default: the committed one)")
+    arguments = parser.parse_args()
+    unknown = set(arguments.parts) - set(PARTS)
+    if unknown:
+        parser.error(f"no part named {', '.join(sorted(unknown))}; there are: {', '.join(PARTS)}")
+    for name in arguments.parts or PARTS:
+        print(f"{name}: {(PARTS[name].__doc__ or '').splitlines()[0]}", flush=True)
+        result = PARTS[name]()
+        print(json.dumps(result, indent=1), flush=True)
+        record = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+        record[name] = result | {"environment": environment() | {"threads": torch.get_num_threads()}}
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = arguments.out.with_name(f"{arguments.out.name}.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(record, indent=1) + "\n")
+        temporary.replace(arguments.out)
+
+
+if __name__ == "__main__":
+    main()
