@@ -16,7 +16,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import tinylora_lite as tl
 from tinylora_lite import files, svd_cache
 from tinylora_lite.adapter import adapter_of
-from tinylora_lite.files import KEY, AdapterFileError, load, save
+from tinylora_lite.file_format import KEY, AdapterFileError
+from tinylora_lite.files import load, save
 from tinylora_lite.fingerprint import base_fingerprint
 from tinylora_lite.svd import decompose
 from tinylora_lite.tying import find_sites
@@ -92,7 +93,7 @@ def rewrite(path: Path, change) -> None:
         header = json.loads(file.metadata()[KEY])
     tensors = load_file(path)
     change(header, tensors)
-    header["checksum"] = files._checksum(header, tensors)
+    header["checksum"] = files.checksum(header, tensors)
     save_file(tensors, path, {KEY: json.dumps(header)})
 
 

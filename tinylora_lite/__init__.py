@@ -6,9 +6,13 @@ from tinylora_lite.calibrate import calibrate
 from tinylora_lite.config import TinyLoraConfig, lora_xs
 from tinylora_lite.counting import count_parameters, plan
 from tinylora_lite.evaluate import Score, evaluate
-from tinylora_lite.files import AdapterFileError, load, save
+from tinylora_lite.file_format import AdapterFileError
+from tinylora_lite.files import load, save
 from tinylora_lite.grpo import GRPOSettings, train_grpo
+from tinylora_lite.lora import export_lora
 from tinylora_lite.losses import grpo_advantages, grpo_loss
+from tinylora_lite.merging import merge_report, merged_weights
+from tinylora_lite.peft_files import export_peft, import_peft
 from tinylora_lite.runs import Run
 from tinylora_lite.svd import truncated_svd
 from tinylora_lite.tasks import Example, Task
@@ -29,11 +33,16 @@ __all__ = [
     "calibrate",
     "count_parameters",
     "evaluate",
+    "export_lora",
+    "export_peft",
     "grpo_advantages",
     "grpo_loss",
+    "import_peft",
     "load",
     "load_basis",
     "lora_xs",
+    "merge_report",
+    "merged_weights",
     "plan",
     "save",
     "save_basis",

@@ -80,10 +80,10 @@ class TinyLoraAdapter(nn.Module):
 
         self._model: Callable[[], nn.Module | None] = weakref.ref(model)
         self._trainable_before = {name: p.requires_grad for name, p in model.named_parameters()}
+        # Before the updates' hooks, which change what it puts out, and before the freeze: it may refuse the model.
+        through = train_through(model)
         model.requires_grad_(False)
-        # First, so that their backward pass comes last.
-        self._hooks = train_through(model)
-        self._hooks += [
+        self._hooks = through + [
             modules[name].register_forward_hook(AddUpdate(self, factors, group), with_kwargs=True)
             for (name, factors), group in zip(self._adapted.items(), self.groups, strict=True)
         ]
@@ -207,8 +207,8 @@ def attach(
 
     Raises:
         ValueError: no module or an unknown module is targeted, a weight is smaller than the rank, on the meta
-            device, not finite or quantised in an unknown format, the config's basis belongs to another model, or the model carries an
-            adapter already, or given factors do not fit. The model is untouched then.
+            device, not finite or quantised in an unknown format, the config's basis belongs to another model, the model
+            carries an adapter already, or given factors do not fit. The model is untouched then.
     """
     if adapter_of(model) is not None:
         raise ValueError(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import nn
 
 from tinylora_lite.config import TinyLoraConfig
+from tinylora_lite.quantised import stored_parameters, weight_shape
 from tinylora_lite.tying import Site, Tying, find_sites, groups_of
 
 if TYPE_CHECKING:
@@ -60,13 +62,13 @@ def count_parameters(
     settings = TinyLoraConfig(u=u, n_tie=n_tie, tying=tying, target_modules=target_modules)
     model = without_weights(model_or_config)
     if method == "full":
-        return sum(parameter.numel() for parameter in model.parameters())
+        return sum(math.prod(stored.shape) for stored in stored_parameters(model))
     sites = find_sites(model, settings.target_modules)
     if method == "tinylora":
         return u * _groups(sites, n_tie, tying)
     if type(rank) is not int or rank < 1:
         raise ValueError(f'"{method}" needs rank=, a whole number of at least 1, not {rank!r}')
-    shapes = [tuple(model.get_parameter(f"{site.name}.weight").shape) for site in sites]
+    shapes = [weight_shape(model.get_submodule(site.name)) for site in sites]
     if method == "lora":
         return sum(rank * (out_features + in_features) for out_features, in_features in shapes)
     if method == "vera":

@@ -7,7 +7,6 @@ without a sign. The checks find accidents and careless edits; a file is not sign
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import warnings
@@ -25,21 +24,23 @@ from tinylora_lite.adapter import TinyLoraAdapter, attach
 from tinylora_lite.basis import Basis, load_basis
 from tinylora_lite.config import TinyLoraConfig
 from tinylora_lite.factors import Factors
+from tinylora_lite.file_format import (
+    DTYPES,
+    FACTORS,
+    FORMAT,
+    KEY,
+    AdapterFileError,
+    Precision,
+    base_dtype,
+    base_name,
+    checksum,
+    names_hash,
+    read_file,
+)
 from tinylora_lite.fingerprint import base_fingerprint, decomposition
 from tinylora_lite.tying import find_sites
 
-FORMAT = "tinylora-adapter-1"
-KEY = "tinylora"
 SHIPPED_BASES = Path(__file__).parent / "nano" / "checkpoints"
-
-FACTORS = ("left", "right", "projection")
-
-Precision = Literal["fp32", "fp16", "bf16"]
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-class AdapterFileError(ValueError):
-    """An adapter file that cannot be used, and why: damaged, foreign, edited, or made for another base."""
 
 
 def save(
@@ -92,13 +93,13 @@ def save(
     header = {
         "format": FORMAT,
         "settings": _settings(adapter.config),
-        "modules": _names_hash(adapter.names),
-        "base": _base_name(model),
+        "modules": names_hash(adapter.names),
+        "base": base_name(model),
         "base_revision": getattr(getattr(model, "config", None), "_commit_hash", None),
         "base_sha256": base_fingerprint(model),
-        "base_dtype": _base_dtype(model),
+        "base_dtype": base_dtype(model),
     }
-    header["checksum"] = _checksum(header, tensors)
+    header["checksum"] = checksum(header, tensors)
     # One entry: safetensors writes several in an order of the moment.
     content = safetensors.torch.save(tensors, {KEY: json.dumps(header, sort_keys=True)})
     path = Path(path)
@@ -137,7 +138,7 @@ def load(
             The model is untouched then.
     """
     path = Path(path)
-    header, tensors = _read(path)
+    header, tensors = read_file(path)
     vectors = tensors["vectors"].float()
     try:
         settings = dict(header["settings"])
@@ -146,7 +147,7 @@ def load(
         names = tuple(site.name for site in find_sites(model, settings["target_modules"]))
         _check_base(path, model, names, header)
         if settings["projection"] not in ("random", "identity"):
-            settings["projection"] = _find_basis(settings["projection"], basis, path)
+            settings["projection"] = find_basis(settings["projection"], basis, path)
         stored = {names[int(key.partition(".")[2])] for key in tensors if key not in ("vectors", "decomposition")}
         given = {n: Factors(*(tensors[f"{p}.{names.index(n)}"] for p in FACTORS)) for n in sorted(stored)}
         adapter = attach(model, TinyLoraConfig(**settings), factors=given, cache=cache)
@@ -206,29 +207,6 @@ def _settings(config: TinyLoraConfig) -> dict[str, Any]:
     return settings
 
 
-def _names_hash(names: tuple[str, ...]) -> str:
-    return hashlib.sha256(json.dumps(names).encode()).hexdigest()
-
-
-def _base_name(model: nn.Module) -> str:
-    name = str(getattr(model, "name_or_path", "") or "")
-    # A folder on the machine that saved is nobody's business and nobody's help.
-    return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
-
-
-def _base_dtype(model: nn.Module) -> str:
-    return ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()}))
-
-
-def _checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    kept = {key: value for key, value in header.items() if key != "checksum"}
-    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _check_decomposition(path: Path, adapter: TinyLoraAdapter, stored: Tensor) -> None:
     here = decomposition(adapter)
     if stored.shape != here.shape:
@@ -249,15 +227,20 @@ def _check_decomposition(path: Path, adapter: TinyLoraAdapter, stored: Tensor) -
 
 def _check_base(path: Path, model: nn.Module, names: tuple[str, ...], header: Mapping[str, Any]) -> None:
     made_for = f"{path} was made for {header['base'] or 'a model without a name'}"
-    if _names_hash(names) != header["modules"]:
+    if names_hash(names) != header["modules"]:
         raise AdapterFileError(f"{made_for}, whose adapted modules are others than the {len(names)} of this model")
     if base_fingerprint(model) != header["base_sha256"]:
-        here, there = _base_dtype(model), header["base_dtype"]
+        here, there = base_dtype(model), header["base_dtype"]
         cure = f"load that base in {there}, not in {here}" if here != there else "load the base it was trained on"
         raise AdapterFileError(f"{made_for}, and this model's weights differ from that base's; {cure}")
 
 
-def _find_basis(wanted: str, given: Basis | str | Path | None, path: Path) -> Basis:
+def find_basis(wanted: str, given: Basis | str | Path | None, path: Path) -> Basis:
+    """The calibrated basis with a fingerprint, for the adapter file at ``path``; see :func:`load`.
+
+    Raises:
+        AdapterFileError: it is not there.
+    """
     if isinstance(given, Basis):
         if given.fingerprint() == wanted:
             return given
@@ -278,29 +261,3 @@ def _find_basis(wanted: str, given: Basis | str | Path | None, path: Path) -> Ba
         if basis.fingerprint() == wanted:
             return basis
     raise AdapterFileError(f"{path} needs the calibrated basis {wanted[:12]}…, not found {searched}; pass it as basis=")
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no adapter file at {path}; tl.save writes one")
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {}).get(KEY, "null"))
-            if not isinstance(header, dict):
-                raise AdapterFileError(f"{path} is a safetensors file, but no adapter file of this library")
-            found = header.get("format")
-            if found != FORMAT:
-                raise AdapterFileError(f"{path} has the format {found}, not {FORMAT}; upgrade tinylora_lite")
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        intact = header.get("checksum") == _checksum(header, tensors)
-    except AdapterFileError:
-        raise
-    except (safetensors.SafetensorError, RuntimeError, TypeError, ValueError) as error:
-        raise AdapterFileError(f"{path} is damaged or no adapter file ({error})") from error
-    if not intact:
-        raise AdapterFileError(f"{path} is damaged or was edited: its checksum does not fit its content; get it again")
-    if not {"vectors", "decomposition"} <= tensors.keys():
-        raise AdapterFileError(f"{path} holds no vectors or no decomposition")
-    if tensors["vectors"].ndim != 2 or not torch.isfinite(tensors["vectors"]).all():
-        raise AdapterFileError(f"{path} holds no vectors of finite numbers")
-    return header, tensors

@@ -139,7 +139,8 @@ def train_through(model: nn.Module) -> list[RemovableHandle]:
     for name, module, kind in quantised:
         if kind == "bitsandbytes 4-bit" and (problem := _problem(module)):
             raise ValueError(f"{name} {problem}")
-    _set_packing(model, False)
+    for module in _packable(model):
+        module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     return [
         module.register_forward_hook(_straight_through, with_kwargs=True)
         for _, module, kind in quantised
@@ -149,14 +150,15 @@ def train_through(model: nn.Module) -> list[RemovableHandle]:
 
 def allow_packing(model: nn.Module) -> None:
     """Lets bitsandbytes pack 4-bit layers for inference again, on the CPUs where it does."""
-    if any(quantisation_of(module) == "bitsandbytes 4-bit" for module in model.modules()):
-        _set_packing(model, _bitsandbytes().has_avx512bf16())
+    for module in _packable(model):
+        module.support_avx512bf16_for_cpu = _bitsandbytes().has_avx512bf16()
 
 
-def _set_packing(model: nn.Module, allowed: bool) -> None:
+def _packable(model: nn.Module) -> Iterator[nn.Module]:
     for module in model.modules():
-        if quantisation_of(module) == "bitsandbytes 4-bit":
-            module.support_avx512bf16_for_cpu = allowed  # type: ignore[assignment]
+        # Versions before 0.49 have no such packing.
+        if quantisation_of(module) == "bitsandbytes 4-bit" and hasattr(module, "support_avx512bf16_for_cpu"):
+            yield module
 
 
 class _ThroughDense(torch.autograd.Function):
@@ -206,9 +208,8 @@ def _problem(module: nn.Module) -> str | None:
         unfinished = "is not quantised yet; bitsandbytes does that when model.to(device) is called, on a CPU too"
         return unfinished if state is None else None
     if kind is None and (weight.dtype not in FLOATING or weight.ndim != 2):
-        where = "" if type(module) is nn.Linear else f" in {layer}"
         held = f"{weight.dtype} weights of shape {tuple(weight.shape)}"
-        return f"holds {held}, as quantised layers do{where}; {CURE}"
+        return f"holds {held}, as quantised layers do; {CURE} (it is {layer})"
     # A sharded weight is a subclass of torch's own, and no quantised one.
     if kind is None and type(weight.data) is not Tensor and type(weight.data).__name__ != "DTensor":
         return f"holds a {type(weight.data).__name__}, as quantised layers do; {CURE}"

@@ -34,7 +34,8 @@ class AddUpdate:
     ) -> Tensor:
         if not self.adapter.enabled:
             return output
-        x, factors = args[0] if args else kwargs["input"], self.factors
+        # bitsandbytes calls its argument x, torch calls it input.
+        x, factors = args[0] if args else next(iter(kwargs.values())), self.factors
         as_peft = self.adapter.config.arithmetic == "float32"
         dtype = torch.float32 if as_peft else output.dtype
         factors.move_to(x.device)

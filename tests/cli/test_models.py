@@ -3,7 +3,7 @@
 import pytest
 from transformers import Qwen2Config
 
-from tinylora_lite.cli.models import LLAMA, NAMES, QWEN, model_config
+from tinylora_lite.cli.models import LLAMA, NAMES, QWEN, QWEN3, model_config
 from tinylora_lite.counting import count_parameters
 
 RANK_ONE_LORA = {
@@ -11,10 +11,16 @@ RANK_ONE_LORA = {
     "qwen2.5-1.5b": 1_154_048,
     "qwen2.5-3b": 1_870_848,
     "qwen2.5-7b": 2_523_136,
+    "qwen3-8b": 2_727_936,
     "llama-3.2-3b": 1_519_616,
     "llama-3.1-8b": 2_621_440,
 }
-ALL_WEIGHTS = {"qwen2.5-7b": 7_615_616_512, "qwen2.5-0.5b": 494_032_768, "llama-3.1-8b": 8_030_261_248}
+ALL_WEIGHTS = {
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-8b": 8_190_735_360,
+    "llama-3.1-8b": 8_030_261_248,
+}
 
 
 @pytest.mark.parametrize("name", RANK_ONE_LORA)
@@ -29,7 +35,7 @@ def test_all_weights(name):
 
 
 def test_every_name_is_tested():
-    assert set(NAMES) == {"nano", *QWEN, *LLAMA} == {"nano", *RANK_ONE_LORA}
+    assert set(NAMES) == {"nano", *QWEN, *QWEN3, *LLAMA} == {"nano", *RANK_ONE_LORA}
 
 
 @pytest.mark.parametrize("name", ["Qwen/Qwen2.5-7B-Instruct", "QWEN2.5-7B", "qwen2.5-7b-instruct"])

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, LlamaConfig, PretrainedConfig, Qwen2Config
+from transformers import AutoConfig, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from tinylora_lite import nano
 
@@ -29,11 +29,14 @@ QWEN: dict[str, dict[str, Any]] = {
     "qwen2.5-3b": _shape(2048, 36, 16, 2, 11_008, 151_936, tied=True),
     "qwen2.5-7b": _shape(3584, 28, 28, 4, 18_944, 152_064, tied=False),
 }
+QWEN3: dict[str, dict[str, Any]] = {
+    "qwen3-8b": _shape(4096, 36, 32, 8, 12_288, 151_936, tied=False) | {"head_dim": 128},
+}
 LLAMA: dict[str, dict[str, Any]] = {
     "llama-3.2-3b": _shape(3072, 28, 24, 8, 8192, 128_256, tied=True),
     "llama-3.1-8b": _shape(4096, 32, 32, 8, 14_336, 128_256, tied=False),
 }
-NAMES = ("nano", *QWEN, *LLAMA)
+NAMES = ("nano", *QWEN, *QWEN3, *LLAMA)
 
 HELP = f"a config.json, a folder that holds one, or one of: {', '.join(NAMES)}"
 
@@ -56,6 +59,8 @@ def model_config(name: str) -> PretrainedConfig:
         return _read(nano.CHECKPOINTS / nano.BASE / "config.json")
     if known in QWEN:
         return Qwen2Config(**QWEN[known])
+    if known in QWEN3:
+        return Qwen3Config(**QWEN3[known])
     if known in LLAMA:
         return LlamaConfig(**LLAMA[known])
     raise ValueError(f"no model named {name}; give the path of a config.json, or one of: {', '.join(NAMES)}")
