@@ -30,10 +30,10 @@ def power_law(count: int, exponent: float = 0.5) -> Tensor:
     return torch.arange(1, count + 1, dtype=torch.float64) ** -exponent
 
 
-def cliff(count: int, kept: int = 2, gap: float = 0.05) -> Tensor:
-    """``[count]`` float64: ``kept`` values, a gap of 5 % after each, and then a slow power law, ``i^(-0.15)``."""
+def cliff(count: int, exponent: float = 0.5, kept: int = 2, gap: float = 0.05) -> Tensor:
+    """``[count]`` float64: ``kept`` values, a gap of 5 % after each, and then ``i^(-exponent)``."""
     head = (1 - gap) ** torch.arange(kept + 1, dtype=torch.float64)
-    return torch.cat([head[:-1], head[-1] * power_law(count - kept, 0.15)])
+    return torch.cat([head[:-1], head[-1] * power_law(count - kept, exponent)])
 
 
 def with_spectrum(shape: tuple[int, int], values: Tensor, seed: int = 0) -> Tensor:

@@ -65,7 +65,7 @@ SPECTRA = {
 @pytest.mark.parametrize("name", SPECTRA)
 def test_the_iteration_finds_the_truncation(name):
     matrix = with_spectrum(LARGE, SPECTRA[name])
-    assert relative_error(truncation(truncated_svd(matrix, 2)), exact(matrix, 2)) < 1e-5
+    assert relative_error(truncation(truncated_svd(matrix, 2)), exact(matrix, 2)) < 1e-4
 
 
 def test_the_iteration_without_a_gap():
@@ -195,8 +195,8 @@ def test_what_another_machine_would_find(shape, values, portable):
         # LAPACK in float64 stands for the other machine.
         U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
         U, S, Vh = canonical_signs(U[:, :2], S[:2], Vh[:2])
-        assert (found.U - U).norm(dim=0).max() < 3e-5
-        assert (found.Vh - Vh).norm(dim=1).max() < 3e-5
+        assert (found.U - U).norm(dim=0).max() < 1e-4
+        assert (found.Vh - Vh).norm(dim=1).max() < 1e-4
 
 
 def test_the_last_value_has_nothing_beyond_it():

@@ -19,8 +19,10 @@ SAMPLE = 8
 """One row of so many is in the sample on which a start is found."""
 MOST_BLOCKS = 24
 """When the iteration gives up; directions that stand out at all take three to eight blocks."""
-ANGLE = 3e-5
-"""How far a vector may be from the true one, in radians."""
+ANGLE = 1e-4
+"""How far a vector may stand out of the true ones' span, in radians. The same start stops at the same point anywhere."""
+TURN = 3e-5
+"""How far rounding may turn a vector towards its neighbours, in radians: this part differs from machine to machine."""
 EQUAL = 1e-5
 """Values closer than this, as a fraction of the largest, count as one value, whose vectors may turn freely."""
 ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-13}
@@ -44,7 +46,7 @@ class Triplets:
     residuals: Tensor
 
     def settled(self, rank: int) -> bool:
-        """Whether the first ``rank`` vectors are within ``ANGLE`` of the true ones.
+        """Whether the first ``rank`` vectors are within ``ANGLE`` and ``TURN`` of the true ones.
 
         A residual turns a vector out of the span by its size over the distance to the values out there, and towards
         a neighbour in the span only by its square over the distances; rounding turns it there by itself.
@@ -54,7 +56,7 @@ class Triplets:
         gaps = torch.minimum(after, torch.cat([after[:1], after[:-1]]))
         gaps = torch.where(gaps > EQUAL * values[0], gaps, values[:rank])
         outwards = residuals <= ANGLE * (values[:rank] - values[-1])
-        inwards = residuals**2 + rounding * values[:rank] <= ANGLE * gaps * values[:rank]
+        inwards = residuals**2 + rounding * values[:rank] <= TURN * gaps * values[:rank]
         return bool((outwards & inwards).all())
 
 
@@ -82,7 +84,7 @@ def _start(matrix: Tensor, width: int, seed: int) -> Tensor:
     # Drawn on the CPU, so that a GPU starts from the same numbers.
     block = torch.randn(width, matrix.shape[1], generator=torch.Generator().manual_seed(seed)).to(matrix.device)
     sample = matrix[::SAMPLE].float().contiguous()
-    for _ in range(3):
+    for _ in range(5):
         _, block = _there_and_back(sample, _orthonormal(block))
     return _orthonormal(block)
 

@@ -46,7 +46,7 @@ def truncated_svd(weight: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Ten
 
     Small matrices are decomposed exactly, in float64. Where ``rank`` is far below both sides, block Krylov iteration
     (Musco and Musco, arXiv 1504.05477) runs in float32 until the residuals say that every vector stands still to
-    3e-5 radians, and in float64 where singular values lie too close for that. A large matrix without leading
+    1e-4 radians, and in float64 where singular values lie too close for that. A large matrix without leading
     directions, one of mere noise for instance, never settles; it gets a good approximation of low rank.
 
     Args:
