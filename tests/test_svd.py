@@ -76,7 +76,7 @@ def test_the_iteration_without_a_gap():
 
 def test_neighbours_closer_than_float32_resolves():
     # In float32 these two vectors mix; the numbers v would mean something else on another machine.
-    matrix = with_spectrum((600, 520), [2.0, 2.0 * (1 - 1e-5), *[1.0] * 518])
+    matrix = with_spectrum((600, 520), [2.0, 2.0 * (1 - 5e-5), *[1.0] * 518])
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
     found, wanted = truncated_svd(matrix, 2), canonical_signs(U[:, :2], S[:2], Vh[:2])
     torch.testing.assert_close(found[0].double(), wanted[0], atol=1e-4, rtol=0)
