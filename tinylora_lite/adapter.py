@@ -247,7 +247,8 @@ def _all_factors(
     with progress_bar("SVD", len(names), show=large) as advance:
         for index, (name, weight) in enumerate(weights.items()):
             if name in given:
-                found[name] = Factors(*(part.to(weight.device) for part in _tensors(given[name])))
+                left, right, projection = (part.to(weight.device) for part in _tensors(given[name]))
+                found[name] = Factors(left, right, projection)
             else:
                 try:
                     triplets = cached_decompose(dense_weight(modules[name]), config.rank, config.seed, cache)

@@ -148,8 +148,7 @@ def load(
         _check_base(path, model, names, header)
         if settings["projection"] not in ("random", "identity"):
             settings["projection"] = find_basis(settings["projection"], basis, path)
-        stored = {names[int(key.partition(".")[2])] for key in tensors if key not in ("vectors", "decomposition")}
-        given = {n: Factors(*(tensors[f"{p}.{names.index(n)}"] for p in FACTORS)) for n in sorted(stored)}
+        given = _stored_in(tensors, names)
         adapter = attach(model, TinyLoraConfig(**settings), factors=given, cache=cache)
     except AdapterFileError:
         raise
@@ -187,14 +186,22 @@ def _stored_factors(adapter: TinyLoraAdapter, factors: bool | Literal["auto"]) -
         )
     doubtful = [name for name in adapter.names if name not in adapter.given and not adapter.factors(name).portable]
     if doubtful and factors is not True:
+        others = f" (and of {len(doubtful) - 1} others)" if len(doubtful) > 1 else ""
         warnings.warn(
-            f"{len(doubtful)} weights, {doubtful[0]} among them, have singular values near the cut that are too close "
-            "for their vectors to be the same on every machine; "
-            + ("the file may not load elsewhere" if factors is False else "their factors are stored too"),
+            f"singular values of {doubtful[0]}{others} are too close for the same vectors on every machine; "
+            + ("the file may not load elsewhere" if factors is False else "its factors are stored too"),
             stacklevel=3,
         )
-    stored = {True: set(adapter.names), False: set()}.get(factors, adapter.given | set(doubtful))
-    return [index for index, name in enumerate(adapter.names) if name in stored]
+    wanted = {"auto": adapter.given | set(doubtful), True: set(adapter.names), False: set()}[factors]
+    return [index for index, name in enumerate(adapter.names) if name in wanted]
+
+
+def _stored_in(tensors: Mapping[str, Tensor], names: tuple[str, ...]) -> dict[str, Factors]:
+    indices = sorted({int(key.partition(".")[2]) for key in tensors if key not in ("vectors", "decomposition")})
+    return {
+        names[index]: Factors(tensors[f"left.{index}"], tensors[f"right.{index}"], tensors[f"projection.{index}"])
+        for index in indices
+    }
 
 
 def _settings(config: TinyLoraConfig) -> dict[str, Any]:
@@ -210,7 +217,9 @@ def _settings(config: TinyLoraConfig) -> dict[str, Any]:
 def _check_decomposition(path: Path, adapter: TinyLoraAdapter, stored: Tensor) -> None:
     here = decomposition(adapter)
     if stored.shape != here.shape:
-        raise AdapterFileError(f"{path} is damaged: it describes {len(stored)} weights of {len(here)}")
+        raise AdapterFileError(
+            f"{path} is damaged: it describes its weights by a table of {list(stored.shape)}, not {list(here.shape)}"
+        )
     # What float32 and an early stop of the SVD's iteration move stays far below; a flipped sign lies far above.
     apart = (stored - here).abs()
     # Given factors have no singular values, and were read from this very file.

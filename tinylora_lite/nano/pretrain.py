@@ -185,7 +185,7 @@ def pretrain(
                     torch.save(state, state_file.with_suffix(".tmp"))
                     os.replace(state_file.with_suffix(".tmp"), state_file)
 
-    model.to(torch.float16).save_pretrained(folder)
+    model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "pretrain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log), encoding="utf-8")
     # The recipe comes last: a folder that has one holds a finished base.
