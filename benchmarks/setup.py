@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -101,7 +101,7 @@ def _stream(folder: Path) -> Callable[[], Any]:
 
 
 def _alone(make: Callable[..., Callable[[], Any]], *arguments: Any) -> dict[str, float]:
-    """Seconds of what ``make`` returns, and how far the process's peak memory rose over it, in a process of its own."""
+    """Seconds of what ``make`` returns and how far the memory rose, in a process of its own; memory on Linux only."""
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=_measure, args=(send, make, arguments))
@@ -118,11 +118,26 @@ def _alone(make: Callable[..., Callable[[], Any]], *arguments: Any) -> dict[str,
 
 def _measure(pipe: Any, make: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...]) -> None:
     work = make(*arguments)
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    before, peak, done = _memory(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            peak[0] = max(peak[0], _memory())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.perf_counter()
     work()
     seconds = time.perf_counter() - start
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    pipe.send({"seconds": seconds, "peak_megabytes": (after - before) * 1024 / 1e6})
+    done.set()
+    watcher.join()
+    pipe.send({"seconds": seconds, "peak_megabytes": max(0, peak[0] - before) / 1e6})
+
+
+def _memory() -> int:
+    """Bytes that the process holds itself; pages of files that are mapped, which the system may drop, left out."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
 
 
 def _write_checkpoint(folder: Path) -> None:

@@ -1,8 +1,8 @@
 """Weights whose truncated SVD is known exactly, as fast to make as to read.
 
-``W = A diag(σ) Bᵀ``, where A and B are products of random sign flips and discrete cosine transforms: orthogonal,
+``W = A diag(s) Bᵀ``, where A and B are products of random sign flips and discrete cosine transforms: orthogonal,
 without structure that a method could lean on, and made in seconds where a random orthogonal matrix takes minutes.
-The spectrum falls as a power of the index, ``σᵢ = i^(-1/2)``: the exponents fitted to the upper half of the spectra
+The spectrum falls as a power of the index, ``sᵢ = i^(-1/2)``: the exponents fitted to the upper half of the spectra
 in the nano base's middle block run from 0.48 (down_proj) to 1.2 (o_proj), and the lowest is the hardest.
 """
 
