@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 TOKENS = 512
-ROUNDS = 15
+ROUNDS = 8
 
 
 def overhead() -> dict[str, Any]:

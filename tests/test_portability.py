@@ -27,7 +27,7 @@ with torch.no_grad():
 torch.save(logits, sys.argv[4])
 """
 PYTHONS = [sys.executable, *filter(None, os.environ.get("TINYLORA_OTHER_PYTHONS", "").split(os.pathsep))]
-"""Other interpreters with the library's requirements, to be tried too: ``TINYLORA_OTHER_PYTHONS=/path/to/python3.13``."""
+"""Other interpreters with the library's requirements join in by ``TINYLORA_OTHER_PYTHONS=/path/to/python3.13``."""
 
 
 @pytest.fixture(scope="module", params=["random", "calibrated", "lora-xs"])

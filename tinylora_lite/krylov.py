@@ -20,7 +20,7 @@ SAMPLE = 8
 MOST_BLOCKS = 24
 """When the iteration gives up; directions that stand out at all take three to eight blocks."""
 ANGLE = 1e-4
-"""How far a vector may stand out of the true ones' span, in radians. The same start stops at the same point anywhere."""
+"""How far a vector may stand out of the true ones' span, in radians; equal starts stop alike everywhere."""
 TURN = 3e-5
 """How far rounding may turn a vector towards its neighbours, in radians: this part differs from machine to machine."""
 EQUAL = 1e-5

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from tinylora_lite.factors import Factors
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 
 class AddUpdate:
     """The forward hook of one module: adds ``x rightᵀ Rᵀ leftᵀ`` to its output; an object, so that it can be pickled.
-
-    The sum is made where the output lies: a second tensor of that size would cost more than the products.
 
     Attributes:
         adapter: whose numbers drive the module.
@@ -36,18 +35,39 @@ class AddUpdate:
             return output
         # bitsandbytes calls its argument x, torch calls it input.
         x, factors = args[0] if args else next(iter(kwargs.values())), self.factors
-        as_peft = self.adapter.config.arithmetic == "float32"
-        dtype = torch.float32 if as_peft else output.dtype
         factors.move_to(x.device)
         R = factors.mixing(self.adapter.vectors[self.group])
         # The r-dimensional middle and v's gradient stay in float32, under autocast too: they cost nothing.
         device = x.device.type
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-            narrow = F.linear(x.to(dtype), factors.right.to(dtype)).float()
-            narrow, left = F.linear(narrow, R).to(dtype), factors.left.to(dtype)
-            if as_peft:
-                return (output + F.linear(narrow, left)).to(output.dtype)
+            if self.adapter.config.arithmetic == "float32":
+                narrow = F.linear(F.linear(x.float(), factors.right), R)
+                return (output + F.linear(narrow, factors.left)).to(output.dtype)
+            left, right = factors.left.to(output.dtype), factors.right.to(output.dtype)
             if output._is_view() or not output.is_contiguous():
-                return output + F.linear(narrow, left)
-            output.flatten(0, -2).addmm_(narrow.flatten(0, -2), left.T)
-            return output
+                output = output.clone()
+            added: Tensor = _Added.apply(output, x.to(output.dtype), R, left, right)  # type: ignore[no-untyped-call]
+            return added
+
+
+class _Added(torch.autograd.Function):
+    """``output + x rightᵀ Rᵀ leftᵀ``, made where the output lies: a second tensor of its size would cost the most."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, x: Tensor, R: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        narrow = F.linear(x, right).view(-1, len(right)).float()
+        output.view(-1, len(left)).addmm_(F.linear(narrow, R).to(left.dtype), left.T)
+        ctx.save_for_backward(narrow, R, left, right)
+        ctx.mark_dirty(output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        narrow, R, left, right = ctx.saved_tensors
+        # From the left: with the two or so columns of the factor on the right, BLAS takes three times as long.
+        onto_left = (left.T @ gradient.reshape(-1, len(left)).T).T.float()
+        of_x = None
+        if ctx.needs_input_grad[1]:
+            of_x = ((onto_left @ R).to(right.dtype) @ right).view(*gradient.shape[:-1], right.shape[1])
+        return gradient, of_x, onto_left.T @ narrow, None, None

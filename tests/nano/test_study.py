@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 
+from tinylora_lite import lora_xs
 from tinylora_lite.nano import study
-from tinylora_lite.nano.study import CALIBRATED, CURVE, HEADLINES, PAPER, Trial
+from tinylora_lite.nano.study import CALIBRATED, CURVE, HEADLINES, LORA, LORA_XS, PAPER, XS_LARGE, XS_ONE, XS_TWO, Trial
 from tinylora_lite.nano.task import task as make_task
 
 
@@ -18,7 +19,7 @@ def write(folder, trial: Trial, sampled: float) -> None:
 
 
 def test_every_trial_has_a_name_of_its_own():
-    trials = [*study.sweep(), *HEADLINES, *CURVE]
+    trials = [*study.sweep(), *HEADLINES, *CURVE, *study.sweep(LORA_XS), *LORA_XS]
     names = [trial.name for trial in trials]
     assert len(set(names)) == len(names)
     assert all(name.split("/")[1] in ("validation", "test") for name in names)
@@ -59,6 +60,36 @@ def test_a_trial_runs_and_leaves_a_record(tmp_path, monkeypatch):
     assert len(record["vectors"]) == 13
     assert record["run"]["settings"]["learning_rate"] == trial.learning_rate
     assert record["sampled"]["n"] == record["greedy"]["n"] == 8
+
+
+def test_lora_xs_and_lora_train_what_they_say(tmp_path, monkeypatch):
+    small = make_task(64, 8, 8)
+    monkeypatch.setattr(study.nano, "task", lambda: small)
+    made = {trial.rank: study.adapter_config(trial) for trial in (XS_ONE, replace(XS_TWO, sigma="split"), XS_LARGE)}
+    assert made == {1: lora_xs(1), 2: lora_xs(2, sigma="split"), 32: lora_xs(32, sigma="right")}
+    parameters = {}
+    for trial in (XS_LARGE, LORA):
+        record = study.run_trial(replace(trial, steps=1), tmp_path)
+        parameters[trial.method, trial.rank] = (record["run"]["parameters"], len(record["vectors"]))
+    # 50,176 numbers would make a record of megabytes.
+    assert parameters == {("LoRA-XS", 32): (50_176, 0), ("LoRA", 1): (15_680, 0)}
+
+
+def test_one_command_sweeps_on_validation_and_reports_the_best_rate_on_test(tmp_path, monkeypatch):
+    def pretend(trial: Trial, folder) -> dict:
+        write(folder, trial, accuracy := trial.learning_rate)
+        done.append(trial)
+        return {"sampled": {"accuracy": accuracy}, "greedy": {"accuracy": accuracy}, "seconds": 1.0}
+
+    done: list[Trial] = []
+    monkeypatch.setattr(study, "run_trial", pretend)
+    monkeypatch.setattr("sys.argv", ["study", "lora-xs", "--seeds", "3", "4", "--folder", str(tmp_path)])
+    study.main()
+    swept, reported = done[: 3 * len(LORA_XS)], done[3 * len(LORA_XS) :]
+    assert {trial.split for trial in swept} == {"validation"}
+    assert {(trial.split, trial.seed) for trial in reported} == {("test", 3), ("test", 4)}
+    assert len(reported) == 2 * len(LORA_XS)
+    assert all(trial.learning_rate == max(study.rates_of(trial)) for trial in reported)
 
 
 def test_the_committed_records_meet_the_bars_of_the_world():

@@ -129,7 +129,7 @@ def serve(ours: Ours, model: Path, pairs: list[tuple[str, str | None]]) -> dict[
         "VLLM_LOGGING_LEVEL": "WARNING",
     }
     command = [os.environ["VLLM_PYTHON"], str(Path(__file__).with_name("serve_vllm.py")), job_path, answers_path]
-    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     result = json.loads(answers_path.read_text(encoding="utf-8"))
     print(

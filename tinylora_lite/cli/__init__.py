@@ -1,4 +1,4 @@
-"""The command line: ``tinylora demo | count | plan``.
+"""The command line: ``tinylora demo | count | plan | export | inspect``.
 
 Exit code 0 only on success. An error is one line on stderr: 1 where the work failed, 2 where the command line was
 wrong, 130 after Ctrl-C.
@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from tinylora_lite import __version__
-from tinylora_lite.cli import count, demo, plan
+from tinylora_lite.cli import count, demo, export, inspect, plan
 
-COMMANDS = {"demo": demo, "count": count, "plan": plan}
+COMMANDS = {"demo": demo, "count": count, "plan": plan, "export": export, "inspect": inspect}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,11 @@ from tinylora_lite import nano
 from tinylora_lite.adapter import attach
 from tinylora_lite.basis import load_basis, save_basis
 from tinylora_lite.calibrate import calibrate
-from tinylora_lite.config import TinyLoraConfig
+from tinylora_lite.config import Sigma, TinyLoraConfig, lora_xs
 from tinylora_lite.evaluate import Completion, evaluate
 from tinylora_lite.grpo import train_grpo
 from tinylora_lite.grpo_settings import GRPOSettings
+from tinylora_lite.nano.lora import train_lora
 from tinylora_lite.runs import environment
 
 Record = dict[str, Any]
@@ -41,14 +43,16 @@ class Trial:
     """One training run: which numbers train, how fast, from which seed.
 
     Attributes:
-        method: where the numbers point: ``"random"``, ``"calibrated"``, or ``"all weights"``.
+        method: where the numbers point: ``"random"``, ``"calibrated"``, ``"LoRA-XS"`` (all entries of R),
+            ``"LoRA"`` (PEFT's), or ``"all weights"``.
         learning_rate: of Adam at the first step; it falls linearly to zero.
         seed: moves the data order, the sampling, and P or the calibration.
-        rank, u, n_tie: of the adapter; 0 where all weights train.
+        rank, u, n_tie: of the adapter; 0 where the method leaves no choice.
         looks: of the calibration.
         steps: of GRPO.
         split: what the trained model is scored on: ``"validation"`` in a sweep, ``"test"`` in the report.
         base: the name of a shipped base.
+        sigma: where Σ stands.
     """
 
     method: str
@@ -61,12 +65,17 @@ class Trial:
     steps: int = 30
     split: str = "test"
     base: str = nano.BASE
+    sigma: Sigma = "left"
 
     @property
     def name(self) -> str:
         method = self.method.replace(" ", "-")
-        if self.method != "all weights":
-            method += f"-r{self.rank}-u{self.u}-tie{self.n_tie}"
+        if self.rank:
+            method += f"-r{self.rank}"
+        if self.u:
+            method += f"-u{self.u}-tie{self.n_tie}"
+        if self.method == "LoRA-XS" or self.sigma != "left":
+            method += f"-{self.sigma}"
         if self.method == "calibrated" and self.looks != 2:
             method += f"-looks{self.looks}"
         return f"{self.base}/{self.split}/{method}-lr{self.learning_rate:g}-seed{self.seed}"
@@ -86,7 +95,20 @@ CURVE = (
     *(replace(CALIBRATED, u=u) for u in (1, 4)),
     *(replace(CALIBRATED, rank=rank) for rank in (1, 2)),
 )
+XS_ONE = Trial("LoRA-XS", 0.2, rank=1, sigma="right")
+"""One number for each module, for which it does not matter where Σ stands."""
+XS_TWO = replace(XS_ONE, learning_rate=0.1, rank=2)
+XS_LARGE = replace(XS_ONE, learning_rate=0.0025, rank=32)
+LORA = Trial("LoRA", 1e-3, rank=1)
+LORA_XS = (
+    *(replace(XS_TWO, sigma=sigma) for sigma in ("left", "split", "right")),
+    *(replace(XS_LARGE, sigma=sigma) for sigma in ("left", "right")),
+    XS_ONE,
+    LORA,
+)
 SEEDS = range(5)
+KEPT = 1000
+"""The most trained numbers that a record holds; more would make it a file of megabytes."""
 
 
 def rates_of(trial: Trial) -> tuple[float, ...]:
@@ -95,19 +117,21 @@ def rates_of(trial: Trial) -> tuple[float, ...]:
     One random number of the control drives 49 modules with 64 entries each: its P is about twenty times as long as a
     calibrated direction, and its rates are smaller by that much.
     """
-    if trial.method == "all weights":
+    if trial.method in ("all weights", "LoRA"):
         return (3e-4, 1e-3, 3e-3)
+    if trial.method == "LoRA-XS" and trial.rank > 1:
+        return (0.05, 0.1, 0.2) if trial.rank == 2 else (0.00125, 0.0025, 0.005)
     return (0.005, 0.01, 0.02) if trial.method == "random" and trial.u == 13 else (0.1, 0.2, 0.4)
 
 
-def sweep() -> list[Trial]:
-    """Three learning rates for every headline, scored on the validation split: seed 0, and for r = 1 two seeds more.
+def sweep(shapes: Sequence[Trial] = HEADLINES) -> list[Trial]:
+    """Three learning rates for every shape, scored on the validation split: seed 0, and for ``RANK_ONE`` two more.
 
-    Of r = 1 the first report had taken the rate that was best for seed 0, and it destroyed the model on other seeds.
+    Of that the first report had taken the rate that was best for seed 0, and it destroyed the model on other seeds.
     """
     return [
         replace(trial, learning_rate=rate, seed=seed, split="validation")
-        for trial in HEADLINES
+        for trial in shapes
         for seed in (range(3) if trial == RANK_ONE else range(1))
         for rate in rates_of(trial)
     ]
@@ -138,7 +162,10 @@ def settings_of(trial: Trial) -> GRPOSettings:
 
 def adapter_config(trial: Trial, folder: Path = RESULTS) -> TinyLoraConfig:
     """The adapter of a trial; a calibrated one makes its basis on the first call and finds it afterwards."""
+    if trial.method == "LoRA-XS":
+        return lora_xs(trial.rank, sigma=trial.sigma)
     options: dict[str, Any] = {"rank": trial.rank, "u": trial.u, "n_tie": trial.n_tie, "seed": trial.seed}
+    options["sigma"] = trial.sigma
     if trial.method != "calibrated":
         return TinyLoraConfig(**options)
     path = folder / trial.base / "bases" / f"r{trial.rank}-looks{trial.looks}-seed{trial.seed}.safetensors"
@@ -169,9 +196,12 @@ def run_trial(trial: Trial, folder: Path = RESULTS) -> Record:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     started = time.perf_counter()
     model, tokenizer = nano.load(trial.base)
-    task = nano.task()
-    adapter = None if trial.method == "all weights" else attach(model, adapter_config(trial, folder))
-    run = train_grpo(model, tokenizer, adapter, task, settings_of(trial), progress=False)
+    task, settings = nano.task(), settings_of(trial)
+    if trial.method == "LoRA":
+        adapter, run = None, train_lora(model, tokenizer, task, settings, rank=trial.rank)
+    else:
+        adapter = None if trial.method == "all weights" else attach(model, adapter_config(trial, folder))
+        run = train_grpo(model, tokenizer, adapter, task, settings, progress=False)
     scores = {}
     for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
         score = evaluate(
@@ -187,7 +217,7 @@ def run_trial(trial: Trial, folder: Path = RESULTS) -> Record:
     record = {
         "trial": asdict(trial),
         **scores,
-        "vectors": [] if adapter is None else adapter.vectors.tolist(),
+        "vectors": [] if adapter is None or adapter.num_parameters > KEPT else adapter.vectors.tolist(),
         "seconds": round(time.perf_counter() - started, 1),
         "run": _rounded(asdict(run)),
     }
@@ -277,26 +307,27 @@ def _write(path: Path, record: Record) -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["base", "sweep", "report", "curve"], nargs="+", help="what to run, in order")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="of the report and the curve")
+    parts = ["base", "sweep", "report", "curve", "lora-xs"]
+    parser.add_argument("part", choices=parts, nargs="+", help="what to run, in order")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="of the test split")
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where the records go (default: %(default)s)")
     arguments = parser.parse_args()
-    console = Console()
     for part in arguments.part:
         if part == "base":
-            console.print_json(data=run_base(folder=arguments.folder))
-            continue
-        queue = sweep()
-        if part != "sweep":
-            shapes = HEADLINES if part == "report" else CURVE
-            queue = [
-                replace(best_rate(trial, arguments.folder), seed=seed) for seed in arguments.seeds for trial in shapes
-            ]
-        for number, trial in enumerate(queue, 1):
-            record = run_trial(trial, arguments.folder)
-            sampled, greedy = record["sampled"]["accuracy"], record["greedy"]["accuracy"]
-            outcome = f"sampled {sampled:.3f}, greedy {greedy:.3f}, {record['seconds']:.0f} s"
-            console.print(f"{number}/{len(queue)} {trial.name}: {outcome}", highlight=False)
+            Console().print_json(data=run_base(folder=arguments.folder))
+        if part in ("sweep", "lora-xs"):
+            _run_all(sweep(LORA_XS if part == "lora-xs" else HEADLINES), arguments.folder)
+        shapes = {"report": HEADLINES, "curve": CURVE, "lora-xs": LORA_XS}.get(part, ())
+        best = [best_rate(trial, arguments.folder) for trial in shapes]
+        _run_all([replace(trial, seed=seed) for seed in arguments.seeds for trial in best], arguments.folder)
+
+
+def _run_all(queue: list[Trial], folder: Path) -> None:
+    for number, trial in enumerate(queue, 1):
+        record = run_trial(trial, folder)
+        sampled, greedy = record["sampled"]["accuracy"], record["greedy"]["accuracy"]
+        outcome = f"sampled {sampled:.3f}, greedy {greedy:.3f}, {record['seconds']:.0f} s"
+        Console().print(f"{number}/{len(queue)} {trial.name}: {outcome}", highlight=False)
 
 
 if __name__ == "__main__":
