@@ -234,3 +234,11 @@ def test_a_large_weight_that_is_not_finite(value):
     matrix[599, 3] = value
     with pytest.raises(ValueError, match="NaN or infinity"):
         truncated_svd(matrix, 1)
+
+
+def test_rows_that_the_start_never_saw():
+    # Block-diagonal: the rows that the start is found on say nothing of the largest values.
+    matrix, seen = torch.zeros(LARGE, dtype=torch.float64), torch.arange(LARGE[0]) % krylov.SAMPLE == 0
+    matrix[seen, :260] = with_spectrum((int(seen.sum()), 260), 0.8 ** torch.arange(75))
+    matrix[~seen, 260:] = 3 * with_spectrum((int((~seen).sum()), 260), 0.8 ** torch.arange(260))
+    assert relative_error(truncation(truncated_svd(matrix, 2)), exact(matrix, 2)) < 1e-4

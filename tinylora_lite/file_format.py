@@ -53,6 +53,12 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise AdapterFileError(f"{path} is damaged or was edited: its checksum does not fit its content; get it again")
     if not {"vectors", "decomposition"} <= tensors.keys():
         raise AdapterFileError(f"{path} holds no vectors or no decomposition")
+    if tensors["vectors"].dtype not in DTYPES.values() or any(
+        tensor.dtype != torch.float32 or not torch.isfinite(tensor).all()
+        for name, tensor in tensors.items()
+        if name != "vectors"
+    ):
+        raise AdapterFileError(f"{path} holds tensors of other dtypes than an adapter's, or NaN or infinity")
     if tensors["vectors"].ndim != 2 or not torch.isfinite(tensors["vectors"]).all():
         raise AdapterFileError(f"{path} holds no vectors of finite numbers")
     return header, tensors

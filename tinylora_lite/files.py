@@ -89,7 +89,8 @@ def save(
     for index in _stored_factors(adapter, factors):
         stored = adapter.factors(adapter.names[index])
         for part in FACTORS:
-            tensors[f"{part}.{index}"] = getattr(stored, part).detach().cpu().contiguous()
+            # A clone: two modules may share a given factor, and safetensors writes no memory twice.
+            tensors[f"{part}.{index}"] = getattr(stored, part).detach().cpu().contiguous().clone()
     header = {
         "format": FORMAT,
         "settings": _settings(adapter.config),
@@ -198,6 +199,8 @@ def _stored_factors(adapter: TinyLoraAdapter, factors: bool | Literal["auto"]) -
 
 def _stored_in(tensors: Mapping[str, Tensor], names: tuple[str, ...]) -> dict[str, Factors]:
     indices = sorted({int(key.partition(".")[2]) for key in tensors if key not in ("vectors", "decomposition")})
+    if indices and indices[0] < 0:
+        raise ValueError(f"it holds factors of a module {indices[0]}")
     return {
         names[index]: Factors(tensors[f"left.{index}"], tensors[f"right.{index}"], tensors[f"projection.{index}"])
         for index in indices

@@ -17,6 +17,8 @@ ROWS = 512
 """Rows of the matrix multiplied at once: small enough to be in the cache still when the way back needs them."""
 SAMPLE = 8
 """One row of so many is in the sample on which a start is found."""
+NOISE = 0.1
+"""How much of the start is random, beside what the sample says."""
 MOST_BLOCKS = 24
 """When the iteration gives up; directions that stand out at all take three to eight blocks."""
 ANGLE = 1e-4
@@ -82,11 +84,14 @@ def leading_triplets(matrix: Tensor, rank: int, seed: int) -> tuple[Triplets, bo
 def _start(matrix: Tensor, width: int, seed: int) -> Tensor:
     """``[width, m]`` orthonormal rows near the leading ones, by subspace iteration on a sample of the matrix's rows."""
     # Drawn on the CPU, so that a GPU starts from the same numbers.
-    block = torch.randn(width, matrix.shape[1], generator=torch.Generator().manual_seed(seed)).to(matrix.device)
+    noise = torch.randn(width, matrix.shape[1], generator=torch.Generator().manual_seed(seed)).to(matrix.device)
+    block = noise
     sample = matrix[::SAMPLE].float().contiguous()
     for _ in range(5):
         _, block = _there_and_back(sample, _orthonormal(block))
-    return _orthonormal(block)
+    # Products never leave the span of the sampled rows; where other rows stand across it, as in a block-diagonal
+    # matrix, only noise leads there.
+    return _orthonormal(_orthonormal(block) + NOISE * noise / matrix.shape[1] ** 0.5)
 
 
 def _krylov(matrix: Tensor, rank: int, block: Tensor) -> tuple[Triplets, bool]:
