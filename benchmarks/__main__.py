@@ -17,7 +17,8 @@ PARTS = {
     "svd": setup.svd,
     "block": setup.block,
     "shards": setup.shards,
-    "overhead": overhead.overhead,
+    "overhead": overhead.whole,
+    "overhead of blocks": overhead.blocks,
     "sizes": sizes.sizes,
 }
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -18,11 +17,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 TOKENS = 512
-ROUNDS = 8
 
 
-def overhead() -> dict[str, Any]:
+def whole() -> dict[str, Any]:
     """Seconds of forward and backward on Qwen2.5-0.5B's shape, float32, 512 tokens, in turns; and their ratios."""
+    return _measure(layers=24, head=True, rounds=8)
+
+
+def blocks() -> dict[str, Any]:
+    """The same on three of its blocks without the head: short passes and many rounds, since machines drift."""
+    return _measure(layers=3, head=False, rounds=40)
+
+
+def _measure(layers: int, head: bool, rounds: int) -> dict[str, Any]:
     import peft
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -32,7 +39,8 @@ def overhead() -> dict[str, Any]:
     from tinylora_lite.tying import MODULE_TYPES, find_sites
 
     torch.manual_seed(0)
-    frozen = Qwen2ForCausalLM(Qwen2Config(**QWEN["qwen2.5-0.5b"])).eval().requires_grad_(False)
+    shape = QWEN["qwen2.5-0.5b"] | {"num_hidden_layers": layers} | ({} if head else {"vocab_size": 2000})
+    frozen = Qwen2ForCausalLM(Qwen2Config(**shape)).eval().requires_grad_(False)
     tokens = torch.randint(1000, (1, TOKENS + 1))
     # The inputs ask for a gradient, so that the frozen model has a backward pass at all, and all have the same one.
     inputs = frozen.get_input_embeddings()(tokens[:, :-1]).detach().requires_grad_()
@@ -47,28 +55,30 @@ def overhead() -> dict[str, Any]:
     modules = dict(ours.named_modules())
     factors = {}
     for site in find_sites(ours):
-        shape = modules[site.name].weight.shape
-        factors[site.name] = Factors(torch.randn(shape[0], 2), torch.randn(2, shape[1]), torch.randn(1, 2, 2))
+        size = modules[site.name].weight.shape
+        factors[site.name] = Factors(torch.randn(size[0], 2), torch.randn(2, size[1]), torch.randn(1, 2, 2))
     adapter = tl.attach(ours, tl.TinyLoraConfig(rank=2, n_tie=16), factors=factors)
     torch.nn.init.normal_(adapter.vectors, std=1e-4)
 
     models = {"frozen": frozen, "tinylora_lite": ours, "peft_tinylora": tiny.eval(), "peft_lora_rank_1": lora.eval()}
     seconds: dict[str, list[float]] = {name: [] for name in models}
-    for round_ in range(ROUNDS + 1):
+    for round_ in range(rounds + 1):
         # A machine's speed drifts: each round has every model, in an order that changes.
         names = list(models)[round_ % 4 :] + list(models)[: round_ % 4]
         for name in names:
-            elapsed = _step(models[name], inputs, tokens[0, 1:])
+            elapsed = _step(models[name], inputs, tokens[0, 1:] if head else None)
             if round_:
                 seconds[name].append(elapsed)
     ratios = {name: [a / b for a, b in zip(seconds[name], seconds["frozen"], strict=True)] for name in models}
+    fastest = {name: min(seconds[name]) / min(seconds["frozen"]) for name in models}
+    others = [name for name in models if name != "frozen"]
     return {
         "tokens": TOKENS,
-        "seconds": seconds,
-        "overhead": {name: statistics.median(ratios[name]) - 1 for name in models if name != "frozen"},
-        "overhead_of_the_fastest": {
-            name: min(seconds[name]) / min(seconds["frozen"]) - 1 for name in models if name != "frozen"
-        },
+        "layers": layers,
+        "seconds": {name: [round(value, 4) for value in values] for name, values in seconds.items()},
+        "overhead": {name: statistics.median(ratios[name]) - 1 for name in others},
+        "quartiles": {name: [quartile - 1 for quartile in statistics.quantiles(ratios[name])] for name in others},
+        "overhead_of_the_fastest": {name: fastest[name] - 1 for name in others},
     }
 
 
@@ -77,10 +87,15 @@ def _twin(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
-def _step(model: Callable[..., Any], inputs: Tensor, labels: Tensor) -> float:
+def _step(model: nn.Module, inputs: Tensor, labels: Tensor | None) -> float:
+    """One forward and backward pass; without labels, the blocks alone."""
     start = time.perf_counter()
-    logits = model(inputs_embeds=inputs, use_cache=False).logits
-    F.cross_entropy(logits[0], labels).backward()
+    if labels is None:
+        model.get_submodule("base_model.model.model" if hasattr(model, "peft_config") else "model")(
+            inputs_embeds=inputs, use_cache=False
+        ).last_hidden_state.square().mean().backward()
+    else:
+        F.cross_entropy(model(inputs_embeds=inputs, use_cache=False).logits[0], labels).backward()
     elapsed = time.perf_counter() - start
     inputs.grad = None
     return elapsed

@@ -16,6 +16,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import tinylora_lite as tl
 from tinylora_lite import files, svd_cache
 from tinylora_lite.adapter import adapter_of
+from tinylora_lite.factors import Factors
 from tinylora_lite.file_format import KEY, AdapterFileError
 from tinylora_lite.files import load, save, storage_loss
 from tinylora_lite.fingerprint import base_fingerprint
@@ -291,6 +292,10 @@ def test_an_edited_setting(model, path):
         (lambda h, t: t.update(vectors=torch.ones(7, 2)), "u=1"),
         (lambda h, t: t.update(vectors=torch.ones(7)), "no vectors"),
         (lambda h, t: t.update(vectors=torch.full((7, 1), float("inf"))), "no vectors of finite numbers"),
+        (lambda h, t: t.update(vectors=torch.ones(7, 1).to(torch.float8_e4m3fn)), "other dtypes"),
+        (lambda h, t: t.update(decomposition=t["decomposition"].bool()), "other dtypes"),
+        (lambda h, t: t.update(decomposition=t["decomposition"] * float("nan")), "NaN or infinity"),
+        (lambda h, t: t.update({"left.-1": torch.ones(2, 2)}), "factors of a module -1"),
         (lambda h, t: t.update(decomposition=t["decomposition"][:3]), r"a table of \[3, 3\], not \[14, 3\]"),
         (lambda h, t: h["settings"].update(seed=-1), "does not fit"),
         (lambda h, t: h["settings"].update(rank=33), "rank=33"),
@@ -468,3 +473,14 @@ def test_a_damaged_basis_file(model, calibrated, tmp_path):
 def test_a_length_field_of_many_gigabytes(model, path):
     path.write_bytes(struct.pack("<Q", 1 << 40) + path.read_bytes()[8:])
     assert_refused(model, path, "damaged")
+
+
+def test_two_modules_may_share_their_given_factors(tmp_path):
+    shared = Factors(torch.ones(4, 2), torch.ones(2, 4), torch.ones(1, 2, 2))
+    config = tl.TinyLoraConfig(rank=2, target_modules=["0", "1"])
+    model, fresh = (torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)) for _ in range(2))
+    fresh.load_state_dict(model.state_dict())
+    adapter = tl.attach(model, config, factors={"0": shared, "1": shared})
+    loaded = load(fresh, save(adapter, tmp_path / "a"))
+    assert loaded.given == {"0", "1"}
+    assert torch.equal(loaded.factors("1").left, shared.left)
