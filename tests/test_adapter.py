@@ -6,11 +6,13 @@ import io
 import pickle
 import warnings
 import weakref
+from collections import OrderedDict
 
 import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinylora_lite import Basis, TinyLoraConfig, attach, lora_xs
@@ -571,3 +573,43 @@ def test_the_order_of_names_and_groups(model):
     assert adapter.names == tuple(f"model.layers.{layer}.{name}" for layer in range(2) for name in block)
     assert adapter.groups == (0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 2)
     assert adapter.num_parameters == 3
+
+
+class Squashed(nn.Linear):
+    """A layer whose backward pass needs what it puts out."""
+
+    def forward(self, x):
+        return torch.sigmoid(super().forward(x))
+
+
+class Echo(nn.Linear):
+    """A layer that gives back what it was given."""
+
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.parametrize("kind", [Squashed, Echo])
+def test_an_output_that_somebody_still_needs_is_not_changed(kind):
+    model = nn.Sequential(OrderedDict(q_proj=kind(6, 6)))
+    adapter = attach(model, TinyLoraConfig(rank=2, u=2))
+    torch.nn.init.normal_(adapter.vectors)
+    x = torch.randn(3, 6, requires_grad=True, generator=torch.Generator().manual_seed(0))
+    given = x.detach().clone()
+    y = model(x)
+    with adapter.disabled():
+        plain = model(x)
+    torch.testing.assert_close(y, plain + F.linear(x, adapter.delta("q_proj")))
+    y.sum().backward()
+    assert torch.equal(x.detach(), given)
+
+
+def test_a_hook_that_came_first_keeps_what_it_saw():
+    model, seen = nn.Sequential(OrderedDict(q_proj=nn.Linear(6, 6))), []
+    model.q_proj.register_forward_hook(lambda module, args, output: seen.append((output, output.detach().clone())))
+    adapter = attach(model, TinyLoraConfig(rank=2, u=2))
+    torch.nn.init.normal_(adapter.vectors)
+    y = model(torch.ones(3, 6))
+    ((kept, copy_of_it),) = seen
+    assert torch.equal(kept, copy_of_it)
+    assert not torch.allclose(y, kept)

@@ -96,7 +96,9 @@ def test_what_is_wrong_with_a_checkpoint_is_said(folder):
     deeper = {key: value for key, value in config.items() if key != "layer_types"} | {"num_hidden_layers": 3}
     weights = sorted(folder.glob("*.safetensors"))
     (folder / "config.json").write_text(json.dumps(deeper))
-    fails(ValueError, r"holds no tensor model\.layers\.2\.self_attn\.q_proj\.weight")
+    fails(ValueError, r"holds no model\.layers\.2\.self_attn\.q_proj\.weight of shape \[32, 32\]")
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 50}))
+    fails(ValueError, r"holds no model\.layers\.0\.mlp\.gate_proj\.weight of shape \[50, 32\]")
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {}}))
     fails(ValueError, "is quantised")
     (folder / "config.json").write_text("{")

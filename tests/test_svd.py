@@ -242,3 +242,12 @@ def test_rows_that_the_start_never_saw():
     matrix[seen, :260] = with_spectrum((int(seen.sum()), 260), 0.8 ** torch.arange(75))
     matrix[~seen, 260:] = 3 * with_spectrum((int((~seen).sum()), 260), 0.8 ** torch.arange(260))
     assert relative_error(truncation(truncated_svd(matrix, 2)), exact(matrix, 2)) < 1e-4
+
+
+@pytest.mark.parametrize("shape", [(24, 40), LARGE])
+@pytest.mark.parametrize(("scale", "dtype"), [(1e-30, torch.float32), (1e25, torch.float32), (1e-9, torch.bfloat16)])
+def test_weights_of_any_size(shape, scale, dtype):
+    matrix = (with_spectrum(shape, 0.8 ** torch.arange(min(shape))) * scale).to(dtype)
+    factors = truncated_svd(matrix, 2)
+    check_factors(factors, shape, 2)
+    assert relative_error(truncation(factors), exact(matrix, 2)) < 1e-5

@@ -195,6 +195,8 @@ def attach(
     With gradient checkpointing, ask for ``use_reentrant=False`` (the default of transformers 5): the reentrant
     kind passes no gradient where no input asks for one.
 
+    Gradients of gradients and the transforms of ``torch.func`` do not pass through an adapter.
+
     A quantised model (bitsandbytes, torchao) is dequantised one weight at a time, for the SVD alone.
 
     Args:

@@ -42,7 +42,7 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 raise AdapterFileError(f"{path} is a safetensors file, but no adapter file of this library")
             found = header.get("format")
             if found != FORMAT:
-                raise AdapterFileError(f"{path} has the format {found}, not {FORMAT}; upgrade tinylora_lite")
+                raise AdapterFileError(f"{path} has the format {found!r}, not {FORMAT!r}; upgrade tinylora_lite")
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         intact = header.get("checksum") == checksum(header, tensors)
     except AdapterFileError:

@@ -50,7 +50,7 @@ def save(
     *,
     factors: bool | Literal["auto"] = "auto",
 ) -> Path:
-    """Writes an adapter; the file appears whole or not at all, and equal adapters give equal bytes.
+    """Writes an adapter; the file appears whole or not at all, and saving the same adapter twice gives equal bytes.
 
     The file holds ``vectors``, ``[groups, u]`` in ``dtype`` (the adapter keeps its float32 numbers;
     :func:`storage_loss` says what rounding takes), and ``decomposition``, ``[modules, 3]`` float32: of every adapted
@@ -143,6 +143,8 @@ def load(
     vectors = tensors["vectors"].float()
     try:
         settings = dict(header["settings"])
+        if settings.keys() != {field.name for field in fields(TinyLoraConfig)}:
+            raise ValueError(f"its settings are {', '.join(map(str, settings))}")
         if settings["u"] != vectors.shape[1]:
             raise ValueError(f"vectors of shape {tuple(vectors.shape)} with u={settings['u']}")
         names = tuple(site.name for site in find_sites(model, settings["target_modules"]))
@@ -199,8 +201,9 @@ def _stored_factors(adapter: TinyLoraAdapter, factors: bool | Literal["auto"]) -
 
 def _stored_in(tensors: Mapping[str, Tensor], names: tuple[str, ...]) -> dict[str, Factors]:
     indices = sorted({int(key.partition(".")[2]) for key in tensors if key not in ("vectors", "decomposition")})
-    if indices and indices[0] < 0:
-        raise ValueError(f"it holds factors of a module {indices[0]}")
+    wanted = {f"{part}.{index}" for part in FACTORS for index in indices if index >= 0}
+    if wanted != tensors.keys() - {"vectors", "decomposition"}:
+        raise ValueError(f"it holds tensors that are no adapter's: {', '.join(sorted(tensors))}")
     return {
         names[index]: Factors(tensors[f"left.{index}"], tensors[f"right.{index}"], tensors[f"projection.{index}"])
         for index in indices

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,22 @@ class _Checkpoint:
     shard_of: dict[str, str]
 
     def read(self, name: str, device: str | torch.device) -> Tensor:
+        with self._open(name) as file:
+            weight: Tensor = file.get_tensor(name)
+        return weight.to(device)
+
+    def shape(self, name: str) -> list[int]:
+        with self._open(name) as file:
+            return list(file.get_slice(name).get_shape())
+
+    @contextmanager
+    def _open(self, name: str) -> Iterator[Any]:
         path = self.folder / self.shard_of[name]
         try:
             with safetensors.safe_open(path, "pt") as file:
-                weight: Tensor = file.get_tensor(name)
+                yield file
         except (OSError, safetensors.SafetensorError) as error:
             raise ValueError(f"{path} cannot be read ({error}); download it again") from error
-        return weight.to(device)
 
 
 def decompose_checkpoint(
@@ -105,15 +115,21 @@ def _open(folder: Path, target_modules: Sequence[str] | None) -> tuple[_Checkpoi
     names = {}
     for site in find_sites(model, target_modules):
         tensor = f"{site.name}.weight"
-        names[site.name] = tensor if tensor in checkpoint.shard_of else tensor.removeprefix(prefix)
-        if names[site.name] not in checkpoint.shard_of:
-            raise ValueError(f"{folder} holds no tensor {tensor}; its files belong to another model than its config")
+        found = tensor if tensor in checkpoint.shard_of else tensor.removeprefix(prefix)
+        wanted = list(model.get_parameter(tensor).shape)
+        if found not in checkpoint.shard_of or checkpoint.shape(found) != wanted:
+            raise ValueError(
+                f"{folder} holds no tensor {tensor} of shape {wanted}; its files do not fit its config.json"
+            )
+        names[site.name] = found
     return checkpoint, names
 
 
 def _shards(folder: Path) -> dict[str, str]:
     if (folder / INDEX).is_file():
-        shard_of: dict[str, str] = dict(_json(folder / INDEX).get("weight_map", {}))
+        shard_of = _json(folder / INDEX).get("weight_map")
+        if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
+            raise ValueError(f"{folder / INDEX} is damaged: it has no weight_map of file names; download it again")
         missing = sorted({shard for shard in shard_of.values() if not (folder / shard).is_file()})
         if missing:
             raise FileNotFoundError(f"{folder} lacks {len(missing)} shards, {missing[0]} among them; download it again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -70,16 +71,15 @@ def decompose(weight: Tensor, rank: int, seed: int = 0) -> Decomposition:
     _check(weight, rank)
     # Apple's GPUs know no float64.
     matrix = weight.detach().cpu() if weight.device.type == "mps" else weight.detach()
+    scale = _scale(matrix)
+    matrix = matrix if scale == 1 else matrix.double() / scale
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
     smaller, settled = tall.shape[1], False
     if smaller > EXACT_UP_TO and rank * 8 <= smaller:
         found, settled = leading_triplets(tall, rank, seed)
         left, values, right = found.left, found.values, found.right
     if not settled and smaller <= EXACT_AT_WORST:
-        double = tall.double()
-        if not torch.isfinite(double).all():
-            raise ValueError("the weight holds NaN or infinity and has no SVD; load the model again")
-        left, values, right = torch.linalg.svd(double, full_matrices=False)
+        left, values, right = torch.linalg.svd(tall.double(), full_matrices=False)
         settled = True
     if tall is not matrix:
         left, right = right.T, left.T
@@ -87,8 +87,18 @@ def decompose(weight: Tensor, rank: int, seed: int = 0) -> Decomposition:
     beyond = values[rank] if rank < smaller else values.new_zeros(())
     apart = S - torch.cat([S[1:], beyond[None]]) > EQUAL * S[0]
     portable = settled and bool(apart.all())
-    U, S, Vh, beyond = (part.to(weight.device, torch.float32) for part in (U, S, Vh, beyond))
+    parts = (U, S * scale, Vh, beyond * scale)
+    U, S, Vh, beyond = (part.to(weight.device, torch.float32) for part in parts)
     return Decomposition(U, S, Vh, beyond, portable)
+
+
+def _scale(matrix: Tensor) -> float:
+    """What to divide by so that squares stay within float32's range; 1 for the weights of any usual model."""
+    low, high = (float(bound) for bound in matrix.aminmax())
+    largest = max(-low, high)
+    if not math.isfinite(largest):
+        raise ValueError("the weight holds NaN or infinity and has no SVD; load the model again")
+    return 1.0 if 1e-10 < largest < 1e10 or largest == 0 else 2.0 ** math.floor(math.log2(largest))
 
 
 def canonical_signs(U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor, Tensor]:

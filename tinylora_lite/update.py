@@ -44,14 +44,22 @@ class AddUpdate:
                 narrow = F.linear(F.linear(x.float(), factors.right), R)
                 return (output + F.linear(narrow, factors.left)).to(output.dtype)
             left, right = factors.left.to(output.dtype), factors.right.to(output.dtype)
-            if output._is_view() or not output.is_contiguous():
+            if not self._is_fresh(module, output):
                 output = output.clone()
             added: Tensor = _Added.apply(output, x.to(output.dtype), R, left, right)  # type: ignore[no-untyped-call]
             return added
 
+    def _is_fresh(self, module: nn.Module, output: Tensor) -> bool:
+        """Whether nobody else can have seen the output yet, so that it may be changed in place."""
+        plain = type(module) is nn.Linear and next(iter(module._forward_hooks.values())) is self
+        return plain and not output._is_view() and output.is_contiguous()
+
 
 class _Added(torch.autograd.Function):
-    """``output + x rightᵀ Rᵀ leftᵀ``, made where the output lies: a second tensor of its size would cost the most."""
+    """``output + x rightᵀ Rᵀ leftᵀ``, made where the output lies: a second tensor of its size would cost the most.
+
+    It has a gradient, and no gradient of the gradient.
+    """
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, x: Tensor, R: Tensor, left: Tensor, right: Tensor) -> Tensor:
