@@ -118,9 +118,7 @@ def _open(folder: Path, target_modules: Sequence[str] | None) -> tuple[_Checkpoi
         found = tensor if tensor in checkpoint.shard_of else tensor.removeprefix(prefix)
         wanted = list(model.get_parameter(tensor).shape)
         if found not in checkpoint.shard_of or checkpoint.shape(found) != wanted:
-            raise ValueError(
-                f"{folder} holds no tensor {tensor} of shape {wanted}; its files do not fit its config.json"
-            )
+            raise ValueError(f"{folder} holds no {tensor} of shape {wanted}, which its config.json asks for")
         names[site.name] = found
     return checkpoint, names
 
