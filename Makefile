@@ -89,7 +89,7 @@ lock: $(STAMP) ## Renew requirements.txt from pyproject.toml, and requirements-v
 	@{ echo "# Everything that builds the book and runs the tests, on Python 3.11 to 3.13; install with plain pip."; \
 	   echo "# Written by 'make lock' from pyproject.toml."; \
 	   $(PY) -m uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest \
-	     --no-header --no-annotate --upgrade --extra book --extra dev --extra lab --extra peft --extra quantised pyproject.toml; \
+	     --no-header --no-annotate --upgrade --extra book --extra dev --extra lab --extra peft pyproject.toml; \
 	 } > requirements.new
 	@mv requirements.new requirements.txt
 	@{ echo "# Everything that $(VLLM) needs on Linux on x86-64 and Python 3.11, less what handles images and sound."; \
