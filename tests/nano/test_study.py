@@ -85,7 +85,8 @@ def test_one_command_sweeps_on_validation_and_reports_the_best_rate_on_test(tmp_
     monkeypatch.setattr(study, "run_trial", pretend)
     monkeypatch.setattr("sys.argv", ["study", "lora-xs", "--seeds", "3", "4", "--folder", str(tmp_path)])
     study.main()
-    swept, reported = done[: 3 * len(LORA_XS)], done[3 * len(LORA_XS) :]
+    count = len(study.sweep(LORA_XS))
+    swept, reported = done[:count], done[count:]
     assert {trial.split for trial in swept} == {"validation"}
     assert {(trial.split, trial.seed) for trial in reported} == {("test", 3), ("test", 4)}
     assert len(reported) == 2 * len(LORA_XS)

@@ -120,12 +120,12 @@ def rates_of(trial: Trial) -> tuple[float, ...]:
     if trial.method in ("all weights", "LoRA"):
         return (3e-4, 1e-3, 3e-3)
     if trial.method == "LoRA-XS" and trial.rank > 1:
-        return (0.05, 0.1, 0.2) if trial.rank == 2 else (0.00125, 0.0025, 0.005)
+        return (0.05, 0.1, 0.2) if trial.rank == 2 else (0.000625, 0.00125, 0.0025, 0.005)
     return (0.005, 0.01, 0.02) if trial.method == "random" and trial.u == 13 else (0.1, 0.2, 0.4)
 
 
 def sweep(shapes: Sequence[Trial] = HEADLINES) -> list[Trial]:
-    """Three learning rates for every shape, scored on the validation split: seed 0, and for ``RANK_ONE`` two more.
+    """The learning rates of every shape, scored on the validation split: seed 0, and for ``RANK_ONE`` two more.
 
     Of that the first report had taken the rate that was best for seed 0, and it destroyed the model on other seeds.
     """
