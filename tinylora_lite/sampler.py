@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from tinylora_lite.tasks import Example, Task
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+
+    from tinylora_lite.adapter import TinyLoraAdapter
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Rollouts:
         completion_mask: ``[batch, tokens]`` int64, 1 up to and including the end token.
         logprobs: ``[batch, tokens]`` float32, of each token as the sampler drew it, at its temperature; 0 on padding.
         entropies: ``[batch, tokens]`` float32, in nats, of the distribution each token was drawn from; 0 on padding.
+            A sampler that keeps only the drawn token's probability puts ``-logprobs`` here, whose mean is the same.
         truncated: ``[batch]`` bool, where the length limit came before an end token.
         texts: the completions without special tokens.
     """
@@ -65,6 +68,44 @@ class Rollouts:
             self.entropies[index, :tokens],
             self.truncated[index],
             [self.texts[i] for i in index.tolist()],
+        )
+
+
+class Sampler(Protocol):
+    """Whatever answers prompts: the model that trains (:class:`ModelSampler`), or another engine that follows it."""
+
+    def sync(self, adapter: TinyLoraAdapter | None) -> None:
+        """From now on samples come from the base with ``adapter`` as it is now, or from the base alone (``None``)."""
+
+    def sample(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, *, max_new_tokens: int, temperature: float = 1.0, seed: int = 0
+    ) -> Rollouts:
+        """One completion for each row of prompts; see :func:`sample`, whose arguments and result these are."""
+        ...
+
+
+@dataclass(frozen=True)
+class ModelSampler:
+    """The model that trains answers itself, so there is nothing to keep in step."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    def sync(self, adapter: TinyLoraAdapter | None) -> None:
+        """Does nothing: the adapter hangs on the model."""
+
+    def sample(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, *, max_new_tokens: int, temperature: float = 1.0, seed: int = 0
+    ) -> Rollouts:
+        """Calls :func:`sample`."""
+        return sample(
+            self.model,
+            self.tokenizer,
+            prompt_ids,
+            prompt_mask,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
         )
 
 

@@ -12,10 +12,17 @@ Reward = Callable[[str, str], float]
 
 @dataclass(frozen=True)
 class Example:
-    """One problem: the text the user writes, and the right answer as a string."""
+    """One problem: the text the user writes, the right answer as a string, and a worked answer where there is one.
+
+    Attributes:
+        prompt: what the user writes, the request for a format included.
+        gold: the right answer.
+        solution: a completion that imitation learns from (:func:`~tinylora_lite.sft.train_sft`).
+    """
 
     prompt: str
     gold: str
+    solution: str | None = None
 
 
 @dataclass(frozen=True)
@@ -27,8 +34,10 @@ class Task:
         train: for learning.
         validation: for choosing (learning rates, bases).
         test: for the number that is reported.
-        reward: scores a completion; :meth:`score` calls it.
+        reward: scores a completion; :meth:`score` calls it. Where there is a format to keep, it is the strict one.
         system: the system message of every prompt; ``None`` sends none.
+        lenient: the same for a reader who takes the answer from wherever it stands; ``None`` where ``reward`` is that.
+        formatted: whether a completion keeps the format that ``reward`` asks for; ``None`` where it asks for none.
     """
 
     name: str
@@ -37,6 +46,8 @@ class Task:
     test: Sequence[Example]
     reward: Reward = field(repr=False)
     system: str | None = None
+    lenient: Reward | None = field(default=None, repr=False)
+    formatted: Callable[[str], bool] | None = field(default=None, repr=False)
 
     def messages(self, example: Example) -> list[dict[str, str]]:
         """The conversation that a chat template turns into a prompt.
