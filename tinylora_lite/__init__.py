@@ -8,7 +8,8 @@ from tinylora_lite.counting import count_parameters, plan
 from tinylora_lite.evaluate import Score, evaluate
 from tinylora_lite.file_format import AdapterFileError
 from tinylora_lite.files import load, save
-from tinylora_lite.grpo import GRPOSettings, train_grpo
+from tinylora_lite.grpo import train_grpo
+from tinylora_lite.grpo_settings import GRPOSettings
 from tinylora_lite.lora import export_lora
 from tinylora_lite.losses import grpo_advantages, grpo_loss
 from tinylora_lite.merging import merge_report, merged_weights

@@ -14,7 +14,6 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -23,15 +22,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tinylora_lite import processes
 from tinylora_lite.adapter import TinyLoraAdapter
 from tinylora_lite.checkpoint import resume, save_checkpoint
 from tinylora_lite.evaluate import evaluate
 from tinylora_lite.fingerprint import base_fingerprint
 from tinylora_lite.grpo_settings import GRPOSettings
-from tinylora_lite.losses import grpo_advantages, grpo_loss
+from tinylora_lite.losses import grpo_advantages
+from tinylora_lite.policy_update import update_policy
 from tinylora_lite.progress import progress_bar
 from tinylora_lite.runs import Run
-from tinylora_lite.sampler import Rollouts, check_tokenizer, completion_logprobs, encode_prompts, sample
+from tinylora_lite.sampler import ModelSampler, Rollouts, Sampler, check_tokenizer, encode_prompts
 from tinylora_lite.seeds import seed_of
 from tinylora_lite.tasks import Example, Task
 from tinylora_lite.training import check_adapter, ready_to_train
@@ -39,7 +40,7 @@ from tinylora_lite.training import check_adapter, ready_to_train
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["GRPOSettings", "check_task", "draw_prompts", "rollout", "score", "train_grpo", "update_policy"]
+__all__ = ["GRPOSettings", "check_task", "draw_prompts", "rollout", "score", "train_grpo"]
 
 
 def train_grpo(
@@ -49,11 +50,16 @@ def train_grpo(
     task: Task,
     settings: GRPOSettings | None = None,
     *,
+    sampler: Sampler | None = None,
     folder: str | Path | None = None,
     on_step: Callable[[Run], None] | None = None,
     progress: bool = True,
 ) -> Run:
     """Trains an adapter's numbers by GRPO, or all weights of the model where ``adapter`` is ``None``.
+
+    Where ``torch.distributed`` is initialised, every process calls this with the same arguments: each answers its share
+    of a step's prompts, and all make the same update. The samples and the numbers are those of one process, but for
+    rounding.
 
     Args:
         model: any causal language model of transformers. Where its gradient checkpointing is on, it is used.
@@ -61,6 +67,9 @@ def train_grpo(
         adapter: attached to the model; ``None`` trains every weight, in place.
         task: prompts come from its training split, evaluations from its validation split.
         settings: see :class:`~tinylora_lite.grpo_settings.GRPOSettings`; ``None`` takes its defaults.
+        sampler: who answers the prompts, in training and in evaluations; ``None`` takes the model itself. Another
+            engine's log-probabilities differ a little from the model's: ``gap``, ``largest_gap`` and ``capped`` of a
+            step say by how much, and ``settings.tis_cap`` corrects for it.
         folder: where the run is saved; called again with the same base and settings, an interrupted run goes on from
             its last checkpoint to the same numbers as one that was never interrupted.
         on_step: called with the run so far after every step.
@@ -89,41 +98,61 @@ def train_grpo(
         base=base_fingerprint(model),
     )
     reference = copy.deepcopy(model) if adapter is None and settings.kl > 0 else None
+    sampler = sampler or ModelSampler(model, tokenizer)
+    mine = processes.share(settings.prompts_per_step, "prompts_per_step")
     if folder is not None:
         resume(folder, run, parameters, optimizer)
+    if len(set(processes.gathered(len(run.steps)))) > 1:
+        raise ValueError(f"not every process finds the checkpoint in {folder}; give a folder that all of them share")
 
     started = time.perf_counter() - run.seconds
-    with ready_to_train(model, adapter), progress_bar("GRPO", settings.steps, len(run.steps), progress) as advance:
+    with (
+        ready_to_train(model, adapter),
+        progress_bar("GRPO", settings.steps, len(run.steps), progress and not processes.rank()) as advance,
+    ):
         for step in range(len(run.steps), settings.steps):
-            examples = draw_prompts(task.train, settings, step)
-            rollouts = rollout(model, tokenizer, task, examples, settings, step)
-            rewards = score(rollouts, task, examples, settings)
-            advantages = grpo_advantages(rewards, settings.scale).flatten()
+            examples = draw_prompts(task.train, settings, step)[mine]
+            sampler.sync(adapter)
+            sampling = time.perf_counter()
+            rollouts = rollout(model, tokenizer, task, examples, settings, step, sampler)
+            sampling = time.perf_counter() - sampling
+            own = score(rollouts, task, examples, settings)
+            rewards = processes.joined(own.to(rollouts.logprobs.device))
+            advantages = grpo_advantages(rewards, settings.scale)[mine].flatten()
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate_at(step)
-            gradient_norm, clipped = update_policy(model, adapter, reference, optimizer, rollouts, advantages, settings)
+            update = update_policy(model, adapter, reference, optimizer, rollouts, advantages, settings)
             row = {
                 "step": step + 1,
                 "reward": rewards.mean().item(),
-                "length": rollouts.lengths.float().mean().item(),
-                "truncated": rollouts.truncated.float().mean().item(),
-                "entropy": (rollouts.entropies.sum() / rollouts.completion_mask.sum()).item(),
-                "gradient_norm": gradient_norm,
-                "clipped": clipped,
+                **_lengths(rollouts),
+                **asdict(update),
                 "silent_groups": (rewards == rewards[:, :1]).all(dim=1).float().mean().item(),
                 "norm": math.sqrt(sum(p.detach().float().pow(2).sum().item() for p in parameters)),
+                "sampling_seconds": sampling,
             }
             run.seconds = time.perf_counter() - started
             run.steps.append(row | {"seconds": run.seconds})
             if settings.evaluate_every and (step + 1) % settings.evaluate_every == 0:
-                run.evaluations.append({"step": step + 1} | _validate(model, tokenizer, task, settings))
+                sampler.sync(adapter)
+                run.evaluations.append({"step": step + 1} | _validate(model, tokenizer, task, settings, sampler))
                 run.seconds = time.perf_counter() - started
             if folder is not None and ((step + 1) % settings.save_every == 0 or step + 1 == settings.steps):
-                save_checkpoint(folder, run, parameters, optimizer)
+                if processes.rank() == 0:
+                    save_checkpoint(folder, run, parameters, optimizer)
+                processes.wait()
             advance(f"reward {row['reward']:.2f}")
             if on_step is not None:
                 on_step(run)
     return run
+
+
+def _lengths(rollouts: Rollouts) -> dict[str, float]:
+    """What the completions of all processes were like: mean tokens, the share cut off, mean entropy in nats."""
+    sums = torch.stack([rollouts.lengths.sum(), rollouts.truncated.sum(), rollouts.entropies.sum()]).float()
+    tokens, truncated, entropy = processes.added(sums).tolist()
+    completions = len(rollouts) * processes.count()
+    return {"length": tokens / completions, "truncated": truncated / completions, "entropy": entropy / tokens}
 
 
 def draw_prompts(examples: Sequence[Example], settings: GRPOSettings, step: int) -> list[Example]:
@@ -145,17 +174,27 @@ def rollout(
     examples: list[Example],
     settings: GRPOSettings,
     step: int,
+    sampler: Sampler | None = None,
 ) -> Rollouts:
-    """``group_size`` completions of every prompt, those of one prompt in consecutive rows."""
+    """``group_size`` completions of every prompt, those of one prompt in consecutive rows.
+
+    Args:
+        model: answers where there is no ``sampler``.
+        tokenizer: the model's.
+        task: knows the prompts' conversations.
+        examples: this process's share of the step's prompts.
+        settings: group size, length limit, temperature and seed.
+        step: moves the seed.
+        sampler: who answers, already in step with the policy.
+    """
     ids, mask = encode_prompts(tokenizer, task, examples, next(model.parameters()).device)
     repeated = (tensor.repeat_interleave(settings.group_size, dim=0) for tensor in (ids, mask))
-    return sample(
-        model,
-        tokenizer,
+    return (sampler or ModelSampler(model, tokenizer)).sample(
         *repeated,
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,
         seed=seed_of("rollout", settings.seed, step),
+        first_row=processes.rank() * len(examples) * settings.group_size,
     )
 
 
@@ -166,89 +205,6 @@ def score(rollouts: Rollouts, task: Task, examples: list[Example], settings: GRP
     if settings.truncated != "score":
         rewards[rollouts.truncated.cpu()] = 0.0
     return rewards.view(len(examples), settings.group_size)
-
-
-def update_policy(
-    model: PreTrainedModel,
-    adapter: TinyLoraAdapter | None,
-    reference: PreTrainedModel | None,
-    optimizer: torch.optim.Optimizer,
-    rollouts: Rollouts,
-    advantages: Tensor,
-    settings: GRPOSettings,
-) -> tuple[float, float]:
-    """``epochs_per_step`` updates from one batch.
-
-    Rows without advantage pull nowhere unless there is a KL penalty, and are not computed.
-
-    Args:
-        model: the policy.
-        adapter: its adapter; without it the model is the reference policy. ``None`` where all weights train.
-        reference: the reference policy where all weights train and ``settings.kl > 0``.
-        optimizer: of the numbers that train.
-        rollouts: what the policy sampled.
-        advantages: ``[batch]``, one for each row of ``rollouts``.
-        settings: see :class:`~tinylora_lite.grpo_settings.GRPOSettings`.
-
-    Returns:
-        The gradient's norm before clipping, of the last update, and the share of tokens whose ratio was clipped.
-
-    Raises:
-        FloatingPointError: a gradient is not finite; that update is not made.
-    """
-    advantages = advantages.to(rollouts.logprobs.device)
-    counted = torch.ones_like(rollouts.truncated) if settings.truncated != "mask" else ~rollouts.truncated
-    tokens = max(1, int(rollouts.lengths[counted].sum()))
-    constant = len(rollouts) * settings.max_new_tokens
-    denominator = {"token": tokens, "sequence": len(rollouts), "constant": constant}[settings.normalise]
-    live = counted & (advantages != 0) if settings.kl == 0 else counted
-    order = torch.argsort(rollouts.lengths, stable=True)  # rows of like length together: less padding to compute
-    index = [chunk for chunk in order[live[order]].split(settings.micro_batch) if len(chunk)]
-    batches = [(rollouts.rows(chunk), advantages[chunk]) for chunk in index]
-
-    def logprobs_of(policy: PreTrainedModel) -> list[Tensor]:
-        with torch.no_grad():
-            return [completion_logprobs(policy, rows, settings.temperature) for rows, _ in batches]
-
-    olds: list[Tensor | None] = [None] * len(batches)
-    references: list[Tensor | None] = [None] * len(batches)
-    if settings.epochs_per_step > 1:
-        olds = [*logprobs_of(model)]
-    if settings.kl > 0:
-        with nullcontext() if adapter is None else adapter.disabled():
-            references = [*logprobs_of(model if reference is None else reference)]
-
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    gradient_norm, clipped = 0.0, 0
-    for _ in range(settings.epochs_per_step):
-        optimizer.zero_grad()
-        for (rows, advantage), old, ref in zip(batches, olds, references, strict=True):
-            logprobs = completion_logprobs(model, rows, settings.temperature)
-            old = logprobs.detach() if old is None else old
-            loss = grpo_loss(
-                logprobs,
-                old,
-                advantage,
-                rows.completion_mask,
-                clip_low=settings.clip_low,
-                clip_high=settings.clip_high,
-                normalise=settings.normalise,
-                denominator=denominator,
-                sampler_logprobs=None if settings.tis_cap is None else rows.logprobs,
-                tis_cap=settings.tis_cap or 1.0,
-                ref_logprobs=ref,
-                kl=settings.kl,
-            )
-            loss.backward()
-            ratio, A = torch.exp(logprobs.detach() - old), advantage[:, None]
-            outside = ((ratio < 1 - settings.clip_low) & (A < 0)) | ((ratio > 1 + settings.clip_high) & (A > 0))
-            clipped += int((outside & rows.completion_mask.bool()).sum())
-        gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm).item()
-        if not math.isfinite(gradient_norm):
-            raise FloatingPointError("the gradient is not finite; lower the learning rate, or load a wider dtype")
-        if gradient_norm > 0:
-            optimizer.step()
-    return gradient_norm, clipped / tokens / settings.epochs_per_step
 
 
 def check_task(tokenizer: PreTrainedTokenizerBase, task: Task, settings: GRPOSettings) -> None:
@@ -262,7 +218,11 @@ def check_task(tokenizer: PreTrainedTokenizerBase, task: Task, settings: GRPOSet
 
 
 def _validate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, settings: GRPOSettings
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    settings: GRPOSettings,
+    sampler: Sampler,
 ) -> dict[str, float | int]:
     return evaluate(
         model,
@@ -274,4 +234,5 @@ def _validate(
         max_new_tokens=settings.max_new_tokens,
         seed=settings.seed,
         truncated="score" if settings.truncated == "score" else "zero",
+        sampler=sampler,
     ).summary()

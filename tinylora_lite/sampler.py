@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from tinylora_lite.logits import head_gives_logprobs, tokens_at_once
+from tinylora_lite.seeds import seed_of
 from tinylora_lite.tasks import Example, Task
 
 if TYPE_CHECKING:
@@ -78,7 +80,14 @@ class Sampler(Protocol):
         """From now on samples come from the base with ``adapter`` as it is now, or from the base alone (``None``)."""
 
     def sample(
-        self, prompt_ids: Tensor, prompt_mask: Tensor, *, max_new_tokens: int, temperature: float = 1.0, seed: int = 0
+        self,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        seed: int = 0,
+        first_row: int = 0,
     ) -> Rollouts:
         """One completion for each row of prompts; see :func:`sample`, whose arguments and result these are."""
         ...
@@ -95,7 +104,14 @@ class ModelSampler:
         """Does nothing: the adapter hangs on the model."""
 
     def sample(
-        self, prompt_ids: Tensor, prompt_mask: Tensor, *, max_new_tokens: int, temperature: float = 1.0, seed: int = 0
+        self,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        seed: int = 0,
+        first_row: int = 0,
     ) -> Rollouts:
         """Calls :func:`sample`."""
         return sample(
@@ -106,6 +122,7 @@ class ModelSampler:
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             seed=seed,
+            first_row=first_row,
         )
 
 
@@ -154,6 +171,7 @@ def sample(
     max_new_tokens: int,
     temperature: float = 1.0,
     seed: int = 0,
+    first_row: int = 0,
 ) -> Rollouts:
     """One completion for each prompt, decoded together with a key-value cache that drops finished rows.
 
@@ -167,7 +185,8 @@ def sample(
         max_new_tokens: the length limit.
         temperature: divides the logits; 0 takes the likeliest token, and reports probabilities at temperature 1. No
             top-k or top-p: their renormalised probabilities would not be the trainer's.
-        seed: of the draw.
+        seed: of the draw. Every row has random numbers of its own, so what it draws does not depend on its company.
+        first_row: where this batch stands in a larger one that is sampled in parts.
 
     Raises:
         ValueError: ``max_new_tokens`` is below 1, or ``temperature`` below 0.
@@ -179,7 +198,8 @@ def sample(
         )
     device, count = prompt_ids.device, len(prompt_ids)
     ends = _end_ids(model, tokenizer).to(device)
-    generator = torch.Generator(device).manual_seed(seed)
+    exact = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have nothing wider
+    uniform = _uniform(first_row, count, max_new_tokens, seed).to(device, exact)
     ids = torch.full((count, max_new_tokens), tokenizer.pad_token_id, device=device)
     logprobs = torch.zeros(count, max_new_tokens, device=device)
     entropies = torch.zeros_like(logprobs)
@@ -195,7 +215,7 @@ def sample(
             if log_distribution.isnan().any():
                 raise FloatingPointError("the model puts out NaN; lower the learning rate, or load it in a wider dtype")
             distribution = log_distribution.exp()
-            token = logits.argmax(-1, True) if temperature == 0 else distribution.multinomial(1, generator=generator)
+            token = logits.argmax(-1, True) if temperature == 0 else _draw(distribution, uniform[alive, step])
             ids[alive, step] = token[:, 0]
             logprobs[alive, step] = log_distribution.gather(1, token)[:, 0]
             entropies[alive, step] = torch.special.entr(distribution).sum(dim=-1)
@@ -230,37 +250,67 @@ def sample(
     )
 
 
+def _uniform(first_row: int, rows: int, tokens: int, seed: int) -> Tensor:
+    """A random number in [0, 1) for every token of every row, ``[rows, tokens]`` float64, the same on every machine."""
+    generator = torch.Generator()
+    numbers = torch.empty(rows, tokens, dtype=torch.float64)
+    for row, place in zip(numbers, range(first_row, first_row + rows), strict=True):
+        torch.rand(tokens, generator=generator.manual_seed(seed_of("row", seed, place)), out=row)
+    return numbers
+
+
+def _draw(distribution: Tensor, uniform: Tensor) -> Tensor:
+    """The token at which the cumulative probability passes ``uniform [rows]``, ``[rows, 1]`` int64."""
+    cumulative = distribution.to(uniform.dtype).cumsum(dim=-1)
+    passed = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
+    return passed.clamp(max=distribution.shape[-1] - 1)
+
+
 def completion_logprobs(model: PreTrainedModel, rollouts: Rollouts, temperature: float = 1.0) -> Tensor:
     """Log-probabilities of the completion tokens, teacher-forced: ``[batch, tokens]`` float32, differentiable.
 
     Positions outside ``completion_mask`` hold numbers without meaning. Logits are computed for the completions
-    only: with a large vocabulary they are the largest tensor of all.
+    only, and of many tokens in chunks (:mod:`tinylora_lite.logits`).
     """
     ids, tokens = rollouts.completion_ids, rollouts.completion_ids.shape[1]
     attention = torch.cat([rollouts.prompt_mask, rollouts.completion_mask], dim=1)
     positions = (attention.cumsum(dim=1) - 1).clamp(min=0)
-    if _can_share_prompts(model):
-        first, cache = _read_prompts(model, rollouts.prompt_ids, rollouts.prompt_mask)
-        logits = first[:, None]
-        if tokens > 1:
-            following = model(
-                input_ids=ids[:, :-1],
-                attention_mask=attention[:, :-1],
-                position_ids=positions[:, -tokens:-1],
-                past_key_values=cache,
-                use_cache=True,
-            ).logits
-            logits = torch.cat([logits, following], dim=1)
-    else:
-        logits = model(
-            input_ids=torch.cat([rollouts.prompt_ids, ids], dim=1),
-            attention_mask=attention,
-            position_ids=positions,
+    if not _can_share_prompts(model):
+        return _logprobs_after(
+            model,
+            ids,
+            temperature,
+            input_ids=torch.cat([rollouts.prompt_ids, ids[:, :-1]], dim=1),
+            attention_mask=attention[:, :-1],
+            position_ids=positions[:, :-1],
             use_cache=False,
-            logits_to_keep=tokens + 1,
-        ).logits[:, :-1]
-    log_distribution = torch.log_softmax(logits.float() / temperature, dim=-1)
-    return log_distribution.gather(2, ids[..., None])[..., 0]
+        )
+    logits, cache = _read_prompts(model, rollouts.prompt_ids, rollouts.prompt_mask)
+    first = torch.log_softmax(logits.float() / temperature, dim=-1).gather(1, ids[:, :1])
+    if tokens == 1:
+        return first
+    following = _logprobs_after(
+        model,
+        ids[:, 1:],
+        temperature,
+        input_ids=ids[:, :-1],
+        attention_mask=attention[:, :-1],
+        position_ids=positions[:, -tokens:-1],
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return torch.cat([first, following], dim=1)
+
+
+def _logprobs_after(model: PreTrainedModel, ids: Tensor, temperature: float, **inputs: Any) -> Tensor:
+    """Log-probabilities of ``ids``, ``[batch, tokens]``, at the last places of what ``inputs`` hold."""
+    tokens, at_once = ids.shape[1], tokens_at_once(model)
+    if at_once is not None and ids.numel() > at_once:
+        with head_gives_logprobs(model, ids, temperature, at_once):
+            logprobs: Tensor = model(**inputs, logits_to_keep=tokens).logits[..., 0]
+            return logprobs
+    logits = model(**inputs, logits_to_keep=tokens).logits
+    return torch.log_softmax(logits.float() / temperature, dim=-1).gather(2, ids[..., None])[..., 0]
 
 
 def _read_prompts(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, Cache]:

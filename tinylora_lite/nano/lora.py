@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from tinylora_lite.fingerprint import base_fingerprint
-from tinylora_lite.grpo import draw_prompts, rollout, score, update_policy
+from tinylora_lite.grpo import draw_prompts, rollout, score
 from tinylora_lite.grpo_settings import GRPOSettings
 from tinylora_lite.losses import grpo_advantages
+from tinylora_lite.policy_update import update_policy
 from tinylora_lite.runs import Run
 from tinylora_lite.tasks import Task
 from tinylora_lite.tying import MODULE_TYPES
@@ -65,8 +66,8 @@ def train_lora(
         advantages = grpo_advantages(rewards, settings.scale).flatten()
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate_at(step)
-        gradient_norm, _ = update_policy(model, None, None, optimizer, rollouts, advantages, settings)
+        update = update_policy(model, None, None, optimizer, rollouts, advantages, settings)
         run.seconds = time.perf_counter() - started
-        row = {"step": step + 1, "reward": rewards.mean().item(), "gradient_norm": gradient_norm}
+        row = {"step": step + 1, "reward": rewards.mean().item(), "gradient_norm": update.gradient_norm}
         run.steps.append(row | {"seconds": run.seconds})
     return run
