@@ -40,6 +40,9 @@ from tinylora_lite.training import check_adapter, ready_to_train
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+RECORDED_NUMBERS = 64
+"""Up to how many numbers a run's record holds v at every step."""
+
 __all__ = ["GRPOSettings", "check_task", "draw_prompts", "rollout", "score", "train_grpo"]
 
 
@@ -53,6 +56,7 @@ def train_grpo(
     sampler: Sampler | None = None,
     folder: str | Path | None = None,
     on_step: Callable[[Run], None] | None = None,
+    on_rollouts: Callable[[Rollouts, Tensor], None] | None = None,
     progress: bool = True,
 ) -> Run:
     """Trains an adapter's numbers by GRPO, or all weights of the model where ``adapter`` is ``None``.
@@ -73,6 +77,7 @@ def train_grpo(
         folder: where the run is saved; called again with the same base and settings, an interrupted run goes on from
             its last checkpoint to the same numbers as one that was never interrupted.
         on_step: called with the run so far after every step.
+        on_rollouts: called in every step with what this process sampled and its rewards, ``[prompts, group_size]``.
         progress: shows a bar where standard error is a terminal.
 
     Returns:
@@ -117,6 +122,8 @@ def train_grpo(
             rollouts = rollout(model, tokenizer, task, examples, settings, step, sampler)
             sampling = time.perf_counter() - sampling
             own = score(rollouts, task, examples, settings)
+            if on_rollouts is not None:
+                on_rollouts(rollouts, own)
             rewards = processes.joined(own.to(rollouts.logprobs.device))
             advantages = grpo_advantages(rewards, settings.scale)[mine].flatten()
             for group in optimizer.param_groups:
@@ -130,6 +137,7 @@ def train_grpo(
                 "silent_groups": (rewards == rewards[:, :1]).all(dim=1).float().mean().item(),
                 "norm": math.sqrt(sum(p.detach().float().pow(2).sum().item() for p in parameters)),
                 "sampling_seconds": sampling,
+                **_numbers(adapter),
             }
             run.seconds = time.perf_counter() - started
             run.steps.append(row | {"seconds": run.seconds})
@@ -153,6 +161,13 @@ def _lengths(rollouts: Rollouts) -> dict[str, float]:
     tokens, truncated, entropy = processes.added(sums).tolist()
     completions = len(rollouts) * processes.count()
     return {"length": tokens / completions, "truncated": truncated / completions, "entropy": entropy / tokens}
+
+
+def _numbers(adapter: TinyLoraAdapter | None) -> dict[str, float]:
+    """The numbers v, where they are few enough for a record: ``v0`` and so on."""
+    if adapter is None or adapter.num_parameters > RECORDED_NUMBERS:
+        return {}
+    return {f"v{i}": value for i, value in enumerate(adapter.vectors.flatten().tolist())}
 
 
 def draw_prompts(examples: Sequence[Example], settings: GRPOSettings, step: int) -> list[Example]:
