@@ -44,7 +44,7 @@ def adapter(model):
 
 
 def without_time(run: Run) -> list[dict]:
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in run.steps]
+    return [{key: value for key, value in row.items() if "seconds" not in key} for row in run.steps]
 
 
 class Stop(Exception):  # noqa: N818

@@ -3,27 +3,46 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from math import comb
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from tinylora_lite.sampler import check_tokenizer, encode_prompts, sample
+from tinylora_lite.adapter import adapter_of
+from tinylora_lite.completions import (
+    append_rows,
+    close_evaluation,
+    open_evaluation,
+    problems_hash,
+    read_rows,
+    subject_of,
+)
+from tinylora_lite.intervals import Z, bootstrap_interval
+from tinylora_lite.runs import environment
+from tinylora_lite.sampler import ModelSampler, Sampler, check_tokenizer, encode_prompts
 from tinylora_lite.seeds import seed_of
 from tinylora_lite.tasks import Example, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Z = 1.959963984540054
-"""The normal quantile of a two-sided 95 % interval."""
-
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer: to which prompt, the right answer, the text, its reward, its tokens, whether it was cut off."""
+    """One answer.
+
+    Attributes:
+        prompt, gold: the problem, and its right answer.
+        text: what was answered, without special tokens.
+        reward: the task's, the strict one where it has two.
+        tokens: of the answer, the end token included.
+        truncated: whether it was cut off at the length limit.
+        lenient: the reward wherever in the text the answer stands; ``None`` where the task has no such reward.
+        formatted: whether the text keeps the task's format; ``None`` where the task has none.
+    """
 
     prompt: str
     gold: str
@@ -31,6 +50,16 @@ class Completion:
     reward: float
     tokens: int
     truncated: bool
+    lenient: float | None = None
+    formatted: bool | None = None
+
+
+class Accuracy(NamedTuple):
+    """A mean reward and its 95 % interval."""
+
+    accuracy: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -52,6 +81,61 @@ class Score:
     samples: int
     completions: tuple[Completion, ...] = field(repr=False)
 
+    @classmethod
+    def of(cls, completions: Iterable[Completion], samples: int = 1) -> Score:
+        """The score of completions in the order that :attr:`completions` has, at least one."""
+        completions = tuple(completions)
+        rewards = np.array([c.reward for c in completions], dtype=float).reshape(-1, samples)
+        return cls(float(rewards.mean()), *interval(rewards), len(rewards), samples, completions)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Score:
+        """The score that a finished :func:`evaluate` left in ``folder``.
+
+        Raises:
+            FileNotFoundError: there is none, or it is not finished.
+            ValueError: the file is damaged.
+        """
+        rows = read_rows(folder)
+        try:
+            samples = 1 + max(row["sample"] for row in rows)
+            return cls.of([_completion(row) for row in rows], samples)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{folder} holds a damaged evaluation ({error!r}); delete it to evaluate again") from error
+
+    @property
+    def rewards(self) -> np.ndarray:
+        """``[problems, samples]`` float64."""
+        return np.array([c.reward for c in self.completions], dtype=float).reshape(-1, self.samples)
+
+    @property
+    def lenient_rewards(self) -> np.ndarray | None:
+        """``[problems, samples]`` float64; ``None`` where the task has no lenient reward."""
+        values = [c.lenient for c in self.completions if c.lenient is not None]
+        complete = bool(values) and len(values) == len(self.completions)
+        return np.array(values, dtype=float).reshape(-1, self.samples) if complete else None
+
+    @property
+    def lenient(self) -> Accuracy | None:
+        """The mean lenient reward with its interval; ``None`` where the task has no lenient reward."""
+        rewards = self.lenient_rewards
+        return None if rewards is None else Accuracy(float(rewards.mean()), *interval(rewards))
+
+    @property
+    def formatted(self) -> float | None:
+        """The share of completions that keep the format; ``None`` where the task has none."""
+        return _mean([c.formatted for c in self.completions])
+
+    @property
+    def truncated(self) -> float | None:
+        """The share of completions that were cut off at the length limit; ``None`` without completions."""
+        return _mean([c.truncated for c in self.completions])
+
+    @property
+    def tokens(self) -> float | None:
+        """The mean length of a completion in tokens; ``None`` without completions."""
+        return _mean([c.tokens for c in self.completions])
+
     def pass_at(self, k: int) -> float:
         """The chance that one of ``k`` samples earns a reward above 0, without bias (Chen et al., arXiv 2107.03374).
 
@@ -63,9 +147,28 @@ class Score:
         right = np.array([c.reward > 0 for c in self.completions]).reshape(self.n, self.samples).sum(axis=1)
         return float(np.mean([1 - comb(self.samples - int(c), k) / comb(self.samples, k) for c in right]))
 
+    def bootstrap(self, seed: int = 0) -> tuple[float, float]:
+        """The 95 % interval of the accuracy from resampled problems (:mod:`tinylora_lite.intervals`).
+
+        Where every problem has the same mean there is nothing to resample, and it is :func:`interval`'s.
+        """
+        means = self.rewards.mean(axis=1)
+        return interval(self.rewards) if np.ptp(means) == 0 else bootstrap_interval(means, seed)
+
     def summary(self) -> dict[str, float | int]:
         """What a record keeps: accuracy, low, high, n, samples."""
         return {key: getattr(self, key) for key in ("accuracy", "low", "high", "n", "samples")}
+
+    def details(self) -> dict[str, float | int]:
+        """The :meth:`summary` and, where they are not ``None``, truncated, tokens, formatted and lenient.
+
+        The interval of ``lenient`` is ``lenient_low`` to ``lenient_high``.
+        """
+        rates = {key: getattr(self, key) for key in ("truncated", "tokens", "formatted")}
+        lenient = self.lenient
+        if lenient is not None:
+            rates |= {"lenient": lenient.accuracy, "lenient_low": lenient.low, "lenient_high": lenient.high}
+        return self.summary() | {key: value for key, value in rates.items() if value is not None}
 
     def __str__(self) -> str:
         return f"{self.accuracy:.1%} [{self.low:.1%}, {self.high:.1%}], n = {self.n}"
@@ -104,7 +207,7 @@ def interval(rewards: np.ndarray) -> tuple[float, float]:
 
 
 def evaluate(
-    model: PreTrainedModel,
+    model: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     *,
@@ -117,11 +220,14 @@ def evaluate(
     seed: int = 0,
     truncated: Literal["zero", "score"] = "zero",
     progress: Callable[[int, int], None] | None = None,
+    sampler: Sampler | None = None,
+    folder: str | Path | None = None,
+    subject: Mapping[str, str] | None = None,
 ) -> Score:
     """Scores a model on a split of a task.
 
     Args:
-        model: any causal language model of transformers, adapted or not.
+        model: any causal language model of transformers, adapted or not; ``None`` where a ``sampler`` answers as it is.
         tokenizer: the model's.
         task: the problems and the reward.
         split: ``"test"``, ``"validation"`` or ``"train"``.
@@ -131,13 +237,20 @@ def evaluate(
         max_new_tokens: the length limit.
         batch_size: completions decoded together; another size draws other samples.
         seed: of the sampling.
-        truncated: what a completion cut off at the limit is worth: ``"zero"`` reward, or ``"score"``, its text is
-            scored like any other.
+        truncated: what a completion cut off at the limit is worth, to both rewards: ``"zero"``, or ``"score"``, its
+            text is scored like any other.
         progress: called with completions done and completions in all.
+        sampler: what answers; ``None`` is the model itself. Given both, the sampler is brought into step with the
+            adapter that the model carries first.
+        folder: where all completions and a record are kept (:mod:`tinylora_lite.completions`), and an evaluation that
+            was stopped goes on from the last batch that was complete. The rewards are computed anew from the texts.
+        subject: what is evaluated, in words that tell it from others, for the record in ``folder``; by default the
+            fingerprints of the model's weights and of its adapter's numbers.
 
     Raises:
         ValueError: the split is empty or unknown, a number is below 1, the tokenizer lacks a pad token, an end token or
-            a chat template, or the reward is no finite number.
+            a chat template, the reward is no finite number, there is neither model nor sampler, or ``folder`` holds
+            an evaluation of something else.
     """
     check_tokenizer(tokenizer)
     if split not in ("test", "validation", "train"):
@@ -152,24 +265,89 @@ def evaluate(
     if not examples:
         raise ValueError(f"task {task.name} has no {split} problems to evaluate on")
     task.score("", examples[0].gold)  # a reward that fails should do so before an hour of sampling
+    if sampler is None and model is None:
+        raise ValueError("give a model, or the sampler that answers in its place")
+    adapter = None if model is None else adapter_of(model)
+    adapter = adapter if adapter is not None and adapter.enabled else None
+
     queue = [example for example in examples for _ in range(samples)]
-    device = next(model.parameters()).device
-    completions: list[Completion] = []
-    for start in range(0, len(queue), batch_size):
+    rows: list[dict[str, Any]] = []
+    if folder is not None:
+        if subject is None:
+            if model is None:
+                raise ValueError("a folder must say what was evaluated, and a sampler alone does not; give subject=")
+            subject = subject_of(model, adapter)
+        settings = {
+            "task": task.name,
+            "split": split,
+            "problems": len(examples),
+            "problems_sha256": problems_hash(task, examples),
+            "samples": samples,
+            "temperature": float(temperature),
+            "max_new_tokens": max_new_tokens,
+            "batch_size": batch_size,
+            "seed": seed,
+            "truncated": truncated,
+            "sampler": ModelSampler.__name__ if sampler is None else type(sampler).__name__,
+        }
+        rows = open_evaluation(folder, settings | dict(subject), batch_size)
+    completions = [
+        _judge(task, truncated, example, row["text"], row["tokens"], row["truncated"])
+        for example, row in zip(queue, rows, strict=False)
+    ]
+
+    if sampler is None:
+        assert model is not None
+        sampler = ModelSampler(model, tokenizer)
+    if model is not None and len(rows) < len(queue):
+        sampler.sync(adapter)
+    device = "cpu" if model is None else next(model.parameters()).device
+    if progress and rows:
+        progress(len(rows), len(queue))
+    for start in range(len(rows), len(queue), batch_size):
         chunk = queue[start : start + batch_size]
-        rollouts = sample(
-            model,
-            tokenizer,
+        rollouts = sampler.sample(
             *encode_prompts(tokenizer, task, chunk, device),
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             seed=seed_of("evaluate", seed, start),
         )
-        rows = zip(chunk, rollouts.texts, rollouts.lengths.tolist(), rollouts.truncated.tolist(), strict=True)
-        for example, text, tokens, cut in rows:
-            reward = 0.0 if cut and truncated == "zero" else task.score(text, example.gold)
-            completions.append(Completion(example.prompt, example.gold, text, reward, tokens, cut))
+        answers = zip(chunk, rollouts.texts, rollouts.lengths.tolist(), rollouts.truncated.tolist(), strict=True)
+        completions += [_judge(task, truncated, *answer) for answer in answers]
+        if folder is not None:
+            append_rows(folder, _rows(completions[start:], start, samples))
         if progress:
             progress(len(completions), len(queue))
-    rewards = np.array([c.reward for c in completions]).reshape(len(examples), samples)
-    return Score(float(rewards.mean()), *interval(rewards), len(examples), samples, tuple(completions))
+    score = Score.of(completions, samples)
+    if folder is not None:
+        result = {"score": score.details(), "environment": environment()}
+        close_evaluation(folder, _rows(completions, 0, samples), result)
+    return score
+
+
+def _judge(task: Task, truncated: str, example: Example, text: str, tokens: int, cut: bool) -> Completion:
+    worthless = cut and truncated == "zero"
+    reward = 0.0 if worthless else task.score(text, example.gold)
+    lenient = None
+    if task.lenient is not None:
+        lenient = 0.0 if worthless else replace(task, reward=task.lenient).score(text, example.gold)
+    formatted = None if task.formatted is None else bool(task.formatted(text))
+    return Completion(example.prompt, example.gold, text, reward, tokens, cut, lenient, formatted)
+
+
+def _rows(completions: Sequence[Completion], first: int, samples: int) -> list[dict[str, Any]]:
+    """Completions as they are written, the place of the problem and of the sample before them."""
+    places = (divmod(place, samples) for place in range(first, first + len(completions)))
+    return [
+        {"problem": problem, "sample": sample} | asdict(completion)
+        for (problem, sample), completion in zip(places, completions, strict=True)
+    ]
+
+
+def _completion(row: Mapping[str, Any]) -> Completion:
+    return Completion(**{name: row[name] for name in (f.name for f in fields(Completion))})
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known and len(known) == len(values) else None

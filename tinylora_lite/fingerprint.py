@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tinylora_lite.quantised import stored_parameters
+from tinylora_lite.sharding import whole
 
 if TYPE_CHECKING:
     from tinylora_lite.adapter import TinyLoraAdapter
@@ -52,7 +53,7 @@ def _update(digest: hashlib._Hash, values: Tensor) -> None:
 
 
 def _exact_bytes(values: Tensor, chunk_size: int = 1 << 22) -> Iterator[memoryview]:
-    for chunk in values.reshape(-1).split(chunk_size):
+    for chunk in whole(values).reshape(-1).split(chunk_size):
         chunk = chunk.cpu()
         if chunk.dtype == torch.bfloat16:
             yield chunk.view(torch.int16).numpy().data

@@ -40,6 +40,8 @@ from tinylora_lite.training import check_adapter, ready_to_train
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from tinylora_lite.sft_settings import SFTSettings
+
 RECORDED_NUMBERS = 64
 """Up to how many numbers a run's record holds v at every step."""
 
@@ -143,7 +145,7 @@ def train_grpo(
             run.steps.append(row | {"seconds": run.seconds})
             if settings.evaluate_every and (step + 1) % settings.evaluate_every == 0:
                 sampler.sync(adapter)
-                run.evaluations.append({"step": step + 1} | _validate(model, tokenizer, task, settings, sampler))
+                run.evaluations.append({"step": step + 1} | validate(model, tokenizer, task, settings, sampler))
                 run.seconds = time.perf_counter() - started
             if folder is not None and ((step + 1) % settings.save_every == 0 or step + 1 == settings.steps):
                 if processes.rank() == 0:
@@ -170,7 +172,7 @@ def _numbers(adapter: TinyLoraAdapter | None) -> dict[str, float]:
     return {f"v{i}": value for i, value in enumerate(adapter.vectors.flatten().tolist())}
 
 
-def draw_prompts(examples: Sequence[Example], settings: GRPOSettings, step: int) -> list[Example]:
+def draw_prompts(examples: Sequence[Example], settings: GRPOSettings | SFTSettings, step: int) -> list[Example]:
     """The prompts of a step: the training problems in an order of the seed's, reshuffled when all were used."""
 
     @cache
@@ -232,13 +234,14 @@ def check_task(tokenizer: PreTrainedTokenizerBase, task: Task, settings: GRPOSet
     task.score("", task.train[0].gold)
 
 
-def _validate(
+def validate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     settings: GRPOSettings,
     sampler: Sampler,
 ) -> dict[str, float | int]:
+    """An evaluation on the validation split, as training makes it: accuracy, low, high, n, samples."""
     return evaluate(
         model,
         tokenizer,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +15,7 @@ from tinylora_lite.adapter import TinyLoraAdapter
 from tinylora_lite.grpo_settings import GRPOSettings
 from tinylora_lite.losses import grpo_loss
 from tinylora_lite.sampler import Rollouts, completion_logprobs
+from tinylora_lite.sharding import is_sharded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,6 +78,10 @@ def update_policy(
     order = torch.argsort(rollouts.lengths, stable=True)  # rows of like length together: less padding to compute
     index = [chunk for chunk in order[live[order]].split(settings.micro_batch) if len(chunk)]
     batches = [(rollouts.rows(chunk), advantages[chunk]) for chunk in index]
+    if is_sharded(model):  # every process makes as many passes as the one with the most rows
+        nothing = rollouts.rows(order[:1])
+        nothing = replace(nothing, completion_mask=torch.zeros_like(nothing.completion_mask))
+        batches += [(nothing, advantages[:1])] * (int(processes.largest(len(batches), device)) - len(batches))
 
     def logprobs_of(policy: PreTrainedModel) -> list[Tensor]:
         with torch.no_grad():
@@ -118,9 +123,9 @@ def update_policy(
             outside = ((ratio < 1 - settings.clip_low) & (A < 0)) | ((ratio > 1 + settings.clip_high) & (A > 0))
             seen[0] += (outside & mask).sum().item()
             if epoch == 0:
-                gap = (old - rows.logprobs)[mask]
+                gap = torch.where(mask, old - rows.logprobs, 0.0)
                 seen[1:] += torch.tensor(
-                    [len(gap), gap.abs().sum(), (gap > math.log(settings.tis_cap or math.inf)).sum()]
+                    [mask.sum(), gap.abs().sum(), (gap > math.log(settings.tis_cap or math.inf)).sum()]
                 )
                 largest_gap = max(largest_gap, gap.abs().max().item())
         _add_gradients(parameters)

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from tinylora_lite import processes
 from tinylora_lite.logits import head_gives_logprobs, tokens_at_once
 from tinylora_lite.seeds import seed_of
+from tinylora_lite.sharding import is_sharded
 from tinylora_lite.tasks import Example, Task
 
 if TYPE_CHECKING:
@@ -206,6 +208,7 @@ def sample(
     alive = torch.arange(count, device=device)  # rows of the batch that the cache still holds
     done = torch.zeros(count, dtype=torch.bool, device=device)
     attention, position = prompt_mask, prompt_mask.sum(dim=1, keepdim=True) - 1
+    together = is_sharded(model)
 
     with modes_kept(model):
         model.eval()
@@ -220,13 +223,13 @@ def sample(
             logprobs[alive, step] = log_distribution.gather(1, token)[:, 0]
             entropies[alive, step] = torch.special.entr(distribution).sum(dim=-1)
             done[alive] |= torch.isin(token[:, 0], ends)
-            if step + 1 == max_new_tokens or done.all():
+            if step + 1 == max_new_tokens or _all_done(done, together):
                 break
             attention = torch.cat([attention, attention.new_ones(len(alive), 1)], dim=1)
             position = position + 1
             # Dropping copies the cache, as every step does anyway, so it pays as soon as a few rows go.
             keep = (~done[alive]).nonzero()[:, 0]
-            if len(keep) <= 0.9 * len(alive):
+            if 0 < len(keep) <= 0.9 * len(alive):
                 cache.reorder_cache(keep)  # type: ignore[arg-type]  # any tensor of indices will do
                 alive, token, attention, position = (t[keep] for t in (alive, token, attention, position))
             logits = model(
@@ -248,6 +251,12 @@ def sample(
         ~done,
         [text.strip() for text in texts],
     )
+
+
+def _all_done(done: Tensor, together: bool) -> bool:
+    """Whether every row has ended; where processes compute ``together``, whether every process's rows have."""
+    waiting = (~done).sum()
+    return int(processes.added(waiting) if together else waiting) == 0
 
 
 def _uniform(first_row: int, rows: int, tokens: int, seed: int) -> Tensor:
@@ -348,11 +357,16 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 
 
 def _can_share_prompts(model: PreTrainedModel) -> bool:
-    """Whether gradients can pass through a cache: not in recomputed layers, and not in recurrent or windowed ones."""
+    """Whether gradients can pass through a cache: not in recomputed layers, and not in recurrent or windowed ones.
+
+    Nor is it done where processes compute together: their numbers of forward passes would depend on their samples.
+    """
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
     recomputed = any(module.training and recomputes(module) for module in model.modules())
-    return not recomputed and all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+    return not (recomputed or is_sharded(model)) and all(
+        type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers
+    )
 
 
 def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:

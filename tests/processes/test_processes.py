@@ -50,9 +50,10 @@ def check(one: dict, other: dict) -> None:
     [
         pytest.param({"truncated": "mask", "scale": "batch"}, marks=pytest.mark.slow),
         {"kl": 0.05, "normalise": "sequence", "epochs_per_step": 2, "evaluate_every": 3, "evaluate_problems": 10},
+        pytest.param({"shard": True, "kl": 0.05, "micro_batch": 3}, marks=pytest.mark.slow),
         pytest.param({"adapter": False, "normalise": "constant", "steps": 2}, marks=pytest.mark.slow),
     ],
-    ids=["adapter", "penalty", "all weights"],
+    ids=["adapter", "penalty", "sharded base", "all weights"],
 )
 def test_two_processes_make_the_step_of_one(tmp_path, options):
     (one,) = train(tmp_path / "one", 1, **options)

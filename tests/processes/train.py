@@ -12,6 +12,7 @@ import torch
 
 import tinylora_lite as tl
 from tinylora_lite import nano, processes
+from tinylora_lite.sharding import shard
 
 
 def main(folder: Path, options: dict) -> None:
@@ -23,6 +24,8 @@ def main(folder: Path, options: dict) -> None:
     if options.pop("adapter"):
         config = tl.TinyLoraConfig(rank=8, u=13, n_tie="all", projection=nano.basis())
         adapter = tl.attach(model, config)
+    if options.pop("shard", False) and processes.count() > 1:
+        shard(model)
     settings = tl.GRPOSettings(
         prompts_per_step=8, group_size=4, max_new_tokens=nano.MAX_NEW_TOKENS, learning_rate=0.05, **options
     )

@@ -14,9 +14,17 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from tinylora_lite import __version__
-from tinylora_lite.cli import count, demo, export, inspect, plan
+from tinylora_lite.cli import count, demo, evaluate, export, inspect, plan, train
 
-COMMANDS = {"demo": demo, "count": count, "plan": plan, "export": export, "inspect": inspect}
+COMMANDS = {
+    "demo": demo,
+    "count": count,
+    "plan": plan,
+    "train": train,
+    "eval": evaluate,
+    "export": export,
+    "inspect": inspect,
+}
 
 
 class _Parser(argparse.ArgumentParser):

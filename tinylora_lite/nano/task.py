@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import re
 from functools import cache
 
 from tinylora_lite.nano.problems import Split, distinct_problems
-from tinylora_lite.nano.writers import ANYONE
+from tinylora_lite.nano.writers import ANYONE, careful
 from tinylora_lite.tasks import Example, Task
 
 MAX_NEW_TOKENS = 48
@@ -23,12 +24,30 @@ def reward(completion: str, gold: str) -> float:
     return float(found is not None and found.group(1) == gold)
 
 
+def lenient_reward(completion: str, gold: str) -> float:
+    """1.0 if the last number of the completion is the right one, whatever the format.
+
+    >>> lenient_reward("so the answer is 7.", "7"), lenient_reward("#### 7", "8"), lenient_reward("", "7")
+    (1.0, 0.0, 0.0)
+    """
+    return float(re.findall(r"\d+", completion)[-1:] == [gold])
+
+
+def formatted(completion: str) -> bool:
+    """Whether the completion ends in ``#### `` and a number."""
+    return re.search(r"#### \d+$", completion.strip()) is not None
+
+
 @cache
 def task(train: int = 8000, validation: int = 1000, test: int = 1000, seed: int = 0) -> Task:
-    """The word problems of :mod:`tinylora_lite.nano.problems`, under the header that lets any writer answer."""
+    """The word problems of :mod:`tinylora_lite.nano.problems`, under the header that lets any writer answer.
+
+    Their worked answers are the careful writer's.
+    """
+    rng = random.Random(seed)  # which the careful writer does not use
 
     def examples(split: Split, count: int) -> tuple[Example, ...]:
-        return tuple(Example(p.text, str(p.answer)) for p in distinct_problems(split, count, seed))
+        return tuple(Example(p.text, str(p.answer), careful(p, rng)) for p in distinct_problems(split, count, seed))
 
     return Task(
         name="nano",
@@ -37,4 +56,6 @@ def task(train: int = 8000, validation: int = 1000, test: int = 1000, seed: int 
         test=examples("test", test),
         reward=reward,
         system=ANYONE,
+        lenient=lenient_reward,
+        formatted=formatted,
     )

@@ -1,0 +1,99 @@
+"""Train by a settings file: score the base, train, score again, compare, and keep everything in one folder.
+
+`tinylora preset` prints settings to start from, and `tinylora plan-run` says what they will take. What was
+interrupted goes on where it stopped. Several GPUs: `accelerate launch -m tinylora_lite train settings.yaml`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from tinylora_lite import processes
+from tinylora_lite.settings import RunSettings, load_settings
+from tinylora_lite.terminal import LiveProgress, progress_for, score_table
+
+if TYPE_CHECKING:
+    from tinylora_lite.experiment import Outcome
+
+HELP = "train by a settings file, and measure what it changed"
+EXAMPLE = "tinylora train settings.yaml training.learning_rate=1e-4"
+SEED_HELP = "of training, where the settings file is to be run with another one"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``tinylora train``."""
+    parser.add_argument("settings", help="a settings file, or the name of a preset (`tinylora preset` lists them)")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings that differ: adapter.u=2, folder=out"
+    )
+    parser.add_argument("--card", help="the GPU that a preset is for (default: its own choice)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Shows the progress while it runs and the comparison at the end, or JSON."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    settings = read(arguments.settings, arguments.card, arguments.overrides)
+    if arguments.seed:
+        settings = settings.override([f"training.seed={arguments.seed}"])
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _join()
+    from tinylora_lite.experiment import run_experiment  # imports the loops, and they torch's compiler
+
+    console = Console(quiet=processes.rank() > 0)
+    with progress_for(console, plain=arguments.json or processes.rank() > 0) as progress:
+        outcome = run_experiment(settings, progress=progress)
+    if processes.rank() > 0:
+        return
+    if arguments.json:
+        print(json.dumps(outcome.summary()))
+        return
+    if isinstance(progress, LiveProgress):
+        progress.begin("done")
+        console.print(progress)
+    elif progress.scores:
+        console.print(score_table(progress.scores))
+    console.print(report(outcome))
+
+
+def read(name: str, card: str | None, overrides: list[str]) -> RunSettings:
+    """A settings file, or a preset by its name."""
+    if Path(name).suffix in (".yaml", ".yml") or Path(name).is_file():
+        if card is not None:
+            raise ValueError("--card chooses among presets; a settings file says everything itself")
+        return load_settings(name, overrides)
+    from tinylora_lite.presets import preset
+
+    return (preset(name) if card is None else preset(name, card=card)).override(overrides)
+
+
+def report(outcome: Outcome) -> Table:
+    """What changed, on which problems, and where the files are."""
+    table = Table.grid()
+    for name, comparison in outcome.comparisons.items():
+        table.add_row(f"{name}: {comparison}")
+    for rate, score in outcome.rates.items():
+        table.add_row(f"learning rate {rate:g}: {score} on the validation split")
+    table.add_row(f"{outcome.run.parameters:,} numbers, {outcome.run.seconds:.0f} seconds of training")
+    table.add_row(f"{outcome.folder.resolve()}")
+    return table
+
+
+def _join() -> None:
+    """Meets the other processes that ``accelerate launch`` started; a long evaluation must not look like a death."""
+    try:
+        from accelerate import PartialState
+    except ImportError as error:
+        raise ImportError('several processes need accelerate; pip install "tinylora_lite[train]" brings it') from error
+    import torch
+
+    PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=12))

@@ -1,0 +1,366 @@
+"""A settings file from beginning to end: score the base, train the numbers, score again, compare, keep everything.
+
+Whatever is in the folder already is not done again, so the same call goes on where an interrupted one stopped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from tinylora_lite import processes
+from tinylora_lite.adapter import TinyLoraAdapter, attach
+from tinylora_lite.basis import Basis, load_basis, save_basis
+from tinylora_lite.calibrate import calibrate
+from tinylora_lite.compare import Comparison, compare
+from tinylora_lite.completions import write_whole
+from tinylora_lite.evaluate import Score, evaluate
+from tinylora_lite.files import save
+from tinylora_lite.grpo import train_grpo
+from tinylora_lite.grpo_settings import GRPOSettings
+from tinylora_lite.loading import load_model
+from tinylora_lite.runs import Run
+from tinylora_lite.sampler import ModelSampler, Rollouts, Sampler, encode_prompts
+from tinylora_lite.settings import RunSettings
+from tinylora_lite.sharding import is_sharded, shard
+from tinylora_lite.tasks import Task
+from tinylora_lite.terminal import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+OnRollouts = Callable[[Rollouts, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of an experiment; all of it lies in ``folder``, too.
+
+    Attributes:
+        settings: of the run that was chosen, where several learning rates were tried.
+        run: its record.
+        rates: the validation score of every learning rate that was tried; empty where there was one.
+        base: the untouched base's scores, by the name of the task.
+        adapted: the trained model's, on the same problems.
+        folder: where everything is.
+    """
+
+    settings: RunSettings
+    run: Run
+    rates: dict[float, Score]
+    base: dict[str, Score]
+    adapted: dict[str, Score]
+    folder: Path
+
+    @property
+    def comparisons(self) -> dict[str, Comparison]:
+        """The trained model against the base, by the name of the task."""
+        return {name: compare(score, self.adapted[name]) for name, score in self.base.items()}
+
+    def summary(self) -> dict[str, Any]:
+        """What ``tinylora train --json`` prints and ``outcome.json`` keeps."""
+        return {
+            "model": self.settings.model,
+            "task": self.settings.task,
+            "method": self.settings.method,
+            "trainer": self.settings.trainer,
+            "adapter": self.run.adapter,
+            "parameters": self.run.parameters,
+            "learning_rate": self.run.settings["learning_rate"],
+            "rates": {f"{rate:g}": score.summary() for rate, score in self.rates.items()},
+            "base": {name: score.summary() for name, score in self.base.items()},
+            "trained": {name: score.summary() for name, score in self.adapted.items()},
+            "comparisons": {name: each.summary() for name, each in self.comparisons.items()},
+            "seconds": round(self.run.seconds, 1),
+            "folder": str(self.folder),
+        }
+
+
+def run_experiment(
+    settings: RunSettings, *, progress: Progress | None = None, on_rollouts: OnRollouts | None = None
+) -> Outcome:
+    """Does what a settings file says.
+
+    Of several learning rates the one with the best score on the validation split is taken; the test split is seen by
+    the base and by that one alone. In the folder: ``settings.yaml``, ``base/`` and ``trained/`` with every completion,
+    ``run.json`` and ``checkpoint.pt`` of training (in a folder for each rate, where there are several), the adapter as
+    ``adapter.tinylora`` (all weights as a checkpoint in ``model/``), and ``outcome.json``.
+
+    Where several processes run this under ``accelerate launch``, they share the work, and the first writes the files.
+
+    Args:
+        settings: see :class:`~tinylora_lite.settings.RunSettings`.
+        progress: where to show how far it is; ``None`` shows nothing.
+        on_rollouts: called in every step of GRPO with what was sampled and its rewards, ``[prompts, group_size]``.
+
+    Raises:
+        ValueError: settings that do not fit the model, the task or what the folder holds already.
+        OSError: the model, the data or the folder cannot be read or written.
+        ImportError: an extra is missing that the settings ask for.
+    """
+    folder, progress = Path(settings.folder), progress or Progress()
+    folder.mkdir(parents=True, exist_ok=True)
+    if processes.rank() == 0:
+        settings.save(folder / "settings.yaml")
+    bench = Workbench(settings, progress, on_rollouts)
+    base = bench.evaluate("base", None)
+    runs, rates = settings.sweep(), {}
+    if len(runs) > 1:
+        for one in runs:
+            adapter, run = bench.train(one)
+            rates[float(run.settings["learning_rate"])] = bench.validate(one, adapter)
+            bench.clear(adapter)
+    chosen = runs[0] if not rates else max(runs, key=lambda one: rates[one.training["learning_rate"]].accuracy)
+    adapter, run = bench.train(chosen)
+    adapted = bench.evaluate("trained", adapter)
+    outcome = Outcome(chosen, run, rates, base, adapted, folder)
+    if processes.rank() == 0:
+        if adapter is not None:
+            save(adapter, folder / "adapter.tinylora")
+        else:
+            bench.model.save_pretrained(folder / "model")
+            bench.tokenizer.save_pretrained(folder / "model")
+        write_whole(folder / "outcome.json", json.dumps(outcome.summary(), indent=1) + "\n")
+    bench.clear(adapter)
+    processes.wait()
+    return outcome
+
+
+class Workbench:
+    """What the runs of one settings file share: the model, the problems, the sampler, the basis; made when needed."""
+
+    def __init__(
+        self, settings: RunSettings, progress: Progress | None = None, on_rollouts: OnRollouts | None = None
+    ) -> None:
+        self.settings, self.folder = settings, Path(settings.folder)
+        self.progress, self.on_rollouts = progress or Progress(), on_rollouts
+        self._changed = False  # whether training has written into the base's own weights
+
+    @cached_property
+    def loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The base and its tokenizer."""
+        s = self.settings
+        self.progress.begin(f"loading {s.model}")
+        model, tokenizer = load_model(s.model, dtype=s.dtype, revision=s.revision, quantise=s.quantise)
+        if s.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return model, tokenizer
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The base, with whatever adapter it carries."""
+        return self.loaded[0]
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base's tokenizer."""
+        return self.loaded[1]
+
+    @cached_property
+    def task(self) -> Task:
+        """The problems to train on, less those whose prompts are longer than ``max_prompt_tokens``."""
+        task = task_named(self.settings.task, self.settings)
+        return replace(task, train=self._short_enough(task))
+
+    @cached_property
+    def sampler(self) -> Sampler:
+        """Who answers the prompts."""
+        s = self.settings.sampler
+        if s.engine == "transformers":
+            return ModelSampler(self.model, self.tokenizer)
+        if s.engine == "vllm-server":
+            from tinylora_lite.vllm_server import VllmServerSampler
+
+            assert s.url is not None  # SamplerSettings sees to that
+            return VllmServerSampler(s.url, self.tokenizer, folder=self.folder / "lora")
+        from tinylora_lite.vllm_sampler import VllmSampler
+
+        weights: str | Path = self.settings.model
+        if weights == "nano":  # its folder holds a basis too, which vLLM would take for weights
+            weights = self.folder / "base-weights"
+            self.model.save_pretrained(weights)
+        training = self.settings.training_settings(len(self.task.train))
+        longest = max(getattr(training, "max_new_tokens", 0), self.settings.evaluation.max_new_tokens)
+        return VllmSampler(
+            weights,
+            self.tokenizer,
+            sync=s.sync,
+            max_model_len=min(self.settings.max_prompt_tokens + longest, self.model.config.max_position_embeddings),
+            gpu_memory=s.gpu_memory,
+            tensor_parallel=s.tensor_parallel,
+            dtype=self.settings.dtype,
+            max_lora_rank=self.settings.adapter.rank,
+            **({} if self.settings.revision is None else {"revision": self.settings.revision}),
+        )
+
+    @cached_property
+    def basis(self) -> Basis | None:
+        """The calibrated directions; made in one pass, and kept in the folder, where the settings ask for new ones."""
+        a = self.settings.adapter
+        if not a.calibrated:
+            return None
+        if a.projection != "calibrated":
+            return load_basis(a.projection)
+        file = self.folder / "basis.safetensors"
+        if not file.exists():
+            c = a.calibration
+            self.progress.begin("calibrating a basis")
+            basis = calibrate(
+                self.model,
+                self.tokenizer,
+                self.task,
+                rank=a.rank,
+                directions=a.u,
+                sigma=a.sigma,
+                problems=c.problems,
+                group_size=c.group_size,
+                looks=c.looks,
+                max_new_tokens=c.max_new_tokens,
+                seed=c.seed,
+                progress=self.progress.advance,
+            )
+            if processes.rank() == 0:
+                save_basis(basis, file)
+            processes.wait()
+        return load_basis(file)
+
+    def train(self, settings: RunSettings) -> tuple[TinyLoraAdapter | None, Run]:
+        """Trains one learning rate, or takes up what its folder holds; the adapter stays on the model."""
+        if self._changed:
+            del self.loaded
+            self.__dict__.pop("sampler", None)
+        config = settings.adapter.config(self.basis)
+        self._changed = config is None
+        adapter = None if config is None else attach(self.model, config)
+        if settings.shard and not is_sharded(self.model):
+            shard(self.model)
+        training = settings.training_settings(len(self.task.train))
+        rate, folder = training.learning_rate, Path(settings.folder)
+        name = f"{settings.method}, rate {rate:g}"
+        self.progress.begin(f"training: {name}", training.steps)
+        self.progress.steps = training.steps
+
+        def on_step(run: Run) -> None:
+            key = "reward" if settings.method == "grpo" else "loss"
+            self.progress.step(name, run.curve(key), [] if adapter is None else adapter.vectors.flatten().tolist())
+
+        if settings.method == "sft":
+            from tinylora_lite.sft import train_sft
+
+            run = train_sft(
+                self.model,
+                self.tokenizer,
+                adapter,
+                self.task,
+                training,
+                folder=folder,
+                on_step=on_step,
+                progress=False,
+            )
+            return adapter, run
+        assert isinstance(training, GRPOSettings)  # what training_settings makes of this method
+        if settings.trainer == "trl":
+            from tinylora_lite.trl_trainer import train_trl
+
+            sampler = None if isinstance(self.sampler, ModelSampler) else self.sampler
+            run = train_trl(
+                self.model,
+                self.tokenizer,
+                adapter,
+                self.task,
+                training,
+                sampler=sampler,
+                folder=folder,
+                on_step=on_step,
+            )
+            return adapter, run
+        run = train_grpo(
+            self.model,
+            self.tokenizer,
+            adapter,
+            self.task,
+            training,
+            sampler=self.sampler,
+            folder=folder,
+            on_step=on_step,
+            on_rollouts=self.on_rollouts,
+            progress=False,
+        )
+        return adapter, run
+
+    def clear(self, adapter: TinyLoraAdapter | None) -> None:
+        """Takes the adapter off, so that the next one finds the base."""
+        if adapter is not None:
+            adapter.detach()
+
+    def validate(self, settings: RunSettings, adapter: TinyLoraAdapter | None) -> Score:
+        """The score on the validation split, by which learning rates are chosen."""
+        return self._score("validation", self.task, Path(settings.folder) / "validation", adapter, "validation")
+
+    def evaluate(self, name: str, adapter: TinyLoraAdapter | None) -> dict[str, Score]:
+        """The scores on the test splits of ``evaluation.tasks``, by their names."""
+        scores = {}
+        for task_name in self.settings.evaluation.tasks:
+            task = self.task if task_name == self.settings.task else task_named(task_name, self.settings)
+            scores[task_name] = self._score(
+                f"{task_name}, {name}", task, self.folder / name / task_name, adapter, "test"
+            )
+        return scores
+
+    def _score(self, name: str, task: Task, folder: Path, adapter: TinyLoraAdapter | None, split: str) -> Score:
+        e = self.settings.evaluation
+        problems = tuple(getattr(task, split)[: e.problems])
+        padded = problems + problems[-1:] * (-len(problems) % processes.count())
+        share = padded[processes.rank() :: processes.count()]
+        if processes.count() > 1:
+            folder = folder / f"{processes.rank() + 1}-of-{processes.count()}"
+        self.progress.begin(f"testing: {name}", len(share) * e.samples)
+        self.sampler.sync(adapter)
+        score = evaluate(
+            self.model,
+            self.tokenizer,
+            replace(task, **{split: share}),
+            split=split,
+            samples=e.samples,
+            temperature=e.temperature,
+            max_new_tokens=e.max_new_tokens,
+            batch_size=self.settings.sampler.batch_size or 256,
+            sampler=self.sampler,
+            folder=folder,
+            progress=self.progress.advance,
+        )
+        if processes.count() > 1:
+            parts = [list(part.completions) for part in processes.gathered(score)]
+            dealt = [parts[i % len(parts)][i // len(parts) * e.samples :][: e.samples] for i in range(len(problems))]
+            score = Score.of((completion for each in dealt for completion in each), e.samples)
+        self.progress.scored(name, score)
+        return score
+
+    def _short_enough(self, task: Task) -> tuple[Any, ...]:
+        kept = []
+        for start in range(0, len(task.train), 1000):
+            chunk = task.train[start : start + 1000]
+            lengths = encode_prompts(self.tokenizer, task, chunk)[1].sum(dim=1).tolist()
+            kept += [e for e, n in zip(chunk, lengths, strict=True) if n <= self.settings.max_prompt_tokens]
+        if not kept:
+            raise ValueError(
+                f"no training problem of {task.name} fits max_prompt_tokens={self.settings.max_prompt_tokens}; raise it"
+            )
+        return tuple(kept)
+
+
+def task_named(name: str, settings: RunSettings) -> Task:
+    """The problems of that name: the nano world's, or those of :mod:`tinylora_lite.problem_sets`."""
+    if name == "nano":
+        from tinylora_lite import nano
+
+        return nano.task()
+    from tinylora_lite.problem_sets import load_task
+
+    return load_task(name, data=settings.data, prompt=settings.prompt)

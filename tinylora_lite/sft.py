@@ -1,0 +1,269 @@
+"""Supervised finetuning: make worked answers likelier, token by token.
+
+The paper's other way to train (section 6.1), and the one that needs more numbers. The model reads a prompt exactly as
+sampling would show it; the loss is the mean of ``-log p`` over the tokens of the worked answers and their end tokens,
+all tokens of a step alike, as GRPO's ``normalise="token"`` has it. No dropout.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tinylora_lite import processes
+from tinylora_lite.adapter import TinyLoraAdapter
+from tinylora_lite.checkpoint import resume, save_checkpoint
+from tinylora_lite.evaluate import evaluate
+from tinylora_lite.fingerprint import base_fingerprint
+from tinylora_lite.grpo import draw_prompts
+from tinylora_lite.policy_update import _add_gradients
+from tinylora_lite.progress import progress_bar
+from tinylora_lite.runs import Run
+from tinylora_lite.sampler import Rollouts, Sampler, check_tokenizer, completion_logprobs, encode_prompts
+from tinylora_lite.sft_settings import SFTSettings
+from tinylora_lite.tasks import Example, Task
+from tinylora_lite.training import check_adapter, ready_to_train
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["SFTSettings", "check_solutions", "encode_solutions", "solution_loss", "train_sft"]
+
+
+def train_sft(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    adapter: TinyLoraAdapter | None,
+    task: Task,
+    settings: SFTSettings | None = None,
+    *,
+    sampler: Sampler | None = None,
+    folder: str | Path | None = None,
+    on_step: Callable[[Run], None] | None = None,
+    progress: bool = True,
+) -> Run:
+    """Trains an adapter's numbers on worked answers, or all weights of the model where ``adapter`` is ``None``.
+
+    Where ``torch.distributed`` is initialised, every process calls this with the same arguments and reads its share of
+    a step's answers; the numbers are those of one process, but for rounding.
+
+    Args:
+        model: any causal language model of transformers. Where its gradient checkpointing is on, it is used.
+        tokenizer: the model's.
+        adapter: attached to the model; ``None`` trains every weight, in place.
+        task: answers come from the ``solution`` of its training examples, evaluations from its validation split.
+        settings: see :class:`~tinylora_lite.sft_settings.SFTSettings`; ``None`` takes its defaults.
+        sampler: who answers in evaluations; ``None`` takes the model itself.
+        folder: where the run is saved; called again with the same base and settings, an interrupted run goes on from
+            its last checkpoint to the same numbers as one that was never interrupted.
+        on_step: called with the run so far after every step.
+        progress: shows a bar where standard error is a terminal.
+
+    Returns:
+        The :class:`~tinylora_lite.runs.Run`: of each step ``loss`` (in nats for a token, before the update),
+        ``length`` (mean tokens of an answer), ``learning_rate``, ``gradient_norm`` and ``norm``; of each evaluation
+        ``loss`` and, with ``evaluate_accuracy``, what :meth:`~tinylora_lite.evaluate.Score.details` holds.
+
+    Raises:
+        ValueError: the task is empty, an example has no solution or one longer than ``max_new_tokens``, the tokenizer
+            lacks a token, the adapter is not the model's, or ``folder`` holds a damaged run or one of other settings.
+        FloatingPointError: the loss or the gradient is not finite; the numbers stay those of the last update.
+    """
+    check_tokenizer(tokenizer)
+    check_adapter(model, adapter)
+    settings = (settings or SFTSettings()).in_steps(len(task.train))
+    validation = task.validation[: settings.evaluate_problems] if settings.evaluate_every else []
+    check_solutions(tokenizer, task, task.train, "training", settings.max_new_tokens)
+    if settings.evaluate_every:
+        check_solutions(tokenizer, task, validation, "validation", settings.max_new_tokens)
+    parameters: list[Tensor] = list(model.parameters()) if adapter is None else [adapter.vectors]
+    optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate)
+    run = Run(
+        method="sft",
+        settings=asdict(settings),
+        adapter="all weights" if adapter is None else adapter.extra_repr(),
+        parameters=sum(p.numel() for p in parameters),
+        task=task.name,
+        base=base_fingerprint(model),
+    )
+    mine = processes.share(settings.prompts_per_step, "prompts_per_step")
+    if folder is not None:
+        resume(folder, run, parameters, optimizer)
+    if len(set(processes.gathered(len(run.steps)))) > 1:
+        raise ValueError(f"not every process finds the checkpoint in {folder}; give a folder that all of them share")
+
+    device = next(model.parameters()).device
+    started = time.perf_counter() - run.seconds
+    with (
+        ready_to_train(model, adapter),
+        progress_bar("SFT", settings.steps, len(run.steps), progress and not processes.rank()) as advance,
+    ):
+        for step in range(len(run.steps), settings.steps):
+            rows = encode_solutions(tokenizer, task, draw_prompts(task.train, settings, step)[mine], device)
+            tokens = int(processes.added(rows.lengths.sum()))
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate_at(step)
+            optimizer.zero_grad()
+            own = sum(_backward(part, tokens) for part in _parts(model, rows, settings.micro_batch))
+            loss = float(processes.added(torch.tensor(own, dtype=torch.float32, device=device)))
+            _add_gradients(parameters)
+            gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm).item()
+            if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
+                raise FloatingPointError(
+                    "the loss or its gradient is not finite; lower the learning rate, or load a wider dtype"
+                )
+            optimizer.step()
+            run.seconds = time.perf_counter() - started
+            run.steps.append(
+                {
+                    "step": step + 1,
+                    "loss": loss,
+                    "length": tokens / settings.prompts_per_step,
+                    "learning_rate": settings.learning_rate_at(step),
+                    "gradient_norm": gradient_norm,
+                    "norm": math.sqrt(sum(p.detach().float().pow(2).sum().item() for p in parameters)),
+                    "seconds": run.seconds,
+                }
+            )
+            if settings.evaluate_every and (step + 1) % settings.evaluate_every == 0:
+                row = {
+                    "step": step + 1,
+                    "loss": solution_loss(model, tokenizer, task, validation, settings.micro_batch),
+                }
+                run.evaluations.append(row | _accuracy(model, tokenizer, task, settings, sampler))
+                run.seconds = time.perf_counter() - started
+            if folder is not None and ((step + 1) % settings.save_every == 0 or step + 1 == settings.steps):
+                if processes.rank() == 0:
+                    save_checkpoint(folder, run, parameters, optimizer)
+                processes.wait()
+            advance(f"loss {loss:.3f}")
+            if on_step is not None:
+                on_step(run)
+    return run
+
+
+def encode_solutions(
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    examples: Sequence[Example],
+    device: torch.device | str = "cpu",
+) -> Rollouts:
+    """Worked answers as if a model had sampled them, the end token included; their log-probabilities are zeros.
+
+    Prompt and answer become tokens apart from each other, as they do in sampling, where the answer follows a prompt
+    whose tokens are fixed. What the chat template puts between them (a space, an empty thought) belongs to the answer.
+    """
+    prompt_ids, prompt_mask = encode_prompts(tokenizer, task, examples, device)
+    solutions = _solution_ids(tokenizer, task, examples)
+    ids = torch.full((len(solutions), max(map(len, solutions))), tokenizer.pad_token_id)
+    mask = torch.zeros_like(ids)
+    for i, solution in enumerate(solutions):
+        ids[i, : len(solution)] = torch.tensor(solution)
+        mask[i, : len(solution)] = 1
+    nothing = torch.zeros(ids.shape, device=device)
+    return Rollouts(
+        prompt_ids,
+        prompt_mask,
+        ids.to(device),
+        mask.to(device),
+        logprobs=nothing,
+        entropies=nothing,
+        truncated=torch.zeros(len(ids), dtype=torch.bool, device=device),
+        texts=[_solution(example) for example in examples],
+    )
+
+
+@torch.no_grad()
+def solution_loss(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    examples: Sequence[Example],
+    micro_batch: int = 64,
+) -> float:
+    """The mean of ``-log p`` over the tokens of the examples' worked answers, in nats. Raises as training does."""
+    rows = encode_solutions(tokenizer, task, examples, next(model.parameters()).device)
+    return sum(part.item() for part in _parts(model, rows, micro_batch)) / int(rows.lengths.sum())
+
+
+def check_solutions(
+    tokenizer: PreTrainedTokenizerBase, task: Task, examples: Sequence[Example], which: str, longest: int
+) -> None:
+    """Raises ``ValueError`` where imitation lacks an answer, or where one is longer than ``longest`` tokens."""
+    if not examples:
+        cure = "" if which == "training" else "; set evaluate_every=0"
+        raise ValueError(f"task {task.name} has no {which} problems{cure}")
+    for place, example in enumerate(examples):
+        if example.solution is None:
+            cure = "train with train_grpo, which needs none" if which == "training" else "set evaluate_every=0"
+            raise ValueError(
+                f"{which} problem {place + 1} of task {task.name} has no worked answer to imitate; "
+                f"give Example(..., solution=...), or {cure}"
+            )
+    lengths = list(map(len, _solution_ids(tokenizer, task, examples)))
+    if max(lengths) > longest:
+        place = lengths.index(max(lengths))
+        raise ValueError(
+            f"the worked answer of {which} problem {place + 1} of task {task.name} has {lengths[place]} tokens, more "
+            f"than max_new_tokens={longest}; raise max_new_tokens, or leave such problems out"
+        )
+
+
+def _solution(example: Example) -> str:
+    if example.solution is None:
+        raise ValueError("an example has no worked answer; give Example(..., solution=...)")
+    return example.solution
+
+
+def _solution_ids(tokenizer: PreTrainedTokenizerBase, task: Task, examples: Sequence[Example]) -> list[list[int]]:
+    texts = []
+    for example in examples:
+        solution, asked = _solution(example).strip(), task.messages(example)
+        prompt = str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
+        answered = [*asked, {"role": "assistant", "content": solution}]
+        whole = str(tokenizer.apply_chat_template(answered, tokenize=False))
+        between = whole.removeprefix(prompt).partition(solution)[0] if whole.startswith(prompt) else ""
+        texts.append(between + solution)
+    return [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+
+def _parts(model: PreTrainedModel, rows: Rollouts, micro_batch: int) -> Iterator[Tensor]:
+    """The sum of ``-log p`` over each micro-batch's tokens; rows of like length together: less padding to compute."""
+    for index in torch.argsort(rows.lengths, stable=True).split(micro_batch):
+        part = rows.rows(index)
+        yield -(completion_logprobs(model, part) * part.completion_mask).sum()
+
+
+def _backward(part: Tensor, tokens: int) -> float:
+    loss = part / tokens
+    loss.backward()
+    return loss.item()
+
+
+def _accuracy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    settings: SFTSettings,
+    sampler: Sampler | None,
+) -> dict[str, float | int]:
+    if not settings.evaluate_accuracy:
+        return {}
+    return evaluate(
+        model,
+        tokenizer,
+        task,
+        split="validation",
+        problems=settings.evaluate_problems,
+        temperature=settings.temperature,
+        max_new_tokens=settings.max_new_tokens,
+        seed=settings.seed,
+        sampler=sampler,
+    ).details()
