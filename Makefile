@@ -89,15 +89,16 @@ lock: $(STAMP) ## Renew requirements.txt from pyproject.toml, and requirements-v
 	@{ echo "# Everything that builds the book and runs the tests, on Python 3.11 to 3.13; install with plain pip."; \
 	   echo "# Written by 'make lock' from pyproject.toml."; \
 	   $(PY) -m uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest \
-	     --no-header --no-annotate --upgrade --extra book --extra dev --extra lab --extra peft pyproject.toml; \
+	     --no-header --no-annotate --upgrade --extra book --extra dev --extra lab --extra peft --extra train pyproject.toml; \
 	 } > requirements.new
 	@mv requirements.new requirements.txt
-	@{ echo "# Everything that $(VLLM) needs on Linux on x86-64 and Python 3.11, less what handles images and sound."; \
-	   echo "# Written by 'make lock'."; \
+	@{ echo "# Everything that $(VLLM), and training with it, needs on Linux on x86-64 and Python 3.11, less what handles"; \
+	   echo "# images and sound. Written by 'make lock'."; \
 	   $(PY) -m uv pip compile --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
 	     --no-header --no-annotate --upgrade --no-emit-package $(firstword $(subst ==, ,$(VLLM))) \
+	     --extra train --extra peft \
 	     --overrides <(printf '%s\n' torch==2.13.0 'torchaudio ; python_version < "0"' \
-	       'torchcodec ; python_version < "0"' 'torchvision ; python_version < "0"') <(echo $(VLLM)); \
+	       'torchcodec ; python_version < "0"' 'torchvision ; python_version < "0"') <(echo $(VLLM)) pyproject.toml; \
 	 } > requirements.new
 	@mv requirements.new requirements-vllm.txt
 

@@ -1,12 +1,14 @@
 """Calibration: orthonormal directions that point where the reward rises, from a model that is left as it was."""
 
 import copy
+from typing import ClassVar
 
 import pytest
 import torch
 
 import tinylora_lite as tl
 from tinylora_lite.adapter import adapter_of
+from tinylora_lite.sampler import ModelSampler
 
 OPTIONS = {"rank": 2, "directions": 3, "problems": 24, "group_size": 8, "max_new_tokens": 3, "truncated": "score"}
 
@@ -112,3 +114,20 @@ def test_a_reward_that_never_differs_teaches_no_direction(model, tokenizer, task
     silent = tl.Task("silent", task.train, task.validation, task.test, lambda completion, gold: 1.0)
     with pytest.raises(ValueError, match="only 0 of 24 problems"):
         tl.calibrate(model, tokenizer, silent, **OPTIONS)
+
+
+def test_micro_batches_change_nothing(calibrate):
+    torch.testing.assert_close(calibrate(micro_batch=3).directions, calibrate().directions, atol=1e-4, rtol=0)
+
+
+def test_another_sampler_answers_and_is_kept_in_step(calibrate, model, tokenizer):
+    class Counting(ModelSampler):
+        synced: ClassVar[list] = []
+
+        def sync(self, adapter):
+            self.synced.append(adapter.vectors.detach().clone())
+
+    directions = calibrate(sampler=Counting(model, tokenizer)).directions
+    assert torch.equal(directions, calibrate().directions)
+    assert any(vectors.any() for vectors in Counting.synced)  # the line search moves R
+    assert not Counting.synced[0].any()

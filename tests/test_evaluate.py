@@ -1,15 +1,21 @@
 """Intervals against literature and simulation, and scores against a model that is known."""
 
+import dataclasses
 import doctest
 import itertools
+import json
 import math
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
+import tinylora_lite as tl
 from tinylora_lite import Example, Task, evaluate
+from tinylora_lite.completions import read_rows
 from tinylora_lite.evaluate import Completion, Score, interval
+from tinylora_lite.sampler import ModelSampler, Rollouts
 
 
 def test_worked_example():
@@ -177,3 +183,269 @@ class TestEvaluate:
         model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
         with pytest.raises(ValueError, match="reward of task t returned nan"):
             evaluate(model, tokenizer, broken, max_new_tokens=1)
+
+
+class TestBootstrap:
+    def test_it_is_scipy_s_over_problems(self):
+        rewards = np.random.default_rng(0).random((60, 4)).round()
+        score = Score.of(completions(rewards.flatten()), 4)
+        rng = np.random.default_rng(3)
+        found = stats.bootstrap((rewards.mean(axis=1),), np.mean, method="BCa", random_state=rng)
+        # scipy draws in one piece here and in the library alike, so that even the random numbers agree.
+        assert score.bootstrap(seed=3) == pytest.approx(tuple(found.confidence_interval))
+
+    def test_many_problems_agree_with_wilson(self):
+        score = Score.of(completions([1.0] * 700 + [0.0] * 300))
+        assert score.bootstrap() == pytest.approx((score.low, score.high), abs=4e-3)
+
+    def test_unanimity_is_not_certainty(self):
+        score = Score.of(completions([1.0] * 10))
+        assert score.bootstrap() == (score.low, score.high)
+        assert score.low < 0.8
+
+
+class TestBothRewards:
+    @pytest.fixture
+    def strict(self, task) -> Task:
+        """Strict: the whole text; lenient: any token of it; formatted: it opens with the right letter."""
+        return dataclasses.replace(
+            task,
+            reward=lambda text, gold: float(text.endswith("has")),
+            lenient=lambda text, gold: float("has" in text),
+            formatted=lambda text: text[:1] in tuple("abcdefgh"),
+        )
+
+    def test_all_of_it_is_the_tasks_own(self, model, tokenizer, strict):
+        score = evaluate(model, tokenizer, strict, samples=40, max_new_tokens=6, truncated="score")
+        for c in score.completions:
+            assert (c.reward, c.lenient) == (float(c.text.endswith("has")), float("has" in c.text))
+            assert c.formatted is (c.text[:1] in tuple("abcdefgh"))
+        assert 0 < score.accuracy < score.lenient.accuracy < 1
+        rewards = np.array([c.lenient for c in score.completions]).reshape(6, 40)
+        assert (score.lenient.low, score.lenient.high) == interval(rewards)
+        assert score.formatted == np.mean([c.formatted for c in score.completions])
+        assert score.truncated == np.mean([c.truncated for c in score.completions]) > 0
+        assert score.tokens == np.mean([c.tokens for c in score.completions])
+        assert score.details() == score.summary() | {
+            "truncated": score.truncated,
+            "tokens": score.tokens,
+            "formatted": score.formatted,
+            "lenient": score.lenient.accuracy,
+            "lenient_low": score.lenient.low,
+            "lenient_high": score.lenient.high,
+        }
+
+    def test_what_a_cut_off_answer_is_worth_counts_for_both(self, model, tokenizer, strict):
+        generous = dataclasses.replace(strict, reward=lambda text, gold: 1.0, lenient=lambda text, gold: 1.0)
+        model.generation_config.eos_token_id = list(range(60, len(tokenizer)))
+        score = evaluate(model, tokenizer, generous, samples=10, max_new_tokens=1)
+        assert 0 < score.truncated < 1
+        assert score.accuracy == score.lenient.accuracy == pytest.approx(1 - score.truncated)
+
+    def test_a_task_without_them(self, model, tokenizer, task):
+        score = evaluate(model, tokenizer, task, max_new_tokens=2)
+        assert score.lenient is score.formatted is None
+        assert score.details().keys() == score.summary().keys() | {"truncated", "tokens"}
+
+    def test_a_lenient_reward_that_is_no_number(self, model, tokenizer, strict):
+        broken = dataclasses.replace(strict, lenient=lambda text, gold: math.nan)
+        with pytest.raises(ValueError, match="returned nan"):
+            evaluate(model, tokenizer, broken, max_new_tokens=1, truncated="score")
+
+
+class Echo:
+    """A sampler of no model: the answer to every prompt is one token; it remembers what it was told."""
+
+    def __init__(self, tokenizer) -> None:
+        self.tokenizer, self.synced, self.calls = tokenizer, [], []
+
+    def sync(self, adapter) -> None:
+        self.synced.append(adapter)
+
+    def sample(self, prompt_ids, prompt_mask, *, max_new_tokens, temperature=1.0, seed=0, first_row=0) -> Rollouts:
+        self.calls.append((prompt_ids.device.type, len(prompt_ids), max_new_tokens, temperature))
+        ids = torch.full((len(prompt_ids), 1), 7)
+        nothing = torch.zeros(ids.shape)
+        cut = torch.zeros(len(ids), dtype=torch.bool)
+        return Rollouts(prompt_ids, prompt_mask, ids, torch.ones_like(ids), nothing, nothing, cut, ["has"] * len(ids))
+
+
+class TestSampler:
+    def test_it_answers_without_a_model(self, tokenizer, task):
+        sampler = Echo(tokenizer)
+        score = evaluate(None, tokenizer, task, batch_size=4, max_new_tokens=9, temperature=0.5, sampler=sampler)
+        assert (score.accuracy, score.n) == (1.0, 6)
+        assert sampler.calls == [("cpu", 4, 9, 0.5), ("cpu", 2, 9, 0.5)]
+        assert sampler.synced == [], "nobody knows what it should be in step with"
+
+    def test_it_follows_the_model_s_adapter(self, model, tokenizer, task):
+        sampler = Echo(tokenizer)
+        evaluate(model, tokenizer, task, sampler=sampler)
+        adapter = tl.attach(model, tl.lora_xs(2))
+        evaluate(model, tokenizer, task, sampler=sampler)
+        with adapter.disabled():
+            evaluate(model, tokenizer, task, sampler=sampler)
+        assert sampler.synced == [None, adapter, None]
+
+    def test_the_model_itself_is_one(self, model, tokenizer, task):
+        options = {"samples": 2, "max_new_tokens": 5, "batch_size": 5}
+        own = evaluate(model, tokenizer, task, **options)
+        assert evaluate(None, tokenizer, task, sampler=ModelSampler(model, tokenizer), **options) == own
+
+    def test_somebody_must_answer(self, tokenizer, task):
+        with pytest.raises(ValueError, match="a model, or the sampler"):
+            evaluate(None, tokenizer, task)
+
+
+class Stop(Exception):  # noqa: N818
+    pass
+
+
+def stop_at(place: int):
+    def progress(done: int, total: int) -> None:
+        if done >= place:
+            raise Stop
+
+    return progress
+
+
+class TestFolder:
+    OPTIONS = {"samples": 3, "max_new_tokens": 6, "batch_size": 4, "seed": 5}  # noqa: RUF012
+
+    def test_every_completion_is_kept(self, model, tokenizer, task, tmp_path):
+        score = evaluate(model, tokenizer, task, folder=tmp_path, **self.OPTIONS)
+        assert score == evaluate(model, tokenizer, task, **self.OPTIONS), "keeping them changes none"
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["completions.jsonl", "evaluation.json"]
+        rows = [json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().splitlines()]
+        assert [(row.pop("problem"), row.pop("sample")) for row in rows] == [(i, j) for i in range(6) for j in range(3)]
+        assert [Completion(**row) for row in rows] == list(score.completions)
+        record = json.loads((tmp_path / "evaluation.json").read_text())
+        assert record["score"] == score.details()
+        assert record["settings"]["temperature"] == 1.0
+        assert Score.load(tmp_path) == score
+
+    @pytest.mark.parametrize("place", [4, 12, 18])
+    def test_an_interrupted_one_goes_on_to_the_same_end(self, model, tokenizer, task, tmp_path, place):
+        whole = evaluate(model, tokenizer, task, **self.OPTIONS)
+        with pytest.raises(Stop):
+            evaluate(model, tokenizer, task, folder=tmp_path, progress=stop_at(place), **self.OPTIONS)
+        with pytest.raises(FileNotFoundError, match="not finished"):
+            Score.load(tmp_path)
+        sampler, told = Counted(model, tokenizer), []
+        options = self.OPTIONS | {"sampler": sampler, "progress": lambda done, total: told.append(done)}
+        # The name of the sampler's class is part of what must not change.
+        sampler.__class__.__name__ = "ModelSampler"
+        resumed = evaluate(model, tokenizer, task, folder=tmp_path, **options)
+        assert resumed == whole == Score.load(tmp_path)
+        before = place // 4 * 4
+        assert sampler.rows == 18 - before, "what was there is not sampled again"
+        assert told[0] == before
+        assert not (tmp_path / "completions.jsonl.part").exists()
+
+    def test_a_line_that_was_cut_off(self, model, tokenizer, task, tmp_path):
+        with pytest.raises(Stop):
+            evaluate(model, tokenizer, task, folder=tmp_path, progress=stop_at(12), **self.OPTIONS)
+        part = tmp_path / "completions.jsonl.part"
+        part.write_bytes(part.read_bytes()[:-20])
+        assert evaluate(model, tokenizer, task, folder=tmp_path, **self.OPTIONS) == evaluate(
+            model, tokenizer, task, **self.OPTIONS
+        )
+        assert len(read_rows(tmp_path)) == 18
+
+    def test_a_finished_one_is_scored_anew_and_not_sampled(self, model, tokenizer, task, tmp_path):
+        score = evaluate(model, tokenizer, task, folder=tmp_path, **self.OPTIONS)
+        model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+        assert evaluate(model, tokenizer, task, folder=tmp_path, **self.OPTIONS) == score
+        opposite = dataclasses.replace(task, reward=lambda text, gold: float("has" not in text))
+        again = evaluate(model, tokenizer, opposite, folder=tmp_path, truncated="zero", **self.OPTIONS)
+        assert [c.reward for c in again.completions] == [
+            float(not c.truncated and "has" not in c.text) for c in score.completions
+        ]
+        assert Score.load(tmp_path) == again
+
+    @pytest.mark.parametrize(
+        ("change", "match"),
+        [
+            ({"seed": 6}, "seed = 5, not 6"),
+            ({"temperature": 0}, "temperature = 1.0, not 0.0"),
+            ({"max_new_tokens": 7}, "max_new_tokens = 6, not 7"),
+            ({"samples": 2}, "samples = 3, not 2"),
+            ({"problems": 5}, "problems = 6, not 5"),
+            ({"batch_size": 5}, "batch_size = 4, not 5"),
+            ({"split": "validation"}, "split = 'test', not 'validation'"),
+        ],
+    )
+    def test_other_settings_are_refused(self, model, tokenizer, task, tmp_path, change, match):
+        evaluate(model, tokenizer, task, folder=tmp_path, **self.OPTIONS)
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        with pytest.raises(ValueError, match=match) as error:
+            evaluate(model, tokenizer, task, folder=tmp_path, **self.OPTIONS | change)
+        assert "\n" not in str(error.value)
+        assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def test_another_model_adapter_or_wording_is_refused(self, model, make_model, tokenizer, task, tmp_path):
+        options = {"folder": tmp_path, "max_new_tokens": 2}
+        evaluate(model, tokenizer, task, **options)
+        with pytest.raises(ValueError, match="holds an evaluation with base"):
+            evaluate(make_model(seed=1), tokenizer, task, **options)
+        reworded = dataclasses.replace(task, system="think")
+        with pytest.raises(ValueError, match="problems_sha256"):
+            evaluate(model, tokenizer, reworded, **options)
+        adapter = tl.attach(model, tl.lora_xs(2))
+        with pytest.raises(ValueError, match="adapter = 'none'"):
+            evaluate(model, tokenizer, task, **options)
+        with adapter.disabled():
+            evaluate(model, tokenizer, task, **options)
+        options["folder"] = tmp_path / "adapted"
+        evaluate(model, tokenizer, task, **options)
+        with torch.no_grad():
+            adapter.vectors[0, 0] = 1e-7
+        with pytest.raises(ValueError, match="adapter"):
+            evaluate(model, tokenizer, task, **options)
+
+    def test_a_sampler_alone_needs_a_subject(self, tokenizer, task, tmp_path):
+        with pytest.raises(ValueError, match="subject="):
+            evaluate(None, tokenizer, task, sampler=Echo(tokenizer), folder=tmp_path)
+        options = {"sampler": Echo(tokenizer), "folder": tmp_path}
+        evaluate(None, tokenizer, task, subject={"model": "a"}, **options)
+        with pytest.raises(ValueError, match="model = 'a', not 'b'"):
+            evaluate(None, tokenizer, task, subject={"model": "b"}, **options)
+
+    @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"settings": 3}', "not json"])
+    def test_a_damaged_record(self, model, tokenizer, task, tmp_path, text):
+        (tmp_path / "evaluation.json").write_text(text)
+        with pytest.raises(ValueError, match="damaged"):
+            evaluate(model, tokenizer, task, folder=tmp_path)
+
+    def test_damaged_completions(self, model, tokenizer, task, tmp_path):
+        evaluate(model, tokenizer, task, folder=tmp_path, max_new_tokens=2)
+        file = tmp_path / "completions.jsonl"
+        lines = file.read_text().splitlines(keepends=True)
+        for text in (lines[0] + lines[1][:9] + "\n", lines[0] + '{"text": "a"}\n'):
+            file.write_text(text)
+            with pytest.raises(ValueError, match="damaged"):
+                evaluate(model, tokenizer, task, folder=tmp_path, max_new_tokens=2)
+        file.write_text("")
+        with pytest.raises(ValueError, match="damaged"):
+            Score.load(tmp_path)
+
+    def test_completions_without_their_record(self, model, tokenizer, task, tmp_path):
+        (tmp_path / "completions.jsonl").write_text("{}\n")
+        with pytest.raises(ValueError, match=r"stands without its evaluation\.json"):
+            evaluate(model, tokenizer, task, folder=tmp_path)
+
+    def test_nothing_there(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="not there"):
+            Score.load(tmp_path)
+
+
+class Counted(ModelSampler):
+    """Counts the rows that it answers."""
+
+    def sample(self, prompt_ids, *arguments, **options) -> Rollouts:
+        self.__dict__["rows"] = self.__dict__.get("rows", 0) + len(prompt_ids)
+        return super().sample(prompt_ids, *arguments, **options)
+
+    @property
+    def rows(self) -> int:
+        return self.__dict__.get("rows", 0)

@@ -4,16 +4,21 @@ import copy
 import io
 import json
 import re
+from dataclasses import asdict
 
 import pytest
 from rich.console import Console
 
 from tinylora_lite import register, register_table
+from tinylora_lite.completions import close_evaluation, open_evaluation
 from tinylora_lite.evaluate import Completion, Score
+from tinylora_lite.experiment import run_experiment
 from tinylora_lite.published import HOW, Published, Source, load_published
 from tinylora_lite.register import Result, collect, measured, record
 from tinylora_lite.register_table import COLUMNS, table
 from tinylora_lite.runs import Run
+from tinylora_lite.settings import RunSettings
+from tinylora_lite.submission import _score
 
 
 def score(right: list[int], task: str = "sums") -> Score:
@@ -288,7 +293,7 @@ class TestTable:
             table("Qwen2.5-7B-Instruct", "sums", published=[published_row()], results=[result]).markdown().split("\n")
         )
         assert {line.count("|") for line in lines} == {len(COLUMNS) + 1}
-        assert lines[2].startswith("| [someone/else@1234567](https://example.org/a?b=1&c=2) |")
+        assert lines[2].endswith("| [someone/else@1234567](https://example.org/a?b=1&c=2): figure <1> |")
         assert "75.0% [" in lines[3]
 
     def test_html_can_be_read_aloud(self, result):
@@ -321,3 +326,56 @@ def test_columns_match():
     full = register_table.Row("a", "b", 1, 0.5, (0.4, 0.6), 0.3, 10, 2, "c")
     drawn = register_table.Table("t", (empty, full))
     assert {len(drawn.cells(row)) for row in drawn.rows} == {len(COLUMNS)}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    training = {"steps": 2, "prompts_per_step": 2, "group_size": 2, "max_new_tokens": 16}
+    settings = RunSettings.from_dict(
+        {
+            "model": "nano",
+            "task": "nano",
+            "dtype": "float32",
+            "adapter": {"rank": 2, "u": 1, "n_tie": 4},
+            "training": training,
+            "learning_rates": [0.1, 0.01],
+            "evaluation": {"tasks": ["nano"], "problems": 6, "max_new_tokens": 16},
+            "folder": str(tmp_path_factory.mktemp("experiment") / "run"),
+        }
+    )
+    return run_experiment(settings)
+
+
+class TestMake:
+    """From what ``tinylora train`` leaves to a record, on the nano base."""
+
+    def test_record_of_a_folder(self, finished, tmp_path, capsys):
+        arguments = ["make", str(finished.folder), "--sent-by", "A. Reader", "--notes", "a test", "--to", str(tmp_path)]
+        assert register.main(arguments) == 0
+        (kept,) = collect(tmp_path)
+        (scored,) = kept.scores
+        assert (scored.base, scored.adapted) == (finished.base["nano"].details(), finished.adapted["nano"].details())
+        assert scored.comparison == json.loads(json.dumps(finished.comparisons["nano"].summary()))
+        assert kept.settings == json.loads(json.dumps(finished.run.settings))
+        assert (kept.model, kept.revision, kept.parameters, kept.bits) == ("nano", "local", 13, 13 * 32)
+        assert (kept.basis_bits, kept.notes, kept.sent_by) == (0, "a test", "A. Reader")
+        assert finished.base["nano"].completions[0].prompt in kept.prompt
+        assert register.main(arguments) == 1
+        assert "recorded already" in capsys.readouterr().err
+
+    def test_parts_of_several_processes_are_put_together(self, finished, tmp_path):
+        whole = finished.base["nano"]
+        padded = [*whole.completions, whole.completions[-1], whole.completions[-1]]  # 6 problems for 4 processes
+        for rank in range(4):
+            write_evaluation(tmp_path / f"{rank + 1}-of-4", Score.of(padded[rank::4]))
+        assert _score(tmp_path, whole.summary()) == whole
+
+    def test_an_unfinished_folder(self, tmp_path, capsys):
+        assert register.main(["make", str(tmp_path), "--sent-by", "A. Reader"]) == 1
+        assert "holds no outcome.json" in capsys.readouterr().err
+
+
+def write_evaluation(folder, part: Score) -> None:
+    open_evaluation(folder, {})
+    rows = [asdict(completion) | {"problem": i, "sample": 0} for i, completion in enumerate(part.completions)]
+    close_evaluation(folder, rows, {})

@@ -16,7 +16,7 @@ Form = Literal["####", "boxed"]
 # Groups and digits are bounded: without that, a megabyte of ",000" takes a time quadratic in its length.
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3}){1,12}(?![0-9])|[0-9]{1,40}(?![0-9]))(?:\.[0-9]{1,40}(?![0-9]))?|\.[0-9]{1,40}"
 _NUMBER = re.compile(
-    rf"(?<![0-9])(?P<sign>[-+]?)\$?\s?(?P<minus>-?)(?P<digits>{_DIGITS})(?:/(?P<under>[0-9]{{1,40}})(?![0-9]))?"
+    rf"(?<![0-9])(?P<sign>[-+]?)(?:\$\s?)?(?P<minus>-?)(?P<digits>{_DIGITS})(?:/(?P<under>[0-9]{{1,40}})(?![0-9]))?"
 )
 _BOX = re.compile(r"\\boxed\s{0,9}\{")
 _PHRASE = re.compile(r"answer\s{0,9}(?:is|:)\s{0,9}:?", re.IGNORECASE)
@@ -116,7 +116,7 @@ def _line(text: str) -> str | None:
 def _plain(answer: str) -> str:
     """Without the LaTeX that decorates numbers."""
     answer = _FRACTION.sub(r"\1/\2", answer[:1000].translate(_DASHES))
-    return _DECORATION.sub("", answer.strip(" $\t\n.")).strip()
+    return _DECORATION.sub("", answer.lstrip(" $\t\n").rstrip(" $\t\n.")).strip()
 
 
 def _value(match: re.Match[str]) -> Fraction | None:

@@ -27,7 +27,7 @@ from tinylora_lite.fingerprint import base_fingerprint
 from tinylora_lite.grpo import check_task, draw_prompts, rollout, score
 from tinylora_lite.grpo_settings import GRPOSettings, Truncated
 from tinylora_lite.losses import grpo_advantages, grpo_loss
-from tinylora_lite.sampler import completion_logprobs
+from tinylora_lite.sampler import ModelSampler, Rollouts, Sampler, completion_logprobs
 from tinylora_lite.tasks import Example, Task
 from tinylora_lite.training import ready_to_train
 
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 PROMPTS_AT_ONCE = 32
 """Problems sampled together."""
+MICRO_BATCH = 8
+"""Completions in one backward pass, where nothing else is asked for."""
 FIRST_STRIDE = 0.05
 """Where the line search along the mean gradient starts, as the norm of all R together; each next stride doubles."""
 
@@ -54,6 +56,8 @@ def calibrate(
     looks: int = 2,
     max_new_tokens: int = 256,
     truncated: Truncated = "zero",
+    micro_batch: int = MICRO_BATCH,
+    sampler: Sampler | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Basis:
     """Directions for the numbers, from the policy gradients of a calibration set.
@@ -71,6 +75,8 @@ def calibrate(
         looks: 1 takes every gradient at v = 0; 2 takes half of them where the first half's mean leads.
         max_new_tokens: the length limit of a completion.
         truncated: what a completion cut off there is worth, as in :class:`~tinylora_lite.grpo_settings.GRPOSettings`.
+        micro_batch: completions in one forward and backward pass; changes memory and speed, the result by rounding.
+        sampler: who answers the problems; ``None`` takes the model itself.
         progress: called with problems done and problems in all.
 
     Returns:
@@ -93,6 +99,7 @@ def calibrate(
         group_size=group_size,
         max_new_tokens=max_new_tokens,
         truncated=truncated,
+        micro_batch=micro_batch,
         seed=seed,
     )
     check_task(tokenizer, task, settings)
@@ -104,7 +111,8 @@ def calibrate(
                 "raise the rank, or ask for fewer"
             )
         with ready_to_train(model, adapter):
-            samples = _Samples(model, tokenizer, adapter, task, settings, progress, problems)
+            answers = sampler or ModelSampler(model, tokenizer)
+            samples = _Samples(model, tokenizer, adapter, task, settings, answers, progress, problems)
             found = [samples.gradients(problems // looks)]
             stride = 0.0
             if looks == 2 and len(found[0]):
@@ -145,6 +153,7 @@ class _Samples:
     adapter: TinyLoraAdapter
     task: Task
     settings: GRPOSettings
+    sampler: Sampler
     progress: Callable[[int, int], None] | None
     total: int
     drawn: int = 0
@@ -188,24 +197,33 @@ class _Samples:
             self.adapter.vectors.copy_(R)
 
     def _reward(self, examples: list[Example]) -> float:
-        rollouts = rollout(self.model, self.tokenizer, self.task, examples, self.settings, self.drawn)
-        return score(rollouts, self.task, examples, self.settings).mean().item()
+        return score(self._rollout(examples), self.task, examples, self.settings).mean().item()
+
+    def _rollout(self, examples: list[Example]) -> Rollouts:
+        self.sampler.sync(self.adapter)
+        return rollout(self.model, self.tokenizer, self.task, examples, self.settings, self.drawn, self.sampler)
 
     def _gradients(self, examples: list[Example]) -> Iterator[Tensor]:
-        rollouts = rollout(self.model, self.tokenizer, self.task, examples, self.settings, self.drawn)
+        rollouts = self._rollout(examples)
         rewards = score(rollouts, self.task, examples, self.settings)
         for index, advantages in enumerate(grpo_advantages(rewards, "none")):
             if advantages.any():
                 first = index * self.settings.group_size
-                rows = rollouts.rows(torch.arange(first, first + self.settings.group_size))
-                logprobs = completion_logprobs(self.model, rows)
-                loss = grpo_loss(
-                    logprobs,
-                    logprobs.detach(),
-                    advantages,
-                    rows.completion_mask,
-                    normalise="constant",
-                    max_tokens=1,
-                )
-                (gradient,) = torch.autograd.grad(loss, self.adapter.vectors)
-                yield gradient.flatten().cpu()
+                yield self._gradient(rollouts.rows(torch.arange(first, first + self.settings.group_size)), advantages)
+
+    def _gradient(self, group: Rollouts, advantages: Tensor) -> Tensor:
+        """The gradient of one problem's loss, ``[modules · r²]`` float32 on the CPU, made in micro batches."""
+        total = torch.zeros_like(self.adapter.vectors)
+        for chunk in torch.arange(len(group)).split(self.settings.micro_batch):
+            rows = group.rows(chunk)
+            logprobs = completion_logprobs(self.model, rows)
+            loss = grpo_loss(
+                logprobs,
+                logprobs.detach(),
+                advantages.to(logprobs.device)[chunk],
+                rows.completion_mask,
+                normalise="constant",
+                denominator=len(group),
+            )
+            total += torch.autograd.grad(loss, self.adapter.vectors)[0]
+        return total.flatten().cpu()

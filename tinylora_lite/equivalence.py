@@ -81,8 +81,13 @@ class _Process:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def close(self) -> None:
-        """Kills the process and what it forked; once is enough, and more does no harm."""
+    def close(self, patience: float = 0.0) -> None:
+        """Ends the process and what it forked: with ``patience``, in seconds, by asking first."""
+        assert self._process.stdin is not None
+        with suppress(OSError):
+            self._process.stdin.close()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(patience)
         if self._process.returncode is None:
             with suppress(OSError):
                 if _FORKS:
@@ -135,7 +140,7 @@ def equal(gold: str, answer: str) -> bool:
         return False
     with _lock:
         if _process is not None and not _process.alive:  # the system may kill it for memory that others took
-            _close()
+            _close(0.0)
         start()
         assert _process is not None
         verdict = None
@@ -143,16 +148,16 @@ def equal(gold: str, answer: str) -> bool:
             verdict = _process.ask(gold, answer)
         finally:  # after an interrupt the reply would answer the next question
             if verdict is None:
-                _close()
-        if _process is None:
+                _close(0.0)
+        if verdict is None:
             start()
         return bool(verdict)
 
 
-def _close() -> None:
+def _close(patience: float = 2.0) -> None:
     global _process
     if _process is not None:
-        _process.close()
+        _process.close(patience)
         _process = None
 
 
@@ -213,12 +218,17 @@ class _Child:
         there, _, _ = select.select([self._from], [], [], SECONDS)
         reply = os.read(self._from, 1) if there else b""
         if not reply:  # too slow, or dead of hunger for memory or stack
+            self.end()
+            self._fork()
+        return reply == b"1"
+
+    def end(self) -> None:
+        if self._pid:
             os.kill(self._pid, signal.SIGKILL)
             os.waitpid(self._pid, 0)
             os.close(self._to)
             os.close(self._from)
-            self._fork()
-        return reply == b"1"
+            self._pid = 0
 
     def _fork(self) -> None:
         read_request, self._to = os.pipe()
@@ -248,11 +258,12 @@ def _serve() -> None:
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whatever a library prints is no reply
     compare = _comparison()
-    if _FORKS:
-        compare = _Child(compare)
+    child = _Child(compare) if _FORKS else None
     replies.write(b"ready\n")
     for line in sys.stdin.buffer:
-        replies.write(b"1\n" if compare(*json.loads(line)) else b"0\n")
+        replies.write(b"1\n" if (child or compare)(*json.loads(line)) else b"0\n")
+    if child:
+        child.end()
 
 
 if __name__ == "__main__":

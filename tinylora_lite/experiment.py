@@ -48,6 +48,7 @@ class Outcome:
         rates: the validation score of every learning rate that was tried; empty where there was one.
         base: the untouched base's scores, by the name of the task.
         adapted: the trained model's, on the same problems.
+        vectors: v as it is in the end, group by group; empty where all weights trained.
         folder: where everything is.
     """
 
@@ -56,6 +57,7 @@ class Outcome:
     rates: dict[float, Score]
     base: dict[str, Score]
     adapted: dict[str, Score]
+    vectors: tuple[float, ...]
     folder: Path
 
     @property
@@ -106,7 +108,7 @@ def run_experiment(
     """
     folder, progress = Path(settings.folder), progress or Progress()
     folder.mkdir(parents=True, exist_ok=True)
-    if processes.rank() == 0:
+    if processes.rank() == 0 and not (folder / "settings.yaml").exists():
         settings.save(folder / "settings.yaml")
     bench = Workbench(settings, progress, on_rollouts)
     base = bench.evaluate("base", None)
@@ -119,13 +121,15 @@ def run_experiment(
     chosen = runs[0] if not rates else max(runs, key=lambda one: rates[one.training["learning_rate"]].accuracy)
     adapter, run = bench.train(chosen)
     adapted = bench.evaluate("trained", adapter)
-    outcome = Outcome(chosen, run, rates, base, adapted, folder)
+    vectors = () if adapter is None else tuple(adapter.vectors.flatten().tolist())
+    outcome = Outcome(chosen, run, rates, base, adapted, vectors, folder)
     if processes.rank() == 0:
         if adapter is not None:
             save(adapter, folder / "adapter.tinylora")
         else:
             bench.model.save_pretrained(folder / "model")
             bench.tokenizer.save_pretrained(folder / "model")
+        settings.save(folder / "settings.yaml")  # again: what may differ between two calls, may
         write_whole(folder / "outcome.json", json.dumps(outcome.summary(), indent=1) + "\n")
     bench.clear(adapter)
     processes.wait()
@@ -248,6 +252,8 @@ class Workbench:
 
         def on_step(run: Run) -> None:
             key = "reward" if settings.method == "grpo" else "loss"
+            if "length" in run.steps[-1]:
+                self.progress.lengths[name] = run.curve("length")
             self.progress.step(name, run.curve(key), [] if adapter is None else adapter.vectors.flatten().tolist())
 
         if settings.method == "sft":
@@ -259,6 +265,7 @@ class Workbench:
                 adapter,
                 self.task,
                 training,
+                sampler=self.sampler,
                 folder=folder,
                 on_step=on_step,
                 progress=False,
@@ -321,7 +328,6 @@ class Workbench:
         if processes.count() > 1:
             folder = folder / f"{processes.rank() + 1}-of-{processes.count()}"
         self.progress.begin(f"testing: {name}", len(share) * e.samples)
-        self.sampler.sync(adapter)
         score = evaluate(
             self.model,
             self.tokenizer,

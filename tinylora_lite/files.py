@@ -71,8 +71,8 @@ def save(
         dtype: ``"bf16"`` (the paper's, 2 bytes a number), ``"fp16"`` or ``"fp32"``.
         factors: whose factors to store: ``"auto"``, of modules where others would compute different ones; ``True``,
             of all, and loading takes no SVD; ``False``, of none.
-        base_sha256: the base's fingerprint where it is known already: hashing 15 GB takes 20 seconds, and a training run
-            saves often.
+        base_sha256: the base's fingerprint where it is known already: hashing 15 GB takes 20 seconds, and a training
+            run saves often.
 
     Raises:
         ValueError: an unknown dtype, a number that is not finite or that ``dtype`` cannot hold, the model is gone, or

@@ -144,7 +144,6 @@ def train_grpo(
             run.seconds = time.perf_counter() - started
             run.steps.append(row | {"seconds": run.seconds})
             if settings.evaluate_every and (step + 1) % settings.evaluate_every == 0:
-                sampler.sync(adapter)
                 run.evaluations.append({"step": step + 1} | validate(model, tokenizer, task, settings, sampler))
                 run.seconds = time.perf_counter() - started
             if folder is not None and ((step + 1) % settings.save_every == 0 or step + 1 == settings.steps):

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from tinylora_lite.calibrate import MICRO_BATCH
 from tinylora_lite.logits import LOGITS_AT_ONCE
 from tinylora_lite.model_shape import ModelShape
 from tinylora_lite.settings import RunSettings
@@ -24,8 +25,8 @@ FLOAT = 4
 ELEMENT = {"bfloat16": 2, "float16": 2, "float32": 4}
 QUANTISED = {"nf4": 0.5 + FLOAT / 64, "int8": 1.0}
 """Bytes of a weight: nf4 has one float32 scale for 64 weights."""
-CALIBRATION_ROWS = 8
-"""Completions in one backward pass of calibration (:func:`~tinylora_lite.calibrate.calibrate`'s ``micro_batch``)."""
+VLLM_WORKSPACE = 2 * 2**30
+"""Bytes that vLLM is left for its activations and graphs, beside weights and cache."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def memory_terms(settings: RunSettings, shape: ModelShape, card_memory: float, p
             terms += sampling_terms(shape, batch, prompts, element, "sampling")
     if adapter.calibrated and adapter.projection == "calibrated":
         c = adapter.calibration
-        rows = min(CALIBRATION_ROWS, c.group_size)
+        rows = min(MICRO_BATCH, c.group_size)
         batch = Batch(rows, settings.max_prompt_tokens, c.max_new_tokens)
         terms += training_terms(settings, shape, batch, "calibrating", rank=adapter.rank)
     rows = min(training.micro_batch, here)
@@ -119,6 +120,18 @@ def weight_bytes(settings: RunSettings, shape: ModelShape) -> float:
     return (shape.parameters - shape.linear) * element + shape.linear * QUANTISED[settings.quantise]
 
 
+def vllm_cache(settings: RunSettings, shape: ModelShape, card_memory: float) -> float:
+    """Tokens whose keys and values vLLM has room for, in all of the cards that it spans; negative where none fit.
+
+    Its own weights are not quantised; a LoRA takes a slot of rank 8 at least.
+    """
+    element, sampler = ELEMENT[settings.dtype], settings.sampler
+    lora = max(8, settings.adapter.rank) * shape.sides * element if sampler.sync == "lora" else 0
+    own = sampler.gpu_memory * card_memory - VLLM_WORKSPACE
+    left = own * sampler.tensor_parallel - shape.parameters * element - lora
+    return left / shape.cache_per_token(element)
+
+
 def trained_numbers(settings: RunSettings, shape: ModelShape) -> int:
     """How many numbers train."""
     adapter = settings.adapter
@@ -135,13 +148,13 @@ def training_terms(settings: RunSettings, shape: ModelShape, batch: Batch, phase
     block = saved_by_block(shape, batch, element, rank, everything)
     mask = batch.rows * batch.length**2
     last_norm = batch.tokens * FLOAT * (shape.width + 1)
-    casts = 0 if element == FLOAT else element * rank * shape.sides
+    casts = 0.0 if element == FLOAT else element * rank * shape.sides
     backward = backward_workspace(shape, batch, element)
     if settings.gradient_checkpointing:
         kept = shape.layers * batch.tokens * shape.width * element
         workspace = max(logits_bytes(shape, batch, element), block + backward)
         names = ("activations: the inputs of the blocks", "logits in chunks, or one block computed again")
-        casts //= shape.layers
+        casts /= shape.layers
     else:
         kept = shape.layers * block
         workspace = max(logits_bytes(shape, batch, element), backward)
@@ -160,7 +173,7 @@ def saved_by_block(shape: ModelShape, batch: Batch, element: int, rank: int, eve
     its sum; the gate before and after its nonlinearity and what it multiplies; r numbers of each adapted module. Of
     each pair of tokens, the mask, which PyTorch turns into numbers in every block anew.
     """
-    per_token = 2 * FLOAT * (shape.width + 1)
+    per_token: float = 2 * FLOAT * (shape.width + 1)
     per_token += element * 4 * shape.attention + FLOAT * shape.heads
     per_token += element * 3 * shape.mlp
     per_token += FLOAT * rank * (shape.modules // shape.layers)
@@ -185,9 +198,8 @@ def logits_bytes(shape: ModelShape, batch: Batch, element: int) -> float:
 
 def sampling_terms(shape: ModelShape, batch: Batch, prompts: int, element: int, phase: Phase) -> list[Term]:
     """What the transformers sampler takes; it reads each of ``prompts`` once and answers in ``batch.rows`` rows."""
-    cache = batch.rows * (batch.prompt + batch.completion) * shape.cache_per_token(element)
     # One layer's keys and values exist twice while a token is added to them.
-    cache *= 1 + 1 / shape.layers
+    cache = batch.rows * (batch.prompt + batch.completion) * shape.cache_per_token(element) * (1 + 1 / shape.layers)
     reading = prompts * batch.prompt * (element * (3 * shape.mlp + 2 * shape.width) + batch.prompt * (1 + element))
     choosing = batch.rows * shape.vocabulary * (element + 3 * FLOAT + 2 * 8)
     return [

@@ -73,10 +73,12 @@ class ModelShape:
         Raises:
             ValueError: it is no causal language model of such blocks.
         """
+        from transformers import PreTrainedModel  # takes a second, as without_weights says
+
         model = without_weights(config)
         sites = find_sites(model)
         weights = [model.get_submodule(site.name).get_parameter("weight") for site in sites]
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
         if not isinstance(head, nn.Module) or not hasattr(config, "intermediate_size"):
             raise ValueError(f"no plan for a {type(model).__name__}; it has no blocks as those of Qwen2 and Llama")
         heads = config.num_attention_heads

@@ -87,7 +87,7 @@ def untrained(rows: Sequence[tuple[str, float, int | None]]) -> Figure:
         axes.annotate(f"{value:.1%}", (value, place), xytext=(0, 7), textcoords="offset points", ha="center", size=9)
     axes.set_yticks(range(len(rows)), [label for label, _, _ in rows])
     axes.set_ylim(len(rows) - 0.5, -0.7)
-    axes.set_xlim(0.55, 0.97)
+    axes.set_xlim(min(0.55, *(value - 0.04 for _, value, _ in rows)), 0.97)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
     axes.grid(False)
     axes.set_xlabel("right on GSM8K, nothing trained")

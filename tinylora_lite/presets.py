@@ -26,22 +26,23 @@ NUMBERS = 13
 
 @dataclass(frozen=True)
 class Base:
-    """A model: its name on the hub, its weights in billions, how many modules share a number so that 13 are spent."""
+    """A model: name and commit on the hub, billions of weights, and how many modules share one of 13 numbers."""
 
     hub: str
+    revision: str
     billions: float
     n_tie: int
     positions: int = 32_768
 
 
 BASES: dict[str, Base] = {
-    "qwen2.5-0.5b": Base("Qwen/Qwen2.5-0.5B-Instruct", 0.5, 13),
-    "qwen2.5-1.5b": Base("Qwen/Qwen2.5-1.5B-Instruct", 1.5, 16),
-    "qwen2.5-3b": Base("Qwen/Qwen2.5-3B-Instruct", 3.1, 20),
-    "qwen2.5-7b": Base("Qwen/Qwen2.5-7B-Instruct", 7.6, 16),
-    "qwen2.5-math-7b": Base("Qwen/Qwen2.5-Math-7B", 7.6, 16, positions=4096),
-    "llama-3.2-3b": Base("meta-llama/Llama-3.2-3B-Instruct", 3.2, 16),
-    "llama-3.1-8b": Base("meta-llama/Llama-3.1-8B-Instruct", 8.0, 18),
+    "qwen2.5-0.5b": Base("Qwen/Qwen2.5-0.5B-Instruct", "7ae557604adf67be50417f59c2c2f167def9a775", 0.5, 13),
+    "qwen2.5-1.5b": Base("Qwen/Qwen2.5-1.5B-Instruct", "989aa7980e4cf806f80c7fef2b1adb7bc71aa306", 1.5, 16),
+    "qwen2.5-3b": Base("Qwen/Qwen2.5-3B-Instruct", "aa8e72537993ba99e69dfaafa59ed015b17504d1", 3.1, 20),
+    "qwen2.5-7b": Base("Qwen/Qwen2.5-7B-Instruct", "a09a35458c702b33eeacc393d103063234e8bc28", 7.6, 16),
+    "qwen2.5-math-7b": Base("Qwen/Qwen2.5-Math-7B", "b101308fe89651ea5ce025f25317fea6fc07e96e", 7.6, 16, 4096),
+    "llama-3.2-3b": Base("meta-llama/Llama-3.2-3B-Instruct", "0cb88a4f764b7a12671c53f0838cd831a0843b95", 3.2, 16),
+    "llama-3.1-8b": Base("meta-llama/Llama-3.1-8B-Instruct", "0e9e39f249a16976918f6564b8830bc894c89659", 8.0, 18),
 }
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -65,27 +66,34 @@ CARDS = ("t4", "a100-80gb", "h100")
 NANO = ("nano", "nano/sft", "nano/calibrated")
 
 NOTES: dict[str, str] = {
-    "paper": "The paper leaves unsaid: the optimiser (Adam here, constant rate, gradients clipped at norm 1), the\n"
-    "distribution of P (normal, variance 1/r), where v starts (0), the cap of truncated importance sampling (2),\n"
-    "the prompt and how its answer is read (strict and lenient are both recorded), and whether the seed of P is one\n"
-    "of its three seeds: run with adapter.seed and training.seed of 0, 1 and 2.",
+    "paper": """\
+The paper leaves unsaid: the optimiser (Adam here, constant rate, gradients clipped at norm 1), the distribution of P
+(normal, variance 1/r), where v starts (0), the cap of truncated importance sampling (2), the prompt and how its answer
+is read (strict and lenient are both recorded), and whether the seed of P is one of its three seeds: run with
+adapter.seed and training.seed of 0, 1 and 2.""",
     "batch": "Its batch is read as prompts: {prompts} of them, {group} answers each.",
     "rates": "learning_rates are the paper's; the best is chosen on the validation split, never on the test set.",
-    "sync": "Its rollouts came from merged weights, since vLLM's LoRA did not suit it: sampler.sync: merged. The exact\n"
-    "LoRA of rank r loses nothing to rounding, and is what stands below.",
+    "sync": """\
+Its rollouts came from merged weights (sampler.sync: merged), since vLLM's LoRA did not suit it. The exact LoRA of
+rank r loses nothing to a merge's rounding, and is what stands below.""",
     "budget": "13 numbers: the paper's u = 1, with the smallest n_tie that spends no more on this model.",
-    "sft": "The paper says of SFT that it trains on answers, and nothing more: batch, epochs and rates are those of the\n"
-    "GRPO run, and the answers are the data set's own worked solutions.",
-    "calibrated": "Calibrated directions are this project's own method, not the paper's: 13 directions of rank 8 from the\n"
-    "policy gradients of {problems} training problems, one vector for all modules. The rates above the paper's are\n"
-    "there because directions of unit norm need longer steps (0.2 was best on nano).",
-    "t4": "For a T4: float16, since it multiplies no bfloat16; one epoch and {tokens:,} tokens, to end within a day;\n"
-    "transformers samples, since few engines support the card.",
-    "positions": "The model was made for {positions:,} positions, so that prompt and answer share them.",
-    "math": "The problems are the 8,523 of SimpleRL's hard partition. Its own runs used other settings (KL 1e-4, batch\n"
-    "1,024); these are the paper's.",
+    "sft": """\
+The paper says of SFT that it trains on answers, and nothing more: batch, epochs and rates are those of the GRPO run,
+and the answers are the data set's own worked solutions.""",
+    "calibrated": """\
+Calibrated directions are this project's own method, not the paper's: 13 directions of rank 8 from the policy gradients
+of {problems} training problems, one vector for all modules. Some rates are above the paper's, because directions of
+unit norm need longer steps (0.2 was best on nano).""",
+    "t4": """\
+For a T4: float16, since it multiplies no bfloat16; one epoch, batches of {prompts} and {tokens:,} tokens, to end
+sooner; transformers samples, since few engines support the card.""",
+    "positions": "The model was made for {positions:,} positions, which prompt and answer share.",
+    "math": """\
+The problems are the 8,523 of SimpleRL's hard partition. Its own runs used other settings (KL 1e-4, batch 1,024);
+these are the paper's.""",
     "nano": "The nano world: minutes on a CPU, by the very code that trains 7B.",
 }
+"""What a preset's header says, put together by :func:`describe`."""
 
 
 def preset_names() -> tuple[str, ...]:
@@ -141,7 +149,7 @@ def describe(name: str, card: str | None = None) -> str:
     if BASES[base].positions < 8192:
         notes.append(NOTES["positions"].format(positions=BASES[base].positions))
     if card is not None and card.lower() == "t4":
-        notes.append(NOTES["t4"].format(tokens=training["max_new_tokens"]))
+        notes.append(NOTES["t4"].format(prompts=training["prompts_per_step"], tokens=training["max_new_tokens"]))
     return "\n\n".join([f"{name}, for {card or 'a100-80gb'}; paper: arXiv 2602.04118", *notes])
 
 
@@ -167,7 +175,8 @@ def _recipe(base: Base, recipe: str, method: Method) -> RunSettings:
         "seed": 0,
     }
     training["max_new_tokens"] = min(training["max_new_tokens"], base.positions - values["max_prompt_tokens"])
-    rates, adapter = PAPER_RATES, AdapterSettings(rank=2, u=1, n_tie=base.n_tie)
+    rates: tuple[float, ...] = PAPER_RATES
+    adapter = AdapterSettings(rank=2, u=1, n_tie=base.n_tie)
     evaluation = replace(values["evaluation"], max_new_tokens=training["max_new_tokens"])
     if method == "sft":
         kept = ("epochs", "prompts_per_step", "learning_rate", "max_grad_norm", "save_every", "seed")
@@ -184,6 +193,7 @@ def _recipe(base: Base, recipe: str, method: Method) -> RunSettings:
         training["learning_rate"] = 1e-2
     return RunSettings(
         model=base.hub,
+        revision=base.revision,
         task=recipe,
         max_prompt_tokens=values["max_prompt_tokens"],
         method="sft" if method == "sft" else "grpo",
@@ -243,7 +253,7 @@ def _nano(method: Method) -> RunSettings:
         model="nano",
         dtype="float32",
         task="nano",
-        max_prompt_tokens=256,
+        max_prompt_tokens=208,
         method="sft" if method == "sft" else "grpo",
         adapter=adapter,
         training=training | {"seed": 0},

@@ -52,8 +52,8 @@ PROMPTS: dict[str, Prompt] = {
 """The prompts that :func:`load_task` knows; each goes through the model's chat template."""
 
 PLAIN_CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if message.role == 'user' %}Question:\n{% endif %}{{ message.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}Answer:\n{% endif %}"
+    "{% for message in messages %}{% if message.role == 'user' %}Question:\n{% endif %}{{ message.content }}\n"
+    "{% endfor %}{% if add_generation_prompt %}Answer:\n{% endif %}"
 )
 """For base models whose tokenizer has no chat template (Llama's, for one): ``tokenizer.chat_template = ...``.
 

@@ -117,7 +117,7 @@ PROBLEM_SETS: dict[str, ProblemSet] = {
     "collegemath": ProblemSet(
         "realtreetune/college_math",
         "2025-01-07",
-        "the owner's page, which dates its last change to 6 January 2025 and names no commit",
+        "the owner's page: last changed on 6 January, of 2025 to judge by its neighbours; no commit is named",
         {"test": 2818},
         "college textbooks (Tang et al., arXiv 2403.02884)",
     ),

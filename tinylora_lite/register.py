@@ -4,8 +4,8 @@ A :class:`~tinylora_lite.runs.Run` is what training leaves behind. A :class:`Res
 and what it was measured against, the untouched base on the same problems above all. ``book/results/runs`` holds one
 file for each; :mod:`tinylora_lite.register_table` puts them beside what was published.
 
-``python -m tinylora_lite.register check FILE`` checks a record before it is sent in, and
-``python -m tinylora_lite.register table`` prints the tables.
+``python -m tinylora_lite.register make FOLDER --sent-by NAME`` makes the record of what ``tinylora train`` left in a
+folder (:mod:`tinylora_lite.submission`), ``check FILE`` checks one, and ``table`` prints the tables.
 """
 
 from __future__ import annotations
@@ -266,11 +266,18 @@ def _commit() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns 0 where every record is good and 1 where one is not."""
+    """The command line; returns 0 where every record is good and 1 where one is not, with a line on stderr."""
     from rich.console import Console
 
     parser = argparse.ArgumentParser(prog="python -m tinylora_lite.register", description="The register of runs.")
     parts = parser.add_subparsers(dest="part", required=True)
+    made = parts.add_parser("make", help="make the record of a finished `tinylora train`")
+    made.add_argument("folder", type=Path, metavar="FOLDER")
+    made.add_argument("--sent-by", required=True, metavar="NAME", help="who answers for the run")
+    made.add_argument("--revision", default="", help="the hub's commit of the base, if the settings do not pin it")
+    made.add_argument("--hardware", default="", help="what it ran on (default: what the run noted)")
+    made.add_argument("--notes", default="", help="whatever a reader must know")
+    made.add_argument("--to", type=Path, default=RUNS, metavar="FOLDER", help="where it goes (default: %(default)s)")
     checked = parts.add_parser("check", help="check records before they are sent in")
     checked.add_argument("files", nargs="+", type=Path, metavar="FILE")
     shown = parts.add_parser("table", help="print what was published and what is recorded")
@@ -282,20 +289,34 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         Console().print(table(arguments.model, arguments.task).rich())
         return 0
-    good = True
-    for path in arguments.files:
+    if arguments.part == "make":
+        from tinylora_lite.submission import from_folder
+
+        options = {name: getattr(arguments, name) for name in ("sent_by", "revision", "hardware", "notes")}
         try:
-            result = Result.load(path)
+            path = from_folder(arguments.folder, **options).save(arguments.to)
         except (OSError, ValueError) as error:
-            print(" ".join(str(error).split()), file=sys.stderr)
-            good = False
-            continue
-        print(f"{path}: good; in the register it is {RUNS.name}/{result.name}.json")
-        for score in result.scores:
-            base, adapted = score.base["accuracy"], score.adapted["accuracy"]
-            where = f"{score.task}, temperature {score.temperature:g}, n = {score.base['n']}"
-            print(f"  {where}: {base:.1%} -> {adapted:.1%}")
-    return 0 if good else 1
+            return _failed(error)
+        return _check_file(path)
+    return max(_check_file(path) for path in arguments.files)
+
+
+def _check_file(path: Path) -> int:
+    try:
+        result = Result.load(path)
+    except (OSError, ValueError) as error:
+        return _failed(error)
+    print(f"{path}: good; in the register it is {RUNS.name}/{result.name}.json")
+    for score in result.scores:
+        base, adapted = score.base["accuracy"], score.adapted["accuracy"]
+        where = f"{score.task}, temperature {score.temperature:g}, n = {score.base['n']}"
+        print(f"  {where}: {base:.1%} -> {adapted:.1%}")
+    return 0
+
+
+def _failed(error: Exception) -> int:
+    print(" ".join(str(error).split()), file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from tinylora_lite.published import HOW, KINDS, Published, load_published
+from tinylora_lite.published import KINDS, Published, load_published
 from tinylora_lite.register import Measured, Result, collect
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ class Row:
     url: str = ""
 
 
-COLUMNS = ("source", "what trained", "numbers", "accuracy", "untrained", "problems", "seeds", "where it stands")
-_RIGHT = range(2, 7)
+COLUMNS = ("what trained", "numbers", "accuracy", "untrained", "measured on", "source")
+_NUMBERS = range(1, 5)
 
 
 @dataclass(frozen=True)
@@ -61,39 +61,39 @@ class Table:
     def cells(self, row: Row) -> tuple[str, ...]:
         """A row as text, one for each of ``COLUMNS``."""
         if row.value is None:
-            return (row.who, row.what, *[""] * (len(COLUMNS) - 2))
+            return (row.what, *[""] * len(_NUMBERS), row.who)
         measured = f"{row.value:.1%}" + ("" if row.interval is None else " [{:.1%}, {:.1%}]".format(*row.interval))
         return (
-            row.who,
             row.what,
             "" if row.parameters is None else f"{row.parameters:,}",
             measured,
             "" if row.untrained is None else f"{row.untrained:.1%}",
-            "" if row.n is None else f"{row.n:,}",
-            "" if row.seeds is None else str(row.seeds),
-            row.where,
+            ", ".join(filter(None, (_several(row.n, "problem"), _several(row.seeds, "seed")))),
+            f"{row.who}: {row.where}",
         )
 
     def markdown(self) -> str:
         """A table that Markdown pages and GitHub show."""
         lines = ["| " + " | ".join(COLUMNS) + " |"]
-        lines.append("|" + "".join("---:|" if place in _RIGHT else "---|" for place in range(len(COLUMNS))))
+        lines.append("|" + "".join("---:|" if place in _NUMBERS else "---|" for place in range(len(COLUMNS))))
         for row in self.rows:
-            who, *cells = (cell.replace("|", "\\|") for cell in self.cells(row))
-            lines.append("| " + " | ".join([f"[{who}]({row.url})" if row.url else who, *cells]) + " |")
+            *cells, source = (cell.replace("|", "\\|") for cell in self.cells(row))
+            if row.url:
+                source = source.replace(row.who, f"[{row.who}]({row.url})", 1)
+            lines.append("| " + " | ".join([*cells, source]) + " |")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         heads = "".join(f'<th scope="col">{column}</th>' for column in COLUMNS)
         body = []
         for row in self.rows:
-            who, *cells = map(html.escape, self.cells(row))
-            linked = f'<a class="reference external" href="{html.escape(row.url)}">{who}</a>' if row.url else who
-            rest = "".join(
-                f'<td class="text-right">{cell}</td>' if place in _RIGHT else f"<td>{cell}</td>"
-                for place, cell in enumerate(cells, 1)
-            )
-            body.append(f'<tr><th scope="row">{linked}</th>{rest}</tr>')
+            what, *numbers, source = map(html.escape, self.cells(row))
+            if row.url:
+                who = html.escape(row.who)
+                link = f'<a class="reference external" href="{html.escape(row.url)}">{who}</a>'
+                source = source.replace(who, link, 1)
+            cells = "".join(f'<td class="text-right">{number}</td>' for number in numbers)
+            body.append(f'<tr><th scope="row">{what}</th>{cells}<td>{source}</td></tr>')
         return (
             '<div class="pst-scrollable-table-container" tabindex="0"><table class="table">'
             f"<caption>{html.escape(self.caption)}</caption><thead><tr>{heads}</tr></thead>"
@@ -108,13 +108,11 @@ class Table:
         drawn = RichTable(
             title=self.caption, title_justify="left", box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0)
         )
-        for column in (COLUMNS[1], *COLUMNS[2:6]):
-            number = column != COLUMNS[1]
+        for place, column in enumerate(COLUMNS):
+            number = place in _NUMBERS
             drawn.add_column(column, justify="right" if number else "left", no_wrap=number, overflow="fold")
-        drawn.add_column("source", overflow="fold")
         for row in self.rows:
-            who, what, *numbers, _, where = self.cells(row)
-            drawn.add_row(what, *numbers, ", ".join(filter(None, (who, where))))
+            drawn.add_row(*self.cells(row))
         return drawn
 
 
@@ -163,6 +161,10 @@ def table(
     return Table(title, tuple(rows))
 
 
+def _several(count: int | None, what: str) -> str:
+    return "" if count is None else f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 def _short(model: str) -> str:
     return model.rpartition("/")[2]
 
@@ -181,7 +183,7 @@ def _of_published(row: Published, label: str) -> Row:
         untrained=row.untrained,
         n=row.n,
         seeds=row.seeds,
-        where=f"{row.where} ({HOW[row.how]})",
+        where=row.where + (", read off" if row.how == "F" else ""),
         url=row.source.url,
     )
 

@@ -23,6 +23,7 @@ from tinylora_lite.answers import (
 )
 from tinylora_lite.equivalence import equal
 
+_LONGEST = 200_000
 _DEEPEST = 30
 # Towers of powers, exponents of six digits and factorials of five: no answer of a benchmark, and death to whoever
 # evaluates them. They would be stopped in time; refusing them here spares the second.
@@ -38,7 +39,7 @@ def gsm8k_reward(completion: str, gold: str, *, form: Form = "####", lenient: bo
     are equal. A strict answer holds one number: ``#### 18 or 19`` is none.
 
     Args:
-        completion: the text of the answer.
+        completion: the text of the answer; its last 200,000 characters are read.
         gold: the right number, or a worked answer of GSM8K, whose number stands after ``####``.
         form: where the answer must stand: ``"####"`` (GSM8K's own) or ``"boxed"`` (under the boxed prompt).
         lenient: takes the first of these that holds a number: the answer in ``form``, in the other form, after the
@@ -49,7 +50,7 @@ def gsm8k_reward(completion: str, gold: str, *, form: Form = "####", lenient: bo
     >>> gsm8k_reward("The answer is 18.", "18", lenient=True), gsm8k_reward(r"\boxed{18}", "18", form="boxed")
     (1.0, 1.0)
     """
-    completion = _text(completion)
+    completion = _text(completion)[-_LONGEST:]
     right = exact_number(_text(gold).rpartition("####")[2])
     if right is None:
         return 0.0
@@ -70,7 +71,7 @@ def math_reward(completion: str, gold: str, *, form: Form = "boxed", lenient: bo
     within a second is wrong, and so are towers of powers, exponents of six digits and answers of over 1,000 characters.
 
     Args:
-        completion: the text of the answer.
+        completion: the text of the answer; its last 200,000 characters are read.
         gold: the right answer, in LaTeX or plain; numbers are taken too.
         form: where the answer must stand: ``"boxed"`` or ``"####"``.
         lenient: takes the first of these that there is: the answer in ``form``, in the other form, after the last
@@ -84,7 +85,7 @@ def math_reward(completion: str, gold: str, *, form: Form = "boxed", lenient: bo
     >>> math_reward("so x is 27.", "27.0", lenient=True)
     1.0
     """
-    completion = _text(completion)
+    completion = _text(completion)[-_LONGEST:]
     if not lenient:
         answer = marked_answer(completion, form)
     else:
@@ -97,7 +98,7 @@ def math_reward(completion: str, gold: str, *, form: Form = "boxed", lenient: bo
 
 def keeps_format(completion: str, *, form: Form, number: bool = False) -> bool:
     """Whether there is an answer in the format asked for, right or wrong; with ``number``, one that is a number."""
-    answer = marked_answer(_text(completion), form)
+    answer = marked_answer(_text(completion)[-_LONGEST:], form)
     return answer is not None and (not number or exact_number(answer) is not None)
 
 

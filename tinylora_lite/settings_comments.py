@@ -7,7 +7,7 @@ COMMENTS: dict[str, str] = {
     "revision": "commit of the hub; null takes the newest, and the run's record keeps which",
     "dtype": "of the frozen base: bfloat16, float16 or float32",
     "quantise": "the base in fewer bits: nf4, int8 or null",
-    "gradient_checkpointing": "recompute activations: less memory, a third more time",
+    "gradient_checkpointing": "recompute activations: far less memory, half as much time again",
     "task": "gsm8k, math, nano, ...",
     "data": "folder to read the task from; null asks the hub",
     "prompt": "template of the prompt; null takes the task's own",

@@ -117,4 +117,5 @@ def _yaml() -> ModuleType:
         import yaml
     except ImportError as error:
         raise ImportError('settings files need PyYAML; pip install "tinylora_lite[train]" brings it') from error
-    return yaml
+    module: ModuleType = yaml
+    return module

@@ -229,8 +229,8 @@ def _solution_ids(tokenizer: PreTrainedTokenizerBase, task: Task, examples: Sequ
         prompt = str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
         answered = [*asked, {"role": "assistant", "content": solution}]
         whole = str(tokenizer.apply_chat_template(answered, tokenize=False))
-        between = whole.removeprefix(prompt).partition(solution)[0] if whole.startswith(prompt) else ""
-        texts.append(between + solution)
+        between, found, _ = whole.removeprefix(prompt).partition(solution)
+        texts.append((between if found and whole.startswith(prompt) else "") + solution)
     return [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
 

@@ -41,6 +41,7 @@ class Progress:
         done, total: how far it is; ``total=0`` where nobody knows.
         steps: the length of the curves when they are complete.
         curves: mean reward of every step, 0 to 1, by the name of the adapter.
+        lengths: mean tokens of a completion in every step, by the same names, where completions are sampled.
         vectors: the trained numbers as they are now, by the same names.
         scores: pass@1 by the name of what was evaluated.
     """
@@ -50,6 +51,7 @@ class Progress:
     total: int = 0
     steps: int = 1
     curves: dict[str, list[float]] = field(default_factory=dict)
+    lengths: dict[str, list[float]] = field(default_factory=dict)
     vectors: dict[str, list[float]] = field(default_factory=dict)
     scores: dict[str, Score] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)

@@ -65,8 +65,8 @@ def check_trl() -> None:
     missing = [*missing_names(trainer), *missing_fields(config)]
     if missing:
         raise RuntimeError(
-            f"TRL {trl.__version__} has changed what tinylora_lite relies on: {'; '.join(missing)}. Versions {KNOWN[0]} to "
-            f"{KNOWN[1]} are known to work: pip install 'trl=={KNOWN[1]}.*'"
+            f"TRL {trl.__version__} has changed what tinylora_lite relies on: {'; '.join(missing)}. "
+            f"Versions {KNOWN[0]} to {KNOWN[1]} are known to work: pip install 'trl=={KNOWN[1]}.*'"
         )
 
 

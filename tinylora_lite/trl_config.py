@@ -62,14 +62,12 @@ MAY_BE_GIVEN = frozenset({"logging_steps", "save_steps"})
 """Those of them that change nothing about the numbers."""
 
 
-def trl_config(
-    settings: GRPOSettings, folder: str | Path | None, recompute: bool = False, **config: Any
-) -> GRPOConfig:
+def trl_config(settings: GRPOSettings, folder: str | Path | None, recompute: bool = False, **config: Any) -> GRPOConfig:
     """TRL's configuration that computes what :func:`~tinylora_lite.train_grpo` computes with these settings.
 
     One of our steps is ``epochs_per_step`` of TRL's. A batch of completions is split into micro-batches of equal size,
-    so ``micro_batch`` is lowered to the next divisor of a process's share. Gradients are clipped and v is trained by the
-    optimizer of :mod:`tinylora_lite.trl_trainer`, so TRL's own clipping is off.
+    so ``micro_batch`` is lowered to the next divisor of a process's share. The optimizer of
+    :mod:`tinylora_lite.trl_trainer` clips gradients, so TRL's own clipping is off.
 
     Args:
         settings: of training.
@@ -78,8 +76,8 @@ def trl_config(
         config: further fields of ``GRPOConfig``.
 
     Raises:
-        ValueError: a field is given that follows from ``settings``, or the prompts of a step cannot be shared equally by
-            the processes that ``accelerate launch`` started.
+        ValueError: a field is given that follows from ``settings``, or the prompts of a step cannot be shared equally
+            by the processes that ``accelerate launch`` started.
     """
     from trl import GRPOConfig
 

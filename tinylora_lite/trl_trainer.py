@@ -1,15 +1,15 @@
 """The same training by TRL: its ``GRPOTrainer`` with an adapter's numbers as the only thing that trains.
 
-TRL brings what a loop of two screens leaves out: ``accelerate`` with FSDP2, trackers, callbacks. The settings, the
-prompts and their order, the reward, the loss, Adam and the learning rate are those of :func:`~tinylora_lite.train_grpo`;
-with one sampler for both, so are the samples, and v differs by rounding. What differs:
+TRL brings what a loop of two screens leaves out: ``accelerate`` with FSDP2, trackers, callbacks. Settings, prompts
+and their order, reward, loss, Adam and learning rate are those of :func:`~tinylora_lite.train_grpo`; with one sampler
+for both, so are the samples, and v differs by rounding. What differs:
 
-- Without a ``sampler``, TRL's own generation answers. It reports no log-probabilities, so nothing is corrected for them.
+- Without a ``sampler``, TRL's own generation answers. It reports no log-probabilities, so nothing corrects for them.
 - Rows whose advantage is zero are computed all the same, so a step takes longer.
 - Dropout is switched off in the model for good; our loop switches it back on afterwards.
 
-v is no parameter of the model, so neither DDP nor FSDP shards, casts or wraps it: every process holds all of it, and the
-optimizer puts the gradients together.
+v is no parameter of the model, so neither DDP nor FSDP shards, casts or wraps it: every process holds all of it, and
+the optimizer puts the gradients together.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def train_trl(
     return trainer.record()
 
 
-class TinyLoraGRPOTrainer(GRPOTrainer):
+class TinyLoraGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
     """``GRPOTrainer`` for an adapter. Its checkpoints hold the numbers and the optimizer's state, and no weights.
 
     Arguments are those of :func:`train_trl`.
@@ -130,8 +130,13 @@ class TinyLoraGRPOTrainer(GRPOTrainer):
         adapter: whose numbers train.
         settings: of training.
         sampler: who answers the prompts; ``None``: TRL's own generation.
+        policy: the model that trains.
+        tokenizer: its tokenizer.
         evaluations: one row per evaluation, as in a :class:`~tinylora_lite.runs.Run`.
     """
+
+    optimizer: Any
+    lr_scheduler: Any
 
     def __init__(
         self,
@@ -155,6 +160,7 @@ class TinyLoraGRPOTrainer(GRPOTrainer):
         if any(module is head for name, module in model.named_modules() if name in adapter.names):
             raise ValueError("TRL reads the output layer's weight past its hooks, so an adapter on it would not train")
         self.adapter, self.task, self.settings, self.sampler = adapter, task, settings, sampler
+        self.policy, self.tokenizer = model, tokenizer
         self.evaluations: list[dict[str, float]] = []
         self._base = base_fingerprint(model)
         self._started, self._seconds_before = time.perf_counter(), 0.0
@@ -210,7 +216,7 @@ class TinyLoraGRPOTrainer(GRPOTrainer):
         """This process's share of a step's prompts, each once for every completion, answered by the sampler."""
         assert self.sampler is not None
         examples = [Example(conversation[-1]["content"], "") for conversation in prompts]
-        ids, mask = encode_prompts(self.processing_class, self.task, examples, self.args.device)
+        ids, mask = encode_prompts(self.tokenizer, self.task, examples, self.args.device)
         self.sampler.sync(self.adapter)
         rollouts = self.sampler.sample(
             ids,
@@ -231,12 +237,14 @@ class TinyLoraGRPOTrainer(GRPOTrainer):
         self, completion_ids: list[list[int]], gold: list[str], log_metric: Callable[[str, float], None], **_: Any
     ) -> list[float]:
         """TRL's reward function: the task's reward, and rates of what it is made of for the log."""
-        decoded = self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
+        decoded = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
         texts = [text.strip() for text in decoded]
         scores = [self.task.score(text, answer) for text, answer in zip(texts, gold, strict=True)]
         log_metric("strict", sum(scores) / len(scores))
         if (lenient := self.task.lenient) is not None:
-            log_metric("lenient", sum(lenient(text, answer) for text, answer in zip(texts, gold, strict=True)) / len(texts))
+            log_metric(
+                "lenient", sum(lenient(text, answer) for text, answer in zip(texts, gold, strict=True)) / len(texts)
+            )
         if self.task.formatted is not None:
             log_metric("formatted", sum(map(self.task.formatted, texts)) / len(texts))
         if self.settings.truncated == "score":
@@ -249,10 +257,12 @@ class TinyLoraGRPOTrainer(GRPOTrainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """TRL's loss. Raises ``RuntimeError`` where it would leave out the correction for the sampler."""
         if self.sampler is not None and "importance_sampling_ratio" not in inputs:
-            raise RuntimeError(f"TRL {trl.__version__} does not correct for the sampler; use a version that is known to")
+            raise RuntimeError(
+                f"TRL {trl.__version__} does not correct for the sampler; use a version that is known to"
+            )
         return super().compute_loss(model, inputs, *args, **kwargs)
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: Any = None) -> Any:
         """Adam on v alone."""
         if self.optimizer is None:
             self.adapter.to(self.args.device)
@@ -274,13 +284,13 @@ class TinyLoraGRPOTrainer(GRPOTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Trains; afterwards the model computes as it did before. Arguments are those of ``Trainer.train``."""
         self._started = time.perf_counter()
-        with ready_to_train(self.model, self.adapter), self._trl_forward():
+        with ready_to_train(self.policy, self.adapter), self._trl_forward():
             return super().train(resume_from_checkpoint, **kwargs)
 
     @contextmanager
     def _trl_forward(self) -> Iterator[None]:
         """Inside, the model has the forward pass that TRL gave it; outside, a copy of the model must not call it."""
-        model = self.model
+        model = self.policy
         if self._forward is not None:
             model.forward = self._forward
         try:
@@ -356,7 +366,7 @@ class TinyLoraGRPOTrainer(GRPOTrainer):
         ):
             if before != here:
                 raise ValueError(
-                    f"{folder} holds a run with {what} = {before!r}, not {here!r}; give another folder, or delete that one"
+                    f"{folder} holds a run with {what} = {before!r}, not {here!r}; give another folder, or delete it"
                 )
         _, tensors = read_file(folder / ADAPTER_FILE)
         with torch.no_grad():
@@ -393,7 +403,7 @@ class _Base:
 
     def __call__(self, **inputs: Any) -> Any:
         with self.trainer.adapter.disabled():
-            return self.trainer.model(**inputs)
+            return self.trainer.policy(**inputs)
 
 
 class _AfterStep(TrainerCallback):
@@ -406,9 +416,9 @@ class _AfterStep(TrainerCallback):
         trainer, settings = self.trainer, self.trainer.settings
         step, rest = divmod(state.global_step, settings.epochs_per_step)
         if settings.evaluate_every and not rest and step % settings.evaluate_every == 0:
-            sampler = trainer.sampler or ModelSampler(trainer.model, trainer.processing_class)
+            sampler = trainer.sampler or ModelSampler(trainer.policy, trainer.tokenizer)
             sampler.sync(trainer.adapter)
-            score = validate(trainer.model, trainer.processing_class, trainer.task, settings, sampler)
+            score = validate(trainer.policy, trainer.tokenizer, trainer.task, settings, sampler)
             trainer.evaluations.append({"step": step} | score)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

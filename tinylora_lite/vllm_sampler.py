@@ -116,7 +116,8 @@ class VllmSampler:
             "logprobs_mode": "processed_logprobs",  # at the temperature of the draw; raw ones would be at 1
         }
         if _on_cpu():
-            settings["kv_cache_memory_bytes"] = 2**30
+            # Where a prompt is read in parts, vLLM rewinds the row's generator, which no generator of a CPU can.
+            settings |= {"kv_cache_memory_bytes": 2**30, "enable_chunked_prefill": False}
         if sync == "lora":
             settings |= {"enable_lora": True, "max_lora_rank": room, "max_loras": 1}
         # The engine seeds torch's own generators, and they are the trainer's.
@@ -158,8 +159,7 @@ class VllmSampler:
     ) -> Rollouts:
         """One completion for each row of prompts; see :func:`~tinylora_lite.sampler.sample`.
 
-        Every row draws from a stream of its own, made of ``seed`` and its place from ``first_row`` on. Equal prompts are
-        read once.
+        Every row draws from a stream of its own, made of ``seed`` and its place from ``first_row`` on.
 
         Raises:
             ValueError: ``max_new_tokens`` is below 1, ``temperature`` below 0, or a prompt and its completion could

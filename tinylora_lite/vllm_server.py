@@ -67,8 +67,9 @@ def serve_command(
         port: where it listens.
         host: on which address.
         python: the Python that has vLLM.
-        options: further options of vLLM's server, ``max_model_len=4096`` for ``--max-model-len 4096``; ``True`` for
-            those without a value.
+        options: further options of vLLM's server: ``max_model_len=4096`` for ``--max-model-len 4096``,
+            ``enforce_eager=True`` for ``--enforce-eager``, ``False`` for the same with ``no-`` before. On a CPU
+            ``enable_chunked_prefill=False`` is needed: a prompt that vLLM reads in parts ends its CPU build otherwise.
 
     >>> " ".join(serve_command("Qwen/Qwen2.5-7B-Instruct", 2, 4, max_model_len=4096)[-6:])
     '--tensor-parallel-size 4 --port 8000 --max-model-len 4096'
@@ -79,7 +80,10 @@ def serve_command(
     command += ["--max-lora-rank", str(room_for(adapter_rank)), "--logprobs-mode", "processed_logprobs"]
     command += ["--tensor-parallel-size", str(tensor_parallel), "--port", str(port)]
     for name, value in options.items():
-        command += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+        flag = name.replace("_", "-")
+        command += [f"--no-{flag}" if value is False else f"--{flag}"] + (
+            [] if isinstance(value, bool) else [str(value)]
+        )
     return command
 
 

@@ -13,6 +13,7 @@ import torch
 import tinylora_lite as tl
 from tinylora_lite import nano, processes
 from tinylora_lite.sharding import shard
+from tinylora_lite.vllm_server import VllmServerSampler
 
 
 def main(folder: Path, options: dict) -> None:
@@ -26,12 +27,21 @@ def main(folder: Path, options: dict) -> None:
         adapter = tl.attach(model, config)
     if options.pop("shard", False) and processes.count() > 1:
         shard(model)
+    url = options.pop("url", None)
+    sampler = None if url is None else VllmServerSampler(url, tokenizer, folder=folder)
     settings = tl.GRPOSettings(
         prompts_per_step=8, group_size=4, max_new_tokens=nano.MAX_NEW_TOKENS, learning_rate=0.05, **options
     )
     rows = []
     run = tl.train_grpo(
-        model, tokenizer, adapter, nano.task(), settings, folder=folder, on_rollouts=lambda r, _: rows.append(len(r))
+        model,
+        tokenizer,
+        adapter,
+        nano.task(),
+        settings,
+        sampler=sampler,
+        folder=folder,
+        on_rollouts=lambda rollouts, _: rows.append(len(rollouts)),
     )
     numbers = adapter.vectors if adapter is not None else model.model.norm.weight
     result = {"numbers": numbers.flatten().tolist(), "steps": run.steps, "evaluations": run.evaluations, "rows": rows}

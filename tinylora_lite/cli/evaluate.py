@@ -101,12 +101,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Shows a table of the scores and the comparisons in words; or JSON."""
     _check(arguments)
-    tasks = {name: _task(name, arguments) for name in dict.fromkeys(arguments.task)}
     progress = PlainProgress()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     with ExitStack() as stack:
         with bases.told_warnings():
+            tasks = {name: _task(name, arguments) for name in dict.fromkeys(arguments.task)}
             progress.begin(f"loading {arguments.model}")
             bench = _Bench(arguments, progress, stack)
         results = [bench.result(name, task) for name, task in tasks.items()]
@@ -297,9 +297,9 @@ def _plain(value: Any) -> Any:
 
 def _table(results: list[Result]) -> Table:
     """A row for each score, in percent."""
-    table = Table(box=None, padding=(0, 2, 0, 0))
+    table = Table(box=None, padding=(0, 1, 0, 0))
     for title in ("", "strict", "lenient", "format", "cut off", "tokens", "n"):
-        table.add_column(title, justify="left" if not title else "right")
+        table.add_column(title, justify="right" if title else "left", no_wrap=True)
     for result in results:
         scored = {"": result.score} if result.base is None else {", base": result.base, ", adapted": result.score}
         for which, score in scored.items():

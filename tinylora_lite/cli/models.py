@@ -28,13 +28,14 @@ QWEN: dict[str, dict[str, Any]] = {
     "qwen2.5-1.5b": _shape(1536, 28, 12, 2, 8960, 151_936, tied=True),
     "qwen2.5-3b": _shape(2048, 36, 16, 2, 11_008, 151_936, tied=True),
     "qwen2.5-7b": _shape(3584, 28, 28, 4, 18_944, 152_064, tied=False),
+    "qwen2.5-math-7b": _shape(3584, 28, 28, 4, 18_944, 152_064, tied=False) | {"max_position_embeddings": 4096},
 }
 QWEN3: dict[str, dict[str, Any]] = {
     "qwen3-8b": _shape(4096, 36, 32, 8, 12_288, 151_936, tied=False) | {"head_dim": 128},
 }
 LLAMA: dict[str, dict[str, Any]] = {
-    "llama-3.2-3b": _shape(3072, 28, 24, 8, 8192, 128_256, tied=True),
-    "llama-3.1-8b": _shape(4096, 32, 32, 8, 14_336, 128_256, tied=False),
+    "llama-3.2-3b": _shape(3072, 28, 24, 8, 8192, 128_256, tied=True) | {"max_position_embeddings": 131_072},
+    "llama-3.1-8b": _shape(4096, 32, 32, 8, 14_336, 128_256, tied=False) | {"max_position_embeddings": 131_072},
 }
 NAMES = ("nano", *QWEN, *QWEN3, *LLAMA)
 

@@ -1,0 +1,43 @@
+"""tinylora plan-run: tables for people, JSON for programs, of a preset and of a file."""
+
+import json
+
+import pytest
+
+from tinylora_lite.cli import main
+from tinylora_lite.presets import preset
+
+
+def test_a_preset_that_fits(capsys):
+    assert main(["plan-run", "qwen2.5-0.5b/gsm8k", "--card", "t4", "--price", "0.5"]) == 0
+    out = capsys.readouterr().out
+    for text in ("13 numbers on Tesla T4", "base weights", "keys and values", "hours a run", "cost", "It fits."):
+        assert text in out
+    assert "The time supposes" in out
+
+
+def test_a_preset_that_does_not(capsys):
+    assert main(["plan-run", "qwen2.5-7b/gsm8k", "--card", "4090"]) == 0
+    out = capsys.readouterr().out
+    assert "It does not fit" in out
+    assert "It fits with: " in out
+    assert "hours a run" not in out
+
+
+def test_a_file_as_json(capsys, tmp_path):
+    pytest.importorskip("yaml")
+    path = preset("qwen2.5-0.5b/gsm8k", "h100").save(tmp_path / "settings.yaml")
+    assert main(["plan-run", str(path), "training.micro_batch=4", "--card", "h100", "--gpus", "2", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["fits"]
+    assert plan["numbers"] == 13
+    assert plan["gpus"] == 2
+    assert plan["runs"] == 7
+    assert plan["cost"] is None
+    assert plan["hours"]["low"] < plan["hours"]["high"]
+
+
+def test_mistakes_are_one_line(capsys):
+    for argv in (["qwen2.5-7b/gsm8k", "--card", "abacus"], ["gpt-5"], ["qwen2.5-7b/gsm8k", "adapter.rnak=2"]):
+        assert main(["plan-run", *argv]) == 1
+        assert capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,59 @@
+"""Start a vLLM server that follows an adapter while it trains (`sampler.engine: vllm-server`).
+
+It serves a settings file's model with LoRAs loaded at run time, to this machine alone unless --host says otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+
+from tinylora_lite.cli.train import read
+from tinylora_lite.vllm_server import serve_command
+
+HELP = "start the vLLM server that a settings file asks for"
+EXAMPLE = "tinylora serve settings.yaml --port 8000"
+SEED_HELP = "of the engine; samples depend on the seed of training and not on this one"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``tinylora serve``."""
+    parser.add_argument("settings", help="a settings file, or the name of a preset (`tinylora preset` lists them)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ, as model=FOLDER")
+    parser.add_argument("--card", help="the GPU that a preset is for")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
+    parser.add_argument("--python", default=sys.executable, help="the Python that has vLLM (default: this one)")
+    parser.add_argument("--print", action="store_true", dest="print_only", help="print the command and start nothing")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Becomes the server, or prints how to start it."""
+    settings = read(arguments.settings, arguments.card, arguments.overrides)
+    if settings.model == "nano":
+        raise ValueError("vLLM takes the basis beside the nano base for weights; save the model and give model=FOLDER")
+    training = settings.training_settings(1)
+    longest = max(getattr(training, "max_new_tokens", 0), settings.evaluation.max_new_tokens)
+    options = {"revision": settings.revision} if settings.revision is not None else {}
+    command = serve_command(
+        settings.model,
+        settings.adapter.rank,
+        settings.sampler.tensor_parallel,
+        arguments.port,
+        host=arguments.host,
+        python=arguments.python,
+        dtype=settings.dtype,
+        gpu_memory_utilization=settings.sampler.gpu_memory,
+        max_model_len=settings.max_prompt_tokens + longest,
+        seed=arguments.seed,
+        **options,
+    )
+    if arguments.json:
+        print(json.dumps({"command": command}))
+    elif arguments.print_only:
+        print(shlex.join(command))
+    else:
+        os.execvp(command[0], command)
