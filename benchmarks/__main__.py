@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import overhead, setup, sizes
+from benchmarks import full_size, overhead, setup, sizes
 from tinylora_lite.runs import environment
 
 RECORD = Path(__file__).parents[1] / "book" / "results" / "benchmarks.json"
@@ -20,19 +20,23 @@ PARTS = {
     "overhead": overhead.whole,
     "overhead of blocks": overhead.blocks,
     "sizes": sizes.sizes,
+    "full-size": full_size.full_size,
 }
+ON_A_GPU = {"full-size"}
 
 
 def main() -> None:
     """Runs the parts asked for and puts them into the record, beside those that stand there."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; without any, all of them")
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; without any, all that need no GPU"
+    )
     parser.add_argument("--out", type=Path, default=RECORD, help="the record (default: the committed one)")
     arguments = parser.parse_args()
     unknown = set(arguments.parts) - set(PARTS)
     if unknown:
         parser.error(f"no part named {', '.join(sorted(unknown))}; there are: {', '.join(PARTS)}")
-    for name in arguments.parts or PARTS:
+    for name in arguments.parts or [part for part in PARTS if part not in ON_A_GPU]:
         print(f"{name}: {(PARTS[name].__doc__ or '').splitlines()[0]}", flush=True)
         result = PARTS[name]()
         print(json.dumps(result, indent=1), flush=True)

@@ -179,6 +179,24 @@ class TestUpdate:
         assert torch.allclose(self.gradient(model, adapter, (unlikely, advantages)), plain / 4, atol=1e-6)
         assert torch.allclose(self.gradient(model, adapter, (unlikely, advantages), tis_cap=None), plain, atol=1e-6)
 
+    def test_a_small_gradient_survives_float16(self, make_model, tokenizer, numbers):
+        """Divided by the count of a large batch, in float16 it would be rounded to nothing on its way back."""
+        gradients = {}
+        settings = dataclasses.replace(QUICK, normalise="constant", max_new_tokens=4, max_grad_norm=1e9)
+        for dtype in (torch.float32, torch.float16):
+            model = make_model()
+            adapter = tl.attach(model, tl.TinyLoraConfig(rank=2, u=2))
+            examples = draw_prompts(numbers.train, settings, 0)
+            rollouts = rollout(model, tokenizer, numbers, examples, settings, 0)
+            advantages = tl.grpo_advantages(score(rollouts, numbers, examples, settings)).flatten()
+            model.to(dtype)
+            optimizer = torch.optim.Adam([adapter.vectors], lr=1e-3)
+            large = dataclasses.replace(settings, max_new_tokens=10**6)
+            update_policy(model, adapter, None, optimizer, rollouts, advantages, large)
+            gradients[dtype] = adapter.vectors.grad.clone()
+        one, other = gradients.values()
+        assert (one - other).norm() < 0.05 * one.norm()
+
     def test_a_gradient_that_is_not_finite_is_not_taken(self, model, adapter, batch):
         rollouts, advantages = batch
         before = adapter.vectors.clone()

@@ -5,7 +5,7 @@ import torch
 from scipy import stats
 
 import tinylora_lite as tl
-from tinylora_lite.sampler import completion_logprobs, encode_prompts, recomputes, sample
+from tinylora_lite.sampler import ModelSampler, completion_logprobs, encode_prompts, recomputes, sample
 
 ENDS = 40
 """With this many end tokens out of 163 the random model ends most answers within a few tokens."""
@@ -253,3 +253,17 @@ def test_a_model_that_puts_out_nan(model, tokenizer, task):
     with pytest.raises(FloatingPointError, match="NaN"):
         sample(model, tokenizer, *prompts(tokenizer, task), max_new_tokens=4)
     assert model.training, "the mode comes back after an error too"
+
+
+def test_a_batch_in_parts_is_the_same_batch(ending, tokenizer, task):
+    ids, mask = prompts(tokenizer, task, repeats=3)
+    settings = {"max_new_tokens": 12, "temperature": 0.9, "seed": 3}
+    whole = sample(ending, tokenizer, ids, mask, **settings)
+    parts = ModelSampler(ending, tokenizer, batch_size=5).sample(ids, mask, **settings)
+    assert whole.texts == parts.texts
+    for name in ("prompt_ids", "completion_ids", "completion_mask", "truncated"):
+        assert torch.equal(getattr(whole, name), getattr(parts, name)), name
+    assert torch.allclose(whole.logprobs, parts.logprobs, atol=1e-5)
+    last = sample(ending, tokenizer, ids[-3:], mask[-3:], first_row=len(ids) - 3, **settings)
+    assert last.texts == whole.texts[-3:]
+    assert sample(ending, tokenizer, ids[-3:], mask[-3:], **settings).texts != last.texts

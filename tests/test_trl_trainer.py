@@ -1,6 +1,8 @@
 """TRL with an adapter: the steps of our loop, checkpoints of numbers alone, and a TRL that changed is noticed."""
 
 import copy
+import importlib
+import sys
 from dataclasses import replace
 
 import pytest
@@ -198,6 +200,9 @@ class TestCheckpoints:
         timeless = [[{k: v for k, v in row.items() if k != "seconds"} for row in r.steps] for r in (found, expected)]
         assert timeless[0] == timeless[1]
         assert found.seconds > found.curve("seconds")[1]
+        done, again = run(tmp_path / "stopped")
+        assert torch.equal(done.vectors, whole.vectors)
+        assert again.steps == found.steps
 
     def test_they_hold_the_numbers_and_no_weights(self, policy, make_model, tokenizer, task, tmp_path):
         model, adapter = policy()
@@ -240,6 +245,19 @@ class TestModel:
         for model, adapter in ((plain, own), (saving, other)):
             train_trl(model, tokenizer, adapter, task, SMALL, sampler=ModelSampler(model, tokenizer))
         assert torch.allclose(own.vectors, other.vectors, atol=1e-5)
+
+    def test_a_forward_pass_that_others_put_there_stays(self, policy, tokenizer, task):
+        model, adapter = policy()
+        plain, calls = model.forward, []
+
+        def forward(*args, **kwargs):  # as accelerate hooks a model that is spread over devices
+            calls.append(kwargs)
+            return plain(*args, **kwargs)
+
+        model.forward = forward
+        train_trl(model, tokenizer, adapter, task, replace(SMALL, steps=1))
+        assert model.forward is forward
+        assert calls
 
     def test_an_adapter_on_the_head_is_refused(self, model, tokenizer, task):
         adapter = attach(model, TinyLoraConfig(rank=2, target_modules=["lm_head", "q_proj"]))
@@ -289,6 +307,12 @@ class TestDrift:
 
     def test_it_has_what_is_relied_on(self):
         trl_checks.check_trl()
+
+    def test_without_trl_the_error_says_what_brings_it(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "trl", None)
+        monkeypatch.delitem(sys.modules, "tinylora_lite.trl_trainer")
+        with pytest.raises(ImportError, match=r'pip install "tinylora_lite\[train\]"'):
+            importlib.import_module("tinylora_lite.trl_trainer")
 
     def test_a_name_that_is_gone_is_named(self, monkeypatch):
         class Renamed(GRPOTrainer):

@@ -177,7 +177,7 @@ class Workbench:
         """Who answers the prompts."""
         s = self.settings.sampler
         if s.engine == "transformers":
-            return ModelSampler(self.model, self.tokenizer)
+            return ModelSampler(self.model, self.tokenizer, s.batch_size)
         if s.engine == "vllm-server":
             from tinylora_lite.vllm_server import VllmServerSampler
 
@@ -228,6 +228,7 @@ class Workbench:
                 max_new_tokens=c.max_new_tokens,
                 seed=c.seed,
                 progress=self.progress.advance,
+                sampler=self.sampler,
             )
             if processes.rank() == 0:
                 save_basis(basis, file)

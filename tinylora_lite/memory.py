@@ -151,7 +151,7 @@ def training_terms(settings: RunSettings, shape: ModelShape, batch: Batch, phase
     casts = 0.0 if element == FLOAT else element * rank * shape.sides
     backward = backward_workspace(shape, batch, element)
     if settings.gradient_checkpointing:
-        kept = shape.layers * batch.tokens * shape.width * element
+        kept: float = shape.layers * batch.tokens * shape.width * element
         workspace = max(logits_bytes(shape, batch, element), block + backward)
         names = ("activations: the inputs of the blocks", "logits in chunks, or one block computed again")
         casts /= shape.layers

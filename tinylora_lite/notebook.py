@@ -119,7 +119,8 @@ def changed(base: Score, adapted: Score) -> Iterator[Changed]:
     """Problems whose first answer is worth something else after training, in the order of the task.
 
     Args:
-        base, adapted: scores on the same problems; of several samples the first counts.
+        base: the score of the one; of several samples the first counts.
+        adapted: the score of the other, on the same problems.
     """
     pairs = zip(base.completions[:: base.samples], adapted.completions[:: adapted.samples], strict=True)
     return (Changed(before, after) for before, after in pairs if before.reward != after.reward)

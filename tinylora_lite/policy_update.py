@@ -16,6 +16,7 @@ from tinylora_lite.grpo_settings import GRPOSettings
 from tinylora_lite.losses import grpo_loss
 from tinylora_lite.sampler import Rollouts, completion_logprobs
 from tinylora_lite.sharding import is_sharded
+from tinylora_lite.training import add_gradients, loss_scale
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,6 +75,7 @@ def update_policy(
     completions = len(rollouts) * processes.count()
     constant = completions * settings.max_new_tokens
     denominator = {"token": tokens, "sequence": completions, "constant": constant}[settings.normalise]
+    scale = loss_scale(model, denominator)
     live = counted & (advantages != 0) if settings.kl == 0 else counted
     order = torch.argsort(rollouts.lengths, stable=True)  # rows of like length together: less padding to compute
     index = [chunk for chunk in order[live[order]].split(settings.micro_batch) if len(chunk)]
@@ -117,7 +119,7 @@ def update_policy(
                 ref_logprobs=ref,
                 kl=settings.kl,
             )
-            loss.backward()
+            (loss * scale).backward()
             mask = rows.completion_mask.bool()
             ratio, A = torch.exp(logprobs.detach() - old), advantage[:, None]
             outside = ((ratio < 1 - settings.clip_low) & (A < 0)) | ((ratio > 1 + settings.clip_high) & (A > 0))
@@ -128,7 +130,7 @@ def update_policy(
                     [mask.sum(), gap.abs().sum(), (gap > math.log(settings.tis_cap or math.inf)).sum()]
                 )
                 largest_gap = max(largest_gap, gap.abs().max().item())
-        _add_gradients(parameters)
+        add_gradients(parameters, scale)
         gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm).item()
         if not math.isfinite(gradient_norm):
             raise FloatingPointError("the gradient is not finite; lower the learning rate, or load a wider dtype")
@@ -142,12 +144,3 @@ def update_policy(
         largest_gap=processes.largest(largest_gap, device),
         capped=capped / max(1, compared),
     )
-
-
-def _add_gradients(parameters: list[Tensor]) -> None:
-    """The sum of the processes' gradients: each loss was divided by the count of all of them together."""
-    if processes.count() == 1:
-        return
-    for parameter in parameters:
-        own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        parameter.grad = processes.added(own)

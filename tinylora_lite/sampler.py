@@ -97,10 +97,17 @@ class Sampler(Protocol):
 
 @dataclass(frozen=True)
 class ModelSampler:
-    """The model that trains answers itself, so there is nothing to keep in step."""
+    """The model that trains answers itself, so there is nothing to keep in step.
+
+    Attributes:
+        model: see :func:`sample`.
+        tokenizer: the model's.
+        batch_size: rows decoded together, which limits the memory of keys and values; ``None`` decodes all of them.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    batch_size: int | None = None
 
     def sync(self, adapter: TinyLoraAdapter | None) -> None:
         """Does nothing: the adapter hangs on the model."""
@@ -115,17 +122,42 @@ class ModelSampler:
         seed: int = 0,
         first_row: int = 0,
     ) -> Rollouts:
-        """Calls :func:`sample`."""
-        return sample(
-            self.model,
-            self.tokenizer,
-            prompt_ids,
-            prompt_mask,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            first_row=first_row,
-        )
+        """Calls :func:`sample` for ``batch_size`` rows at a time."""
+        size = self.batch_size or len(prompt_ids)
+        parts = [
+            sample(
+                self.model,
+                self.tokenizer,
+                prompt_ids[start : start + size],
+                prompt_mask[start : start + size],
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                seed=seed,
+                first_row=first_row + start,
+            )
+            for start in range(0, len(prompt_ids), size)
+        ]
+        return parts[0] if len(parts) == 1 else _joined(parts, prompt_ids, prompt_mask, self.tokenizer.pad_token_id)
+
+
+def _joined(parts: list[Rollouts], prompt_ids: Tensor, prompt_mask: Tensor, pad: int) -> Rollouts:
+    """Samples of consecutive rows as one batch."""
+    width = max(part.completion_ids.shape[1] for part in parts)
+
+    def column(name: str, value: float = 0) -> Tensor:
+        tensors: list[Tensor] = [getattr(part, name) for part in parts]
+        return torch.cat([nn.functional.pad(t, (0, width - t.shape[1]), value=value) for t in tensors])
+
+    return Rollouts(
+        prompt_ids,
+        prompt_mask,
+        column("completion_ids", pad),
+        column("completion_mask"),
+        column("logprobs"),
+        column("entropies"),
+        torch.cat([part.truncated for part in parts]),
+        [text for part in parts for text in part.texts],
+    )
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:

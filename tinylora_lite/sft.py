@@ -23,13 +23,12 @@ from tinylora_lite.checkpoint import resume, save_checkpoint
 from tinylora_lite.evaluate import evaluate
 from tinylora_lite.fingerprint import base_fingerprint
 from tinylora_lite.grpo import draw_prompts
-from tinylora_lite.policy_update import _add_gradients
 from tinylora_lite.progress import progress_bar
 from tinylora_lite.runs import Run
 from tinylora_lite.sampler import Rollouts, Sampler, check_tokenizer, completion_logprobs, encode_prompts
 from tinylora_lite.sft_settings import SFTSettings
 from tinylora_lite.tasks import Example, Task
-from tinylora_lite.training import check_adapter, ready_to_train
+from tinylora_lite.training import add_gradients, check_adapter, loss_scale, ready_to_train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -111,9 +110,10 @@ def train_sft(
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate_at(step)
             optimizer.zero_grad()
-            own = sum(_backward(part, tokens) for part in _parts(model, rows, settings.micro_batch))
+            scale = loss_scale(model, tokens)
+            own = sum(_backward(part, tokens, scale) for part in _parts(model, rows, settings.micro_batch))
             loss = float(processes.added(torch.tensor(own, dtype=torch.float32, device=device)))
-            _add_gradients(parameters)
+            add_gradients(parameters, scale)
             gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm).item()
             if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
                 raise FloatingPointError(
@@ -241,9 +241,9 @@ def _parts(model: PreTrainedModel, rows: Rollouts, micro_batch: int) -> Iterator
         yield -(completion_logprobs(model, part) * part.completion_mask).sum()
 
 
-def _backward(part: Tensor, tokens: int) -> float:
+def _backward(part: Tensor, tokens: int, scale: float) -> float:
     loss = part / tokens
-    loss.backward()
+    (loss * scale).backward()
     return loss.item()
 
 

@@ -6,6 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
+from tinylora_lite import processes
 from tinylora_lite.adapter import TinyLoraAdapter, adapter_of
 from tinylora_lite.sampler import modes_kept, recomputes
 
@@ -40,3 +44,22 @@ def check_adapter(model: PreTrainedModel, adapter: TinyLoraAdapter | None) -> No
         raise ValueError("the model carries an adapter; pass it, or call its detach() to train all weights")
     if adapter is not carried:
         raise ValueError("the adapter is not attached to this model; pass the model that attach() was given")
+
+
+def loss_scale(model: PreTrainedModel, count: float) -> float:
+    """What a loss that was divided by ``count`` is multiplied by for its backward pass.
+
+    In float16 the gradient of one token among 100,000 is below the smallest number; so the loss stays undivided on its
+    way back, and :func:`add_gradients` divides what arrives at v in float32. Other dtypes need no scale.
+    """
+    return count if model.dtype == torch.float16 else 1.0
+
+
+def add_gradients(parameters: list[Tensor], scale: float = 1.0) -> None:
+    """The sum of the processes' gradients, divided by ``scale``: each loss was divided by the count of all together."""
+    for parameter in parameters:
+        if processes.count() > 1:
+            own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = processes.added(own)
+        if parameter.grad is not None and scale != 1:
+            parameter.grad /= scale

@@ -14,7 +14,6 @@ the optimizer puts the gradients together.
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 import warnings
@@ -33,7 +32,7 @@ from tinylora_lite.adapter import TinyLoraAdapter
 from tinylora_lite.file_format import read_file
 from tinylora_lite.files import save
 from tinylora_lite.fingerprint import base_fingerprint
-from tinylora_lite.grpo import RECORDED_NUMBERS, check_task, validate
+from tinylora_lite.grpo import check_task, validate
 from tinylora_lite.grpo_settings import GRPOSettings
 from tinylora_lite.runs import Run, environment
 from tinylora_lite.sampler import ModelSampler, Sampler, encode_prompts, recomputes
@@ -42,6 +41,8 @@ from tinylora_lite.tasks import Example, Task
 from tinylora_lite.training import check_adapter, ready_to_train
 from tinylora_lite.trl_checks import check_trl
 from tinylora_lite.trl_config import trl_config, trl_dataset
+from tinylora_lite.trl_optimizer import JoinedAdam
+from tinylora_lite.trl_record import check_same_run, numbers_of, rows_of
 
 try:
     import trl
@@ -58,24 +59,6 @@ ADAPTER_FILE = "adapter.tinylora"
 """The numbers of a checkpoint, in float32."""
 
 RUN_FILE = "run.json"
-
-RECORDED = {
-    "reward": "reward",
-    "length": "completions/mean_length",
-    "truncated": "completions/clipped_ratio",
-    "entropy": "entropy",
-    "gradient_norm": "gradient_norm",
-    "clipped": "clip_ratio/region_mean",
-    "gap": "sampling/sampling_logp_difference/mean",
-    "largest_gap": "sampling/sampling_logp_difference/max",
-    "silent_groups": "frac_reward_zero_std",
-    "norm": "norm",
-    "strict": "strict",
-    "lenient": "lenient",
-    "formatted": "formatted",
-    "seconds": "seconds",
-} | {f"v{i}": f"v{i}" for i in range(RECORDED_NUMBERS)}
-"""Columns of a run's record, and what TRL's log calls them."""
 
 
 def train_trl(
@@ -104,7 +87,7 @@ def train_trl(
         folder: where checkpoints and the record are saved; called again with the same base and settings, an interrupted
             run goes on from its last checkpoint.
         on_step: called with the run so far after every step.
-        config: further fields of TRL's ``GRPOConfig``, such as ``report_to`` or ``gradient_checkpointing``.
+        config: further fields of TRL's ``GRPOConfig``, such as ``report_to`` or ``use_cpu``.
 
     Raises:
         RuntimeError: the installed TRL lacks something that this needs.
@@ -167,6 +150,7 @@ class TinyLoraGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         config.setdefault("disable_tqdm", not sys.stderr.isatty())
         args = trl_config(settings, folder, recompute=any(map(recomputes, model.modules())), **config)
         args.beta = 0.0  # TRL would load a second model as the reference
+        before = vars(model).get("forward")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "You are using 'rollout_func'", UserWarning)
             super().__init__(
@@ -185,7 +169,8 @@ class TinyLoraGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             self.ref_model = _Base(self)
         if sampler is not None:
             self._correct_for_sampler()
-        self._forward = vars(model).pop("forward", None)
+        self._forwards = (before, vars(model).get("forward"))
+        self._set_forward(before)
 
     def _check_processes(self) -> None:
         if self.is_deepspeed_enabled or (self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version != 2):
@@ -267,7 +252,7 @@ class TinyLoraGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         if self.optimizer is None:
             self.adapter.to(self.args.device)
             # Of nothing yet: FSDP2 looks for each of an optimizer's parameters in the model, where v is none.
-            self.optimizer = _Adam([{"params": []}], lr=self.settings.learning_rate)
+            self.optimizer = JoinedAdam([{"params": []}], lr=self.settings.learning_rate)
             self.optimizer.max_norm = self.settings.max_grad_norm
         return self.optimizer
 
@@ -290,32 +275,30 @@ class TinyLoraGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
     @contextmanager
     def _trl_forward(self) -> Iterator[None]:
         """Inside, the model has the forward pass that TRL gave it; outside, a copy of the model must not call it."""
-        model = self.policy
-        if self._forward is not None:
-            model.forward = self._forward
+        before, by_trl = self._forwards
+        self._set_forward(by_trl)
         try:
             yield
         finally:
-            vars(model).pop("forward", None)
+            self._set_forward(before)
+
+    def _set_forward(self, forward: Any) -> None:
+        if forward is None:
+            vars(self.policy).pop("forward", None)
+        else:
+            self.policy.forward = forward
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's log, and v itself: its norm, its largest entry, and every number where they are few."""
         if "loss" in logs:
-            v = self.adapter.vectors.detach().flatten()
-            logs["norm"], logs["largest"] = v.norm().item(), v.abs().max().item()
-            if len(v) <= RECORDED_NUMBERS:
-                logs |= {f"v{i}": value for i, value in enumerate(v.tolist())}
+            logs |= numbers_of(self.adapter)
             logs["gradient_norm"] = self.optimizer.optimizer.gradient_norm
             logs["seconds"] = self._seconds_before + time.perf_counter() - self._started
         super().log(logs, start_time)
 
     def record(self) -> Run:
         """The run so far."""
-        rows = []
-        for entry in self.state.log_history:
-            if "reward" in entry:
-                step = {"step": entry["step"] // self.settings.epochs_per_step}
-                rows.append(step | {ours: entry[theirs] for ours, theirs in RECORDED.items() if theirs in entry})
+        rows = rows_of(self.state.log_history, self.settings)
         return Run(
             method="grpo",
             settings=asdict(self.settings),
@@ -358,41 +341,12 @@ class TinyLoraGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             ValueError: it is damaged, or of a run of another base, adapter, task or other settings.
         """
         folder = Path(resume_from_checkpoint)
-        saved, now = Run.load(folder / RUN_FILE), self.record()
-        may_differ = {"save_every", "steps"} if self.settings.schedule == "constant" else {"save_every"}
-        for what, before, here in (
-            *((name, getattr(saved, name), getattr(now, name)) for name in ("method", "task", "adapter", "base")),
-            *((key, saved.settings.get(key), value) for key, value in now.settings.items() if key not in may_differ),
-        ):
-            if before != here:
-                raise ValueError(
-                    f"{folder} holds a run with {what} = {before!r}, not {here!r}; give another folder, or delete it"
-                )
+        saved = Run.load(folder / RUN_FILE)
+        check_same_run(folder, saved, self.record())
         _, tensors = read_file(folder / ADAPTER_FILE)
         with torch.no_grad():
             self.adapter.vectors.copy_(tensors["vectors"])
         self.evaluations, self._seconds_before = saved.evaluations, saved.seconds
-
-
-class _Adam(torch.optim.Adam):
-    """Adam as :func:`~tinylora_lite.train_grpo` steps it.
-
-    The processes' gradients are averaged and shortened to ``max_norm``; where there is none, because every group
-    agrees, nothing moves. Trainer clears the gradients of the model's parameters only, so this one clears v's.
-    """
-
-    max_norm = math.inf
-    gradient_norm = 0.0
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        (v,) = self.param_groups[0]["params"]
-        v.grad = processes.added(torch.zeros_like(v) if v.grad is None else v.grad) / processes.count()
-        self.gradient_norm = torch.nn.utils.clip_grad_norm_([v], self.max_norm).item()
-        if not math.isfinite(self.gradient_norm):
-            raise FloatingPointError("the gradient is not finite; lower the learning rate, or load a wider dtype")
-        if self.gradient_norm > 0:
-            super().step(closure)
-        self.zero_grad()
 
 
 class _Base:

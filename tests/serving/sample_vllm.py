@@ -2,8 +2,8 @@
 
     python sample_vllm.py WAY FOLDER
 
-WAY is ``lora``, ``merged``, or ``in place``: merged as on a GPU, one weight of a packed layer at a time, which a CPU does
-where it has no order of its own for weights. A process of its own, since vLLM binds threads to cores.
+WAY is ``lora``, ``merged``, or ``in place``: merged as on a GPU, one weight of a packed layer at a time, which a CPU
+can too where its layers keep the order of a checkpoint. A process of its own, since vLLM binds threads to cores.
 """
 
 import json
@@ -40,8 +40,8 @@ SOMEWHERE = (
 
 def main(way: str, folder: Path) -> None:
     model, tokenizer = nano.load()
-    # A second end token, which only generation_config.json knows: answers stop at the word, too.
-    also_ends = tokenizer.convert_tokens_to_ids(tokenizer.tokenize("minus")[0])
+    # A second end token, which only generation_config.json knows: answers stop where they subtract, too.
+    also_ends = tokenizer("5 - 3", add_special_tokens=False)["input_ids"][1]
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, also_ends]
     model.save_pretrained(folder / "base")
     os.environ["TMPDIR"] = tempfile.tempdir = str(folder / "temporary")
@@ -74,7 +74,9 @@ def main(way: str, folder: Path) -> None:
     prompts = encode_prompts(tokenizer, task, task.test[:PROMPTS])
 
     def both(**settings) -> dict:
-        return {name: shown(sampler.sample(*prompts, **settings)) for name, sampler in (("ours", mine), ("vllm", theirs))}
+        return {
+            name: shown(sampler.sample(*prompts, **settings)) for name, sampler in (("ours", mine), ("vllm", theirs))
+        }
 
     def scored(**settings) -> dict:
         """What vLLM draws, with the odds that it says it drew at and those that the model gives."""
@@ -133,7 +135,7 @@ def main(way: str, folder: Path) -> None:
         theirs.sample(*prompts, max_new_tokens=1)
         theirs.llm.reset_prefix_cache = (lambda: True) if keep else reset
         theirs.sync(adapter)
-        result[name] = both(max_new_tokens=1, temperature=0.0)
+        result[name] = both(max_new_tokens=8, temperature=0.0)
         theirs.llm.reset_prefix_cache = reset
 
     with torch.no_grad():
@@ -146,7 +148,6 @@ def main(way: str, folder: Path) -> None:
         "too long": said(lambda: theirs.sample(*prompts, max_new_tokens=256)),
         "rank": said(lambda: theirs.sync(adapter)) if way == "lora" else None,
     }
-    del theirs
     (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
 
 
