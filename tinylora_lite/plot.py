@@ -215,11 +215,11 @@ def learning_curves(
         ends.append((base, METHODS["base"].label, INK))
     axes.set(xlabel="step", ylabel=ylabel)
     axes.set_xlim(right=last)
-    _label_at_the_right(axes, ends)
+    label_at_the_right(axes, ends)
     return drawn
 
 
-def _label_at_the_right(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
+def label_at_the_right(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
     """Labels at the height of each end, pushed apart where they would overlap; a dash carries the colour."""
     low, high = axes.get_ylim()
     ends = sorted(ends)

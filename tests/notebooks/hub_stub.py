@@ -19,10 +19,11 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from tinylora_lite.cli.models import QWEN
 from tinylora_lite.nano.problems import problems
 from tinylora_lite.nano.writers import careful
+from tinylora_lite.presets import preset
 from tinylora_lite.problem_sources import PROBLEM_SETS
 
 MODEL = "Qwen/Qwen2.5-7B-Instruct"
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+COMMIT = preset("qwen2.5-7b/gsm8k").revision
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 DEFAULT_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 

@@ -22,8 +22,10 @@ LOAD = """
 import json
 from transformers.utils import logging
 from tinylora_lite.loading import load_model
+from tinylora_lite.notebook import hub_commit
 from tinylora_lite.problem_sets import load_task
 from tinylora_lite.sampler import encode_prompts
+from tinylora_lite.settings import RunSettings
 
 logging.disable_progress_bar()
 model, tokenizer = load_model("Qwen/Qwen2.5-7B-Instruct")
@@ -34,7 +36,7 @@ print(json.dumps({
     "layers": model.config.num_hidden_layers,
     "width": model.config.hidden_size,
     "dtype": str(model.dtype),
-    "commit": model.config._commit_hash,
+    "commit": hub_commit(RunSettings("Qwen/Qwen2.5-7B-Instruct", "gsm8k")),
     "round_trip": tokenizer.decode(tokenizer(text).input_ids) == text,
     "digits": [tokenizer.decode(i) for i in tokenizer("123").input_ids],
     "special": [tokenizer.eos_token, tokenizer.pad_token],
