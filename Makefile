@@ -55,7 +55,7 @@ test-peft: $(STAMP) ## Exchange files with the oldest PEFT that is supported
 	  tests/test_adapter_peft.py tests/test_lora.py
 
 test-vllm: $(STAMP) $(VLLM_STAMP) ## Sample, train and serve with vLLM and compare (Linux on x86-64, Python 3.11)
-	@VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(PY) -m pytest -m vllm -rP tests/serving tests/processes
+	@VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(PY) -m pytest -m vllm -rP tests/serving
 
 test-site: $(STAMP) ## Check the built book: links, alt texts, nothing loaded from elsewhere
 	@test -f _build/html/index.html || { echo "No book yet: run 'make book' first." >&2; exit 1; }

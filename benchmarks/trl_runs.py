@@ -4,7 +4,8 @@
     .venv-vllm/bin/python -m benchmarks.trl_runs --ways own-vllm trl-vllm      # vLLM with the adapter as a LoRA
 
 Thirteen numbers in calibrated directions on the nano base, 30 steps of 32 prompts by 8 completions, three seeds. What
-differs between ``own`` and ``trl-sampler`` is rounding alone; what differs between the others is who draws.
+differs between ``own`` and ``trl-sampler`` is rounding alone, which turns a token over after some steps; what differs
+between the others is who draws.
 """
 
 from __future__ import annotations

@@ -23,11 +23,12 @@ from tinylora_lite.completions import write_whole
 from tinylora_lite.evaluate import Score, evaluate
 from tinylora_lite.files import save
 from tinylora_lite.grpo import train_grpo
-from tinylora_lite.grpo_settings import GRPOSettings
 from tinylora_lite.loading import load_model
 from tinylora_lite.runs import Run
 from tinylora_lite.sampler import ModelSampler, Rollouts, Sampler, encode_prompts
 from tinylora_lite.settings import RunSettings
+from tinylora_lite.sft import train_sft
+from tinylora_lite.sft_settings import SFTSettings
 from tinylora_lite.sharding import is_sharded, shard
 from tinylora_lite.tasks import Task
 from tinylora_lite.terminal import Progress
@@ -144,7 +145,9 @@ class Workbench:
     ) -> None:
         self.settings, self.folder = settings, Path(settings.folder)
         self.progress, self.on_rollouts = progress or Progress(), on_rollouts
-        self._changed = False  # whether training has written into the base's own weights
+        self._changed = (
+            False  # whether the base is no longer as it was loaded: trained itself, or spread over processes
+        )
 
     @cached_property
     def loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -191,6 +194,7 @@ class Workbench:
             self.model.save_pretrained(weights)
         training = self.settings.training_settings(len(self.task.train))
         longest = max(getattr(training, "max_new_tokens", 0), self.settings.evaluation.max_new_tokens)
+        engine: dict[str, Any] = {} if self.settings.revision is None else {"revision": self.settings.revision}
         return VllmSampler(
             weights,
             self.tokenizer,
@@ -200,7 +204,7 @@ class Workbench:
             tensor_parallel=s.tensor_parallel,
             dtype=self.settings.dtype,
             max_lora_rank=self.settings.adapter.rank,
-            **({} if self.settings.revision is None else {"revision": self.settings.revision}),
+            **engine,
         )
 
     @cached_property
@@ -241,7 +245,7 @@ class Workbench:
             del self.loaded
             self.__dict__.pop("sampler", None)
         config = settings.adapter.config(self.basis)
-        self._changed = config is None
+        self._changed = config is None or settings.shard
         adapter = None if config is None else attach(self.model, config)
         if settings.shard and not is_sharded(self.model):
             shard(self.model)
@@ -257,9 +261,7 @@ class Workbench:
                 self.progress.lengths[name] = run.curve("length")
             self.progress.step(name, run.curve(key), [] if adapter is None else adapter.vectors.flatten().tolist())
 
-        if settings.method == "sft":
-            from tinylora_lite.sft import train_sft
-
+        if isinstance(training, SFTSettings):
             run = train_sft(
                 self.model,
                 self.tokenizer,
@@ -272,10 +274,10 @@ class Workbench:
                 progress=False,
             )
             return adapter, run
-        assert isinstance(training, GRPOSettings)  # what training_settings makes of this method
         if settings.trainer == "trl":
             from tinylora_lite.trl_trainer import train_trl
 
+            assert adapter is not None  # RunSettings sees to that
             sampler = None if isinstance(self.sampler, ModelSampler) else self.sampler
             run = train_trl(
                 self.model,
@@ -329,10 +331,11 @@ class Workbench:
         if processes.count() > 1:
             folder = folder / f"{processes.rank() + 1}-of-{processes.count()}"
         self.progress.begin(f"testing: {name}", len(share) * e.samples)
+        changed: dict[str, Any] = {split: share}
         score = evaluate(
             self.model,
             self.tokenizer,
-            replace(task, **{split: share}),
+            replace(task, **changed),
             split=split,
             samples=e.samples,
             temperature=e.temperature,

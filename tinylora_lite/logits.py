@@ -55,7 +55,7 @@ def tokens_at_once(model: PreTrainedModel) -> int | None:
     head = model.get_output_embeddings()
     if head is None or head._forward_hooks or head._forward_pre_hooks or model.config.model_type not in PLAIN_HEADS:
         return None
-    return max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+    return max(1, LOGITS_AT_ONCE // int(model.config.vocab_size))
 
 
 @contextmanager

@@ -183,6 +183,10 @@ class RunSettings:
                 raise SettingsError(name, f"{name} must not be empty")
         if self.adapter.kind == "all" and self.quantise is not None:
             raise SettingsError("quantise", "a quantised base cannot train all of its weights; set quantise: null")
+        if self.trainer == "trl" and (self.adapter.kind == "all" or self.method == "sft"):
+            raise SettingsError("trainer", "trl trains an adapter by GRPO and nothing else here; set trainer: own")
+        if self.trainer == "trl" and self.shard:
+            raise SettingsError("shard", "trl shards as accelerate's own settings say (--use_fsdp); set shard: false")
         if self.adapter.kind == "all" and self.sampler.engine != "transformers" and self.sampler.sync == "lora":
             raise SettingsError("sampler.sync", "weights that all train are no LoRA; set sampler.sync: merged")
         for rate in self.learning_rates:

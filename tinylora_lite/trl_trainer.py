@@ -2,7 +2,7 @@
 
 TRL brings what a loop of two screens leaves out: ``accelerate`` with FSDP2, trackers, callbacks. Settings, prompts
 and their order, reward, loss, Adam and learning rate are those of :func:`~tinylora_lite.train_grpo`; with one sampler
-for both, so are the samples, and v differs by rounding. What differs:
+for both, so are the samples, and v differs by rounding, until rounding turns a token over. What differs:
 
 - Without a ``sampler``, TRL's own generation answers. It reports no log-probabilities, so nothing corrects for them.
 - Rows whose advantage is zero are computed all the same, so a step takes longer.

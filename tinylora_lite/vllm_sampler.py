@@ -9,6 +9,7 @@ the pristine base at every step, so no rounding is carried on.
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -121,7 +122,7 @@ class VllmSampler:
         if sync == "lora":
             settings |= {"enable_lora": True, "max_lora_rank": room, "max_loras": 1}
         # The engine seeds torch's own generators, and they are the trainer's.
-        with _in_this_process(), torch.random.fork_rng():
+        with _in_this_process(), _no_word_of_templates(), torch.random.fork_rng():
             self.llm = vllm.LLM(**settings | engine)
         if sync == "merged" and self.llm.model_config.quantization is not None:
             raise ValueError("weights cannot be merged into a quantised engine; use sync='lora'")
@@ -268,6 +269,18 @@ def _vllm() -> Any:
     except ImportError as error:
         raise ImportError('sampling with vLLM needs vLLM: pip install "tinylora_lite[vllm]"') from error
     return vllm
+
+
+@contextmanager
+def _no_word_of_templates() -> Iterator[None]:
+    """Inside, vLLM does not report, with a traceback, that it has no tokenizer to try a chat template with."""
+    logger = logging.getLogger("vllm.renderers.base")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 @contextmanager

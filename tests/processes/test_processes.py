@@ -2,19 +2,14 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import pytest
 import torch
 
-from tinylora_lite import nano, processes
-from tinylora_lite.vllm_server import serve_command
+from tinylora_lite import processes
 
 pytest.importorskip("accelerate")
 
@@ -82,42 +77,3 @@ def test_prompts_that_cannot_be_shared(monkeypatch):
     monkeypatch.setattr(processes, "count", lambda: 3)
     with pytest.raises(ValueError, match=r"prompts_per_step=8 cannot be shared by 3 processes; make it a multiple"):
         processes.share(8, "prompts_per_step")
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """The address of vLLM's own server on this machine."""
-    if "VLLM_PYTHON" not in os.environ:
-        pytest.skip("needs vLLM: run `make test-vllm`")
-    folder = tmp_path_factory.mktemp("server")
-    nano.load()[0].save_pretrained(folder / "base")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True, "kv_cache_memory_bytes": 64 * 2**20}
-    command = serve_command(folder / "base", 8, 1, port, python=os.environ["VLLM_PYTHON"], **options)
-    settings = {"DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, env=os.environ | settings, stdout=log, stderr=subprocess.STDOUT)
-    try:
-        for _ in range(300):
-            assert process.poll() is None, (folder / "log").read_text()[-4000:]
-            try:
-                urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except (URLError, OSError):
-                time.sleep(1)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
-
-
-@pytest.mark.vllm
-def test_two_processes_share_a_server(tmp_path, server):
-    (one,) = train(tmp_path / "one", 1, url=server)
-    two = train(tmp_path / "two", 2, url=server)
-    assert two[0]["numbers"] == two[1]["numbers"]
-    assert max(step["gap"] for step in two[0]["steps"]) < 1e-4, "the server answered with other numbers"
-    assert two[0]["steps"][-1]["norm"] > 0.05
-    check(one, two[0])

@@ -13,7 +13,6 @@ import torch
 import tinylora_lite as tl
 from tinylora_lite import nano, processes
 from tinylora_lite.sharding import shard
-from tinylora_lite.vllm_server import VllmServerSampler
 
 
 def main(folder: Path, options: dict) -> None:
@@ -27,8 +26,6 @@ def main(folder: Path, options: dict) -> None:
         adapter = tl.attach(model, config)
     if options.pop("shard", False) and processes.count() > 1:
         shard(model)
-    url = options.pop("url", None)
-    sampler = None if url is None else VllmServerSampler(url, tokenizer, folder=folder)
     settings = tl.GRPOSettings(
         prompts_per_step=8, group_size=4, max_new_tokens=nano.MAX_NEW_TOKENS, learning_rate=0.05, **options
     )
@@ -39,7 +36,6 @@ def main(folder: Path, options: dict) -> None:
         adapter,
         nano.task(),
         settings,
-        sampler=sampler,
         folder=folder,
         on_rollouts=lambda rollouts, _: rows.append(len(rollouts)),
     )
