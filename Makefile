@@ -10,6 +10,7 @@ VLLM_PYTHON ?= python3.11
 VLLM_VENV   ?= .venv-vllm
 
 OLD_PEFT := peft==0.20.0
+OLD_TRL  := trl==1.14.2
 
 BIN := $(abspath $(VENV))/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 PY  := $(BIN)/python
@@ -34,7 +35,7 @@ export TQDM_DISABLE := 1
 STAMP := $(VENV)/.installed-$(shell cat requirements.txt pyproject.toml | cksum | cut -d' ' -f1)
 VLLM_STAMP := $(VLLM_VENV)/.installed-$(shell { echo $(VLLM); cat requirements-vllm.txt; } | cksum | cut -d' ' -f1)
 
-.PHONY: help book bench test test-slow test-peft test-vllm test-site demo nano serve lint linkcheck lock clean
+.PHONY: help book bench test test-slow test-peft test-trl test-vllm test-site demo nano serve lint linkcheck lock clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -53,6 +54,10 @@ test-peft: $(STAMP) ## Exchange files with the oldest PEFT that is supported
 	@$(PY) -m pip install --disable-pip-version-check --quiet --no-deps --upgrade --target $(VENV)/$(OLD_PEFT) $(OLD_PEFT)
 	@PYTHONPATH=$(VENV)/$(OLD_PEFT) $(PY) -m pytest tests/test_peft_files.py tests/test_peft_fixtures.py \
 	  tests/test_adapter_peft.py tests/test_lora.py
+
+test-trl: $(STAMP) ## Train under the oldest TRL that is supported
+	@$(PY) -m pip install --disable-pip-version-check --quiet --no-deps --upgrade --target $(VENV)/$(OLD_TRL) $(OLD_TRL)
+	@PYTHONPATH=$(VENV)/$(OLD_TRL) $(PY) -m pytest tests/test_trl_trainer.py tests/test_trl_loss.py
 
 test-vllm: $(STAMP) $(VLLM_STAMP) ## Sample, train and serve with vLLM and compare (Linux on x86-64, Python 3.11)
 	@VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(PY) -m pytest -m vllm -rP tests/serving

@@ -103,7 +103,7 @@ class VllmSampler:
         room = room_for(max_lora_rank) if sync == "lora" else 0
         if processes.count() > 1:
             raise ValueError("several processes train, and an engine lives in one; share a server: VllmServerSampler")
-        vllm = _vllm()
+        make_engine = _vllm().LLM
         settings: dict[str, Any] = {
             "model": str(model),
             "dtype": dtype,
@@ -123,7 +123,7 @@ class VllmSampler:
             settings |= {"enable_lora": True, "max_lora_rank": room, "max_loras": 1}
         # The engine seeds torch's own generators, and they are the trainer's.
         with _in_this_process(), _no_word_of_templates(), torch.random.fork_rng():
-            self.llm = vllm.LLM(**settings | engine)
+            self.llm = make_engine(**settings | engine)
         if sync == "merged" and self.llm.model_config.quantization is not None:
             raise ValueError("weights cannot be merged into a quantised engine; use sync='lora'")
         self.tokenizer, self.way, self.room = tokenizer, sync, room
