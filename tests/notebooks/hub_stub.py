@@ -21,6 +21,7 @@ from tinylora_lite.nano.problems import problems
 from tinylora_lite.nano.writers import careful
 from tinylora_lite.presets import preset
 from tinylora_lite.problem_sources import PROBLEM_SETS
+from tinylora_lite.tying import find_sites
 
 MODEL = "Qwen/Qwen2.5-7B-Instruct"
 COMMIT = preset("qwen2.5-7b/gsm8k").revision
@@ -65,12 +66,22 @@ def make_hub(home: Path, *, layers: int = 2, vocabulary: int = 2048, seed: int =
     )
     torch.manual_seed(seed)
     model = Qwen2ForCausalLM._from_config(config, dtype=torch.bfloat16)
+    for site in find_sites(model):
+        stand_out(model.get_submodule(site.name).weight.data)
     model.save_pretrained(snapshot)
     recommended = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05}
     ends = {"eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]], "pad_token_id": ids["<|endoftext|>"]}
     (snapshot / "generation_config.json").write_text(json.dumps(recommended | ends), encoding="utf-8")
     write_gsm8k(home)
     return snapshot
+
+
+@torch.no_grad()
+def stand_out(weight: torch.Tensor, count: int = 4) -> None:
+    """Gives a random weight a few directions above its noise, as trained weights have; without, no SVD converges soon."""
+    edge = float(weight.float().std()) * (weight.shape[0] ** 0.5 + weight.shape[1] ** 0.5)
+    left, right = (torch.linalg.qr(torch.randn(size, count)).Q for size in weight.shape)
+    weight += ((left * torch.tensor([3.0, 2.4, 1.9, 1.5])[:count] * edge) @ right.T).to(weight.dtype)
 
 
 def write_tokenizer(folder: Path) -> dict[str, int]:
