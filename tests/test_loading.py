@@ -1,5 +1,7 @@
 """Models by name: the shipped one, a folder's, and errors that say what to do."""
 
+import copy
+
 import pytest
 import torch
 
@@ -25,8 +27,9 @@ def test_a_folder(make_model, tokenizer, tmp_path):
 
 def test_a_tokenizer_without_a_pad_token_gets_one(make_model, tokenizer, tmp_path):
     make_model("llama").save_pretrained(tmp_path)
-    tokenizer.pad_token = None
-    tokenizer.save_pretrained(tmp_path)
+    bare = copy.deepcopy(tokenizer)  # the fixture is everybody's
+    bare.pad_token = None
+    bare.save_pretrained(tmp_path)
     _, found = load_model(str(tmp_path), dtype="float32")
     assert found.pad_token_id == tokenizer.eos_token_id
 

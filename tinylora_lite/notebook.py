@@ -129,7 +129,7 @@ def changed(base: Score, adapted: Score) -> Iterator[Changed]:
 def shortened(whole: Table, counts: tuple[int, ...] = (0, 13, 196)) -> Table:
     """The rows of a table that train by rewards and as many numbers as ``counts`` says, and every row of the register.
 
-    All weights stay, too: the largest count of each source.
+    Rows of all weights stay, too.
     """
 
     def kept(row: Row) -> bool:

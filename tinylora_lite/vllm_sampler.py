@@ -275,12 +275,15 @@ def _vllm() -> Any:
 def _no_word_of_templates() -> Iterator[None]:
     """Inside, vLLM does not report, with a traceback, that it has no tokenizer to try a chat template with."""
     logger = logging.getLogger("vllm.renderers.base")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+
+    def grave(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    logger.addFilter(grave)  # a level would be set back, as vLLM configures its logging here
     try:
         yield
     finally:
-        logger.setLevel(before)
+        logger.removeFilter(grave)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ def run_notebook():
         quiet |= {"JUPYTER_PREFER_ENV_PATH": "1", "JUPYTER_PLATFORM_DIRS": "1"}
         quiet |= {"TINYLORA_OVERRIDES": " ".join(overrides)}
         client = nbclient.NotebookClient(
-            book, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(ROOT / "notebooks")}}
+            book, timeout=1200, kernel_name="python3", resources={"metadata": {"path": str(ROOT / "notebooks")}}
         )
         client.execute(env=os.environ | {"PYTHONPATH": str(ROOT)} | quiet | environment)
         return book

@@ -78,7 +78,7 @@ def make_hub(home: Path, *, layers: int = 2, vocabulary: int = 2048, seed: int =
 
 @torch.no_grad()
 def stand_out(weight: torch.Tensor, count: int = 4) -> None:
-    """Gives a random weight a few directions above its noise, as trained weights have; without, no SVD converges soon."""
+    """Gives a random weight a few directions above its noise, as trained weights have, for the SVD to find."""
     edge = float(weight.float().std()) * (weight.shape[0] ** 0.5 + weight.shape[1] ** 0.5)
     left, right = (torch.linalg.qr(torch.randn(size, count)).Q for size in weight.shape)
     weight += ((left * torch.tensor([3.0, 2.4, 1.9, 1.5])[:count] * edge) @ right.T).to(weight.dtype)
