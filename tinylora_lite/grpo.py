@@ -87,13 +87,16 @@ def train_grpo(
 
     Raises:
         ValueError: the task is empty, the reward returns something other than a finite number, the tokenizer lacks a
-            token, the adapter is not the model's, or ``folder`` holds a damaged run or one of other settings.
+            token, the adapter is not the model's, all weights train and another engine samples, or ``folder`` holds a
+            damaged run or one of other settings.
         FloatingPointError: the model puts out NaN, or the gradient is not finite; the numbers stay those of the last
             update.
     """
     settings = settings or GRPOSettings()
     check_task(tokenizer, task, settings)
     check_adapter(model, adapter)
+    if adapter is None and not isinstance(sampler, ModelSampler | None):
+        raise ValueError("another engine follows an adapter, and not weights that all train; leave sampler out")
     parameters: list[Tensor] = list(model.parameters()) if adapter is None else [adapter.vectors]
     optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate)
     run = Run(

@@ -187,8 +187,11 @@ class RunSettings:
             raise SettingsError("trainer", "trl trains an adapter by GRPO and nothing else here; set trainer: own")
         if self.trainer == "trl" and self.shard:
             raise SettingsError("shard", "trl shards as accelerate's own settings say (--use_fsdp); set shard: false")
-        if self.adapter.kind == "all" and self.sampler.engine != "transformers" and self.sampler.sync == "lora":
-            raise SettingsError("sampler.sync", "weights that all train are no LoRA; set sampler.sync: merged")
+        if self.adapter.kind == "all" and self.sampler.engine != "transformers":
+            raise SettingsError(
+                "sampler.engine",
+                "vLLM follows an adapter, and not weights that all train; set sampler.engine: transformers",
+            )
         for rate in self.learning_rates:
             if not (math.isfinite(rate) and rate > 0):
                 raise SettingsError("learning_rates", f"learning_rates must be finite numbers above 0, not {rate!r}")

@@ -165,7 +165,8 @@ class VllmSampler:
         Raises:
             ValueError: ``max_new_tokens`` is below 1, ``temperature`` below 0, or a prompt and its completion could
                 exceed ``max_model_len``.
-            FloatingPointError: the model puts out NaN or infinity.
+            FloatingPointError: the model puts out NaN or infinity. vLLM on a CPU may keep it in its cache, and read it
+                again with another adapter; it has to be started anew.
         """
         from vllm import SamplingParams
 

@@ -173,7 +173,8 @@ class VllmServerSampler:
             ConnectionError: the server does not answer, or not in time.
             ValueError: ``max_new_tokens`` is below 1, ``temperature`` below 0, a prompt and its completion could exceed
                 the server's ``max_model_len``, or the server reports probabilities at another temperature.
-            FloatingPointError: the model puts out NaN or infinity.
+            FloatingPointError: the model puts out NaN or infinity. vLLM on a CPU may keep it in its cache, and read it
+                again with another adapter; it has to be started anew.
         """
         prompts = prompt_rows(prompt_ids, prompt_mask)
         check_request(prompts, max_new_tokens, temperature, self.limit)

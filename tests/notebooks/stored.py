@@ -13,13 +13,15 @@ from typing import Any
 import nbformat
 from nbclient import NotebookClient
 
-NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("gpu_*.ipynb"))
+ROOT = Path(__file__).parents[2]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("gpu_*.ipynb"))
 GPU = "gpu"
 QUIET = {
     "CUDA_VISIBLE_DEVICES": "",
     "HF_HUB_OFFLINE": "1",
     "JUPYTER_PLATFORM_DIRS": "1",
     "JUPYTER_PREFER_ENV_PATH": "1",
+    "PYTHONPATH": str(ROOT),
     "TINYLORA_OVERRIDES": "",
     "TQDM_DISABLE": "1",
 }
