@@ -106,7 +106,7 @@ def test_learning_rates_are_chosen_on_validation_problems(tmp_path):
     assert sampled == [(4, 4)] * 4
     phases = ["loading", "testing", "training", "testing", "training", "testing", "training", "testing"]
     assert progress.phases == phases
-    for rate, folder in ((0.01, "lr-1e-02"), (0.2, "lr-2e-01")):
+    for rate, folder in ((0.01, "lr-0.01"), (0.2, "lr-0.2")):
         assert Score.load(tmp_path / folder / "validation") == outcome.rates[rate]
     prompts = {c.prompt for score in outcome.rates.values() for c in score.completions}
     assert prompts <= {e.prompt for e in nano.task().validation}

@@ -33,7 +33,7 @@ FULL = RunSettings(
         rank=8, u=13, n_tie="all", projection="calibrated", calibration=CalibrationSettings(problems=7, looks=1)
     ),
     training={"epochs": 3, "learning_rate": 1e-7, "tis_cap": None, "truncated": "mask"},
-    sampler=SamplerSettings(engine="vllm-server", sync="merged", url="http://127.0.0.1:8000", batch_size=4),
+    sampler=SamplerSettings(engine="vllm-server", url="http://127.0.0.1:8000", batch_size=4),
     evaluation=EvaluationSettings(tasks=("gsm8k", "math500"), problems=5, every=3),
     learning_rates=(1e-7, 5e-6, 2e-4),
     folder="runs/ünï",
@@ -87,6 +87,13 @@ WRONG = {
     "learning_rates: [1e-4, 0]": ("line 3", "finite numbers above 0"),
     "learning_rates: [fast]": ("line 3", "learning_rates must be a number, not 'fast'"),
     "adapter:\n  kind: all\nquantise: nf4": ("line 5", "cannot train all of its weights"),
+    "adapter:\n  kind: all\nsampler:\n  engine: vllm": ("line 6", "vLLM follows an adapter"),
+    "trainer: trl\nmethod: sft": ("line 3", "trl trains an adapter by GRPO and nothing else"),
+    "trainer: trl\nshard: true": ("line 4", "trl shards as accelerate's own settings say"),
+    "sampler:\n  engine: vllm-server\n  sync: merged\n  url: http://x": ("line 5", "a server is sent LoRAs"),
+    "trainer: trl\ndtype: float16": ("line 3", "set trainer: own"),
+    "adapter:\n  kind: all\nshard: true": ("line 5", "only a frozen base is spread"),
+    "learning_rates: [1e-4, 1e-4]": ("line 3", "a rate stands twice"),
     "model: other": ("line 3", "model stands here and on line 1"),
     "a: : b": ("line 3", "this is no YAML"),
 }

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from tinylora_lite import processes
 from tinylora_lite.adapter import adapter_of
 from tinylora_lite.completions import (
     append_rows,
@@ -299,7 +300,8 @@ def evaluate(
     if sampler is None:
         assert model is not None
         sampler = ModelSampler(model, tokenizer)
-    if model is not None and len(rows) < len(queue):
+    # Where several processes share a server, all of them are there when it is given an adapter.
+    if model is not None and (len(rows) < len(queue) or processes.count() > 1):
         sampler.sync(adapter)
     device = "cpu" if model is None else next(model.parameters()).device
     if progress and rows:

@@ -5,13 +5,15 @@ Whatever is in the folder already is not done again, so the same call goes on wh
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from tinylora_lite import processes
@@ -23,14 +25,14 @@ from tinylora_lite.completions import write_whole
 from tinylora_lite.evaluate import Score, evaluate
 from tinylora_lite.files import save
 from tinylora_lite.grpo import train_grpo
-from tinylora_lite.loading import load_model
+from tinylora_lite.loading import is_nano, load_model
 from tinylora_lite.runs import Run
 from tinylora_lite.sampler import ModelSampler, Rollouts, Sampler, encode_prompts
 from tinylora_lite.settings import RunSettings
 from tinylora_lite.sft import train_sft
 from tinylora_lite.sft_settings import SFTSettings
 from tinylora_lite.sharding import is_sharded, shard
-from tinylora_lite.tasks import Task
+from tinylora_lite.tasks import Example, Task
 from tinylora_lite.terminal import Progress
 
 if TYPE_CHECKING:
@@ -108,6 +110,7 @@ def run_experiment(
         ImportError: an extra is missing that the settings ask for.
     """
     folder, progress = Path(settings.folder), progress or Progress()
+    _check_processes(settings, folder)
     folder.mkdir(parents=True, exist_ok=True)
     if processes.rank() == 0 and not (folder / "settings.yaml").exists():
         settings.save(folder / "settings.yaml")
@@ -126,7 +129,7 @@ def run_experiment(
     outcome = Outcome(chosen, run, rates, base, adapted, vectors, folder)
     if processes.rank() == 0:
         if adapter is not None:
-            save(adapter, folder / "adapter.tinylora")
+            save(adapter, folder / "adapter.tinylora", base_sha256=run.base)
         else:
             bench.model.save_pretrained(folder / "model")
             bench.tokenizer.save_pretrained(folder / "model")
@@ -135,6 +138,22 @@ def run_experiment(
     bench.clear(adapter)
     processes.wait()
     return outcome
+
+
+def _check_processes(settings: RunSettings, folder: Path) -> None:
+    """Raises ``ValueError`` before anything large is loaded where several processes cannot do what is asked for."""
+    if processes.count() == 1:
+        return
+    if settings.sampler.engine == "vllm":
+        raise ValueError(
+            "each process would need an engine of its own; start `tinylora serve` and set sampler.engine=vllm-server "
+            "sampler.url=..., or train with one process"
+        )
+    if settings.adapter.projection == "calibrated" and not (folder / "basis.safetensors").exists():
+        raise ValueError(
+            f"a basis is calibrated by one process; run `tinylora calibrate {settings.model} --task {settings.task}` "
+            f"first, with --out {folder / 'basis.safetensors'}"
+        )
 
 
 class Workbench:
@@ -171,9 +190,14 @@ class Workbench:
 
     @cached_property
     def task(self) -> Task:
-        """The problems to train on, less those whose prompts are longer than ``max_prompt_tokens``."""
+        """The problems to train and to choose on, less those whose prompts are longer than ``max_prompt_tokens``."""
         task = task_named(self.settings.task, self.settings)
-        return replace(task, train=self._short_enough(task))
+        train, validation = self._short_enough(task.train, task), self._short_enough(task.validation, task)
+        if not train:
+            raise ValueError(
+                f"no training problem of {task.name} fits max_prompt_tokens={self.settings.max_prompt_tokens}; raise it"
+            )
+        return replace(task, train=train, validation=validation)
 
     @cached_property
     def sampler(self) -> Sampler:
@@ -185,21 +209,20 @@ class Workbench:
             from tinylora_lite.vllm_server import VllmServerSampler
 
             assert s.url is not None  # SamplerSettings sees to that
-            return VllmServerSampler(s.url, self.tokenizer, folder=self.folder / "lora")
+            served = None if is_nano(self.settings.model) else self.settings.model
+            return VllmServerSampler(s.url, self.tokenizer, model=served, folder=self.folder / "lora")
         from tinylora_lite.vllm_sampler import VllmSampler
 
         weights: str | Path = self.settings.model
-        if weights == "nano":  # its folder holds a basis too, which vLLM would take for weights
+        if is_nano(self.settings.model):  # its folder holds a basis too, which vLLM would take for weights
             weights = self.folder / "base-weights"
             self.model.save_pretrained(weights)
-        training = self.settings.training_settings(len(self.task.train))
-        longest = max(getattr(training, "max_new_tokens", 0), self.settings.evaluation.max_new_tokens)
         engine: dict[str, Any] = {} if self.settings.revision is None else {"revision": self.settings.revision}
         return VllmSampler(
             weights,
             self.tokenizer,
             sync=s.sync,
-            max_model_len=min(self.settings.max_prompt_tokens + longest, self.model.config.max_position_embeddings),
+            max_model_len=min(self._longest(), self.model.config.max_position_embeddings),
             gpu_memory=s.gpu_memory,
             tensor_parallel=s.tensor_parallel,
             dtype=self.settings.dtype,
@@ -242,8 +265,10 @@ class Workbench:
     def train(self, settings: RunSettings) -> tuple[TinyLoraAdapter | None, Run]:
         """Trains one learning rate, or takes up what its folder holds; the adapter stays on the model."""
         if self._changed:
-            del self.loaded
             self.__dict__.pop("sampler", None)
+            del self.loaded
+            gc.collect()
+            torch.cuda.empty_cache()
         config = settings.adapter.config(self.basis)
         self._changed = config is None or settings.shard
         adapter = None if config is None else attach(self.model, config)
@@ -340,9 +365,10 @@ class Workbench:
             samples=e.samples,
             temperature=e.temperature,
             max_new_tokens=e.max_new_tokens,
-            batch_size=self.settings.sampler.batch_size or 256,
+            batch_size=self.settings.sampler.batch_size or (256 if isinstance(self.sampler, ModelSampler) else 1024),
             sampler=self.sampler,
-            folder=folder,
+            # Processes that compute together go on from the same place, which is the beginning.
+            folder=None if is_sharded(self.model) else folder,
             progress=self.progress.advance,
         )
         if processes.count() > 1:
@@ -352,17 +378,24 @@ class Workbench:
         self.progress.scored(name, score)
         return score
 
-    def _short_enough(self, task: Task) -> tuple[Any, ...]:
-        kept = []
-        for start in range(0, len(task.train), 1000):
-            chunk = task.train[start : start + 1000]
-            lengths = encode_prompts(self.tokenizer, task, chunk)[1].sum(dim=1).tolist()
-            kept += [e for e, n in zip(chunk, lengths, strict=True) if n <= self.settings.max_prompt_tokens]
-        if not kept:
-            raise ValueError(
-                f"no training problem of {task.name} fits max_prompt_tokens={self.settings.max_prompt_tokens}; raise it"
-            )
-        return tuple(kept)
+    def _lengths(self, examples: Sequence[Example], task: Task) -> list[int]:
+        """Tokens of each prompt."""
+        chunks = (examples[start : start + 1000] for start in range(0, len(examples), 1000))
+        masks = (encode_prompts(self.tokenizer, task, chunk)[1] for chunk in chunks)
+        return [int(length) for mask in masks for length in mask.sum(dim=1)]
+
+    def _short_enough(self, examples: Sequence[Example], task: Task) -> tuple[Example, ...]:
+        lengths = self._lengths(examples, task)
+        return tuple(e for e, n in zip(examples, lengths, strict=True) if n <= self.settings.max_prompt_tokens)
+
+    def _longest(self) -> int:
+        """Tokens of the longest prompt and completion together, those of the test problems included."""
+        s = self.settings
+        training = s.training_settings(len(self.task.train))
+        answer = max(training.max_new_tokens, s.adapter.calibration.max_new_tokens if s.adapter.calibrated else 1)
+        tests = [self.task if name == s.task else task_named(name, s) for name in s.evaluation.tasks]
+        prompts = [n for task in tests for n in self._lengths(task.test[: s.evaluation.problems], task)]
+        return max(s.max_prompt_tokens + answer, max(prompts, default=0) + s.evaluation.max_new_tokens)
 
 
 def task_named(name: str, settings: RunSettings) -> Task:

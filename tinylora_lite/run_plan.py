@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from tinylora_lite.cards import CARDS, Card, card_named
-from tinylora_lite.memory import Phase, Term, memory_terms, peak, trained_numbers, vllm_cache
+from tinylora_lite.memory import Phase, Term, memory_terms, peak, trained_numbers, vllm_cache, weight_bytes
 from tinylora_lite.model_shape import ModelShape
 from tinylora_lite.run_time import LENGTHS, PROMPT_SHARE, RunTime, run_time
 from tinylora_lite.settings import RunSettings
@@ -179,6 +179,10 @@ def _problems(settings: RunSettings, shape: ModelShape, card: Card, gpus: int) -
             f"the model has {shape.positions:,} positions, fewer than max_prompt_tokens={settings.max_prompt_tokens} "
             f"and max_new_tokens={limit} together"
         )
+    if gpus > 1 and settings.sampler.engine == "vllm":
+        yield "an engine lives in one process; several share a server: set sampler.engine=vllm-server"
+    if settings.shard and weight_bytes(settings, shape) > usable(card):
+        yield "each process loads the whole base before it is spread, and the card does not hold it"
     if settings.dtype == "bfloat16" and not card.bfloat16:
         yield f"a {card.name} does not multiply bfloat16; set dtype=float16"
     if settings.method == "grpo" and settings.sampler.engine != "transformers":

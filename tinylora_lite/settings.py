@@ -192,6 +192,14 @@ class RunSettings:
                 "sampler.engine",
                 "vLLM follows an adapter, and not weights that all train; set sampler.engine: transformers",
             )
+        if self.sampler.engine == "vllm-server" and self.sampler.sync == "merged":
+            raise SettingsError("sampler.sync", "a server is sent LoRAs, not merged weights; set sampler.sync: lora")
+        if self.trainer == "trl" and self.dtype == "float16":
+            raise SettingsError("trainer", "under trl a float16 gradient would be rounded to nothing; set trainer: own")
+        if self.shard and self.adapter.kind == "all":
+            raise SettingsError("shard", "only a frozen base is spread over GPUs here; set shard: false")
+        if len(set(self.learning_rates)) < len(self.learning_rates):
+            raise SettingsError("learning_rates", "a rate stands twice in learning_rates; name each once")
         for rate in self.learning_rates:
             if not (math.isfinite(rate) and rate > 0):
                 raise SettingsError("learning_rates", f"learning_rates must be finite numbers above 0, not {rate!r}")
@@ -236,7 +244,7 @@ class RunSettings:
 
         >>> run = RunSettings("nano", "nano", learning_rates=(1e-4, 2e-4), folder="out")
         >>> [one.folder for one in run.sweep()]
-        ['out/lr-1e-04', 'out/lr-2e-04']
+        ['out/lr-0.0001', 'out/lr-0.0002']
         """
         if not self.learning_rates:
             return [self]
@@ -245,7 +253,7 @@ class RunSettings:
                 self,
                 learning_rates=(),
                 training=self.training | {"learning_rate": rate},
-                folder=f"{self.folder}/lr-{rate:.0e}",
+                folder=f"{self.folder}/lr-{rate:g}",
             )
             for rate in self.learning_rates
         ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 COMMENTS: dict[str, str] = {
     "model": "name on the hub, or a folder",
-    "revision": "commit of the hub; null takes the newest, and the run's record keeps which",
+    "revision": "commit of the hub; null takes the newest",
     "dtype": "of the frozen base: bfloat16, float16 or float32",
     "quantise": "the base in fewer bits: nf4, int8 or null",
     "gradient_checkpointing": "recompute activations: far less memory, half as much time again",
@@ -60,7 +60,7 @@ COMMENTS: dict[str, str] = {
     "sampler.url": "of vllm-server",
     "sampler.tensor_parallel": "GPUs that share one vLLM",
     "sampler.gpu_memory": "vLLM's share of a card that it shares with training",
-    "sampler.batch_size": "completions that transformers decodes at once; null takes a whole step's",
+    "sampler.batch_size": "completions at once; null: a whole step, in evaluations 256 (vLLM: 1024)",
     "evaluation": "what is measured before and after training",
     "evaluation.tasks": "test sets, by name",
     "evaluation.problems": "of each test set; null takes all",
@@ -68,6 +68,6 @@ COMMENTS: dict[str, str] = {
     "evaluation.temperature": "0 is greedy",
     "evaluation.max_new_tokens": "length limit of a completion",
     "evaluation.every": "steps between looks at the validation split in training; 0 never looks",
-    "shard": "true spreads the frozen base over the GPUs (FSDP2)",
+    "shard": "true spreads the frozen base over the GPUs (FSDP2), once each has loaded it",
     "folder": "where checkpoints and the run's record go",
 }

@@ -1,4 +1,7 @@
-"""A base that no single card holds: its weights spread over the processes, and gathered block by block (FSDP2)."""
+"""A frozen base spread over the processes, and gathered block by block while it computes (FSDP2).
+
+Each process loads the whole base first, since its weights are decomposed; what is saved is memory in training.
+"""
 
 from __future__ import annotations
 

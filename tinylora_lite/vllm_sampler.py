@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -291,11 +292,16 @@ def _no_word_of_templates() -> Iterator[None]:
 def _in_this_process() -> Iterator[None]:
     """Engines that are made inside run in this process, where weights change hands without a copy."""
     name = "VLLM_ENABLE_V1_MULTIPROCESSING"
-    before = os.environ.get(name)
+    before, shown = os.environ.get(name), sys.stdout
     os.environ[name] = "0"
+    try:
+        shown.fileno()
+    except (AttributeError, OSError):  # a notebook's, as in Colab; vLLM asks it for a file descriptor
+        sys.stdout = sys.__stdout__
     try:
         yield
     finally:
+        sys.stdout = shown
         if before is None:
             del os.environ[name]
         else:

@@ -27,7 +27,12 @@ def test_a_preset_that_does_not(capsys):
 def test_a_file_as_json(capsys, tmp_path):
     pytest.importorskip("yaml")
     path = preset("qwen2.5-0.5b/gsm8k", "h100").save(tmp_path / "settings.yaml")
-    assert main(["plan-run", str(path), "training.micro_batch=4", "--card", "h100", "--gpus", "2", "--json"]) == 0
+    several = ["plan-run", str(path), "training.micro_batch=4", "--card", "h100", "--gpus", "2", "--json"]
+    assert main(several) == 0
+    refused = json.loads(capsys.readouterr().out)
+    assert not refused["fits"], "each process would need an engine of its own"
+    several[3:3] = ["sampler.engine=vllm-server", "sampler.url=http://127.0.0.1:8000"]
+    assert main(several) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["fits"]
     assert plan["numbers"] == 13
