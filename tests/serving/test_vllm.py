@@ -176,7 +176,7 @@ def test_without_the_lora_neither_tokens_nor_probabilities_agree(ours, served, n
     same = sum(a == b for a, b in zip(mine.tokens[:PROMPTS], theirs.tokens[:PROMPTS], strict=True))
     assert same <= PROMPTS / 2
     gaps = [gap(*pair) for pair in zip(mine.logprobs[PROMPTS:], theirs.logprobs[PROMPTS:], strict=True)]
-    assert min(gaps) > 10 * TOLERANCE
+    assert min(gaps) > TOLERANCE  # so that the check above would fail on every single completion
     assert sum(gaps) / len(gaps) > 100 * TOLERANCE
 
 
