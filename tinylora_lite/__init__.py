@@ -15,6 +15,7 @@ from tinylora_lite.lora import export_lora
 from tinylora_lite.losses import grpo_advantages, grpo_loss
 from tinylora_lite.merging import merge_report, merged_weights
 from tinylora_lite.peft_files import export_peft, import_peft
+from tinylora_lite.population import Population, attach_population
 from tinylora_lite.problem_sets import load_task
 from tinylora_lite.rewards import gsm8k_reward, math_reward
 from tinylora_lite.runs import Run
@@ -30,6 +31,7 @@ __all__ = [
     "Comparison",
     "Example",
     "GRPOSettings",
+    "Population",
     "Run",
     "SFTSettings",
     "Score",
@@ -37,6 +39,7 @@ __all__ = [
     "TinyLoraAdapter",
     "TinyLoraConfig",
     "attach",
+    "attach_population",
     "calibrate",
     "compare",
     "count_parameters",

@@ -28,7 +28,7 @@ from tinylora_lite.progress import progress_bar
 from tinylora_lite.quantised import allow_packing, check_weight, dense_weight, train_through, weight_shape
 from tinylora_lite.svd_cache import cached_decompose
 from tinylora_lite.tying import Site, find_sites, groups_of
-from tinylora_lite.update import AddUpdate
+from tinylora_lite.update import AddUpdate, UpdateHook
 
 LARGE = 10**8
 """How many weights to decompose are worth a progress bar."""
@@ -67,7 +67,7 @@ class TinyLoraAdapter(nn.Module):
             config.projection.check_modules([site.name for site in sites], modules)
         self.config = config
         self.names = tuple(site.name for site in sites)
-        self.groups = _groups(sites, config)
+        self.groups = vector_groups(sites, config)
         self.given = frozenset(given)
         for name in given:
             if name not in self.names:
@@ -212,7 +212,7 @@ def attach(
             device, not finite or quantised in an unknown format, the config's basis belongs to another model, the model
             carries an adapter already, or given factors do not fit. The model is untouched then.
     """
-    if adapter_of(model) is not None:
+    if carries_updates(model):
         raise ValueError(
             "the model carries an adapter already; call its detach() first (tinylora_lite.adapter.adapter_of finds it)"
         )
@@ -228,7 +228,13 @@ def adapter_of(model: nn.Module) -> TinyLoraAdapter | None:
     return None
 
 
-def _groups(sites: list[Site], config: TinyLoraConfig) -> tuple[int, ...]:
+def carries_updates(model: nn.Module) -> bool:
+    """Whether a model carries an adapter or a population of adapters."""
+    return any(isinstance(hook, UpdateHook) for module in model.modules() for hook in module._forward_hooks.values())
+
+
+def vector_groups(sites: list[Site], config: TinyLoraConfig) -> tuple[int, ...]:
+    """For each module, in tying order, the row of ``vectors`` that drives it."""
     if config.groups is None:
         return tuple(groups_of(sites, config.n_tie, config.tying))
     if len(config.groups) != len(sites):

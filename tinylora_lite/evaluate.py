@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from math import comb
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from tinylora_lite.completions import (
     subject_of,
 )
 from tinylora_lite.intervals import Z, bootstrap_interval
+from tinylora_lite.population import Population
 from tinylora_lite.runs import environment
 from tinylora_lite.sampler import ModelSampler, Sampler, check_tokenizer, encode_prompts
 from tinylora_lite.seeds import seed_of
@@ -207,6 +208,24 @@ def interval(rewards: np.ndarray) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+@overload
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    *,
+    population: Population,
+    split: str = "test",
+    problems: int | None = None,
+    temperature: float = 1.0,
+    max_new_tokens: int = 256,
+    batch_size: int = 256,
+    seed: int = 0,
+    truncated: Literal["zero", "score"] = "zero",
+) -> list[Score]: ...
+
+
+@overload
 def evaluate(
     model: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
@@ -224,7 +243,28 @@ def evaluate(
     sampler: Sampler | None = None,
     folder: str | Path | None = None,
     subject: Mapping[str, str] | None = None,
-) -> Score:
+) -> Score: ...
+
+
+def evaluate(
+    model: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    *,
+    split: str = "test",
+    problems: int | None = None,
+    samples: int = 1,
+    temperature: float = 1.0,
+    max_new_tokens: int = 256,
+    batch_size: int = 256,
+    seed: int = 0,
+    truncated: Literal["zero", "score"] = "zero",
+    progress: Callable[[int, int], None] | None = None,
+    sampler: Sampler | None = None,
+    folder: str | Path | None = None,
+    subject: Mapping[str, str] | None = None,
+    population: Population | None = None,
+) -> Score | list[Score]:
     """Scores a model on a split of a task.
 
     Args:
@@ -247,12 +287,32 @@ def evaluate(
             was stopped goes on from the last batch that was complete. The rewards are computed anew from the texts.
         subject: what is evaluated, in words that tell it from others, for the record in ``folder``; by default the
             fingerprints of the model's weights and of its adapter's numbers.
+        population: what the model carries, if it is one: every member answers the same problems with the same random
+            numbers, and the result is a list. ``samples``, ``progress``, ``sampler`` and ``folder`` are not for it.
 
     Raises:
         ValueError: the split is empty or unknown, a number is below 1, the tokenizer lacks a pad token, an end token or
             a chat template, the reward is no finite number, there is neither model nor sampler, or ``folder`` holds
             an evaluation of something else.
     """
+    if population is not None:
+        from tinylora_lite.population_training import evaluate_population  # which builds on this module
+
+        if model is None or sampler is not None or folder is not None or samples != 1 or progress is not None:
+            raise ValueError("a population answers by its model, once, without samples, progress, sampler and folder")
+        return evaluate_population(
+            model,
+            tokenizer,
+            population,
+            task,
+            split=split,
+            problems=problems,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            seed=seed,
+            truncated=truncated,
+        )
     check_tokenizer(tokenizer)
     if split not in ("test", "validation", "train"):
         raise ValueError(f"split must be test, validation or train, not {split!r}")
@@ -293,7 +353,7 @@ def evaluate(
         }
         rows = open_evaluation(folder, settings | dict(subject), batch_size)
     completions = [
-        _judge(task, truncated, example, row["text"], row["tokens"], row["truncated"])
+        judge(task, truncated, example, row["text"], row["tokens"], row["truncated"])
         for example, row in zip(queue, rows, strict=False)
     ]
 
@@ -315,7 +375,7 @@ def evaluate(
             seed=seed_of("evaluate", seed, start),
         )
         answers = zip(chunk, rollouts.texts, rollouts.lengths.tolist(), rollouts.truncated.tolist(), strict=True)
-        completions += [_judge(task, truncated, *answer) for answer in answers]
+        completions += [judge(task, truncated, *answer) for answer in answers]
         if folder is not None:
             append_rows(folder, _rows(completions[start:], start, samples))
         if progress:
@@ -327,7 +387,8 @@ def evaluate(
     return score
 
 
-def _judge(task: Task, truncated: str, example: Example, text: str, tokens: int, cut: bool) -> Completion:
+def judge(task: Task, truncated: str, example: Example, text: str, tokens: int, cut: bool) -> Completion:
+    """A completion with its rewards; ``truncated`` as in :func:`evaluate`."""
     worthless = cut and truncated == "zero"
     reward = 0.0 if worthless else task.score(text, example.gold)
     lenient = None

@@ -65,17 +65,23 @@ def factors_of(triplets: Decomposition, config: TinyLoraConfig, index: int, name
         index: the module's place in tying order, which its random P depends on.
         name: the module's name, by which a calibrated basis knows it.
     """
+    P = projection_of(config, index, name)
+    S, power = triplets.S, LEFT_POWER[config.sigma]
+    return Factors(
+        left=triplets.U * S**power,
+        right=S[:, None] ** (1 - power) * triplets.Vh,
+        projection=P.to(S.device),
+        spectrum=torch.stack([S[-1], triplets.beyond]).cpu(),
+        portable=triplets.portable,
+    )
+
+
+def projection_of(config: TinyLoraConfig, index: int, name: str) -> Tensor:
+    """P of a module, ``[u, r, r]`` float32; arguments as in :func:`factors_of`."""
     if isinstance(config.projection, Basis):
         P = config.projection.projection(name, config.u)
     elif config.projection == "identity":
         P = torch.eye(config.u)
     else:
         P = random_projection(config.seed, index, config.u, config.rank)
-    S, power = triplets.S, LEFT_POWER[config.sigma]
-    return Factors(
-        left=triplets.U * S**power,
-        right=S[:, None] ** (1 - power) * triplets.Vh,
-        projection=P.reshape(config.u, config.rank, config.rank).to(S.device, torch.float32),
-        spectrum=torch.stack([S[-1], triplets.beyond]).cpu(),
-        portable=triplets.portable,
-    )
+    return P.reshape(config.u, config.rank, config.rank).float()

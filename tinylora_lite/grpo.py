@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from tinylora_lite.fingerprint import base_fingerprint
 from tinylora_lite.grpo_settings import GRPOSettings
 from tinylora_lite.losses import grpo_advantages
 from tinylora_lite.policy_update import update_policy
+from tinylora_lite.population import Population
 from tinylora_lite.progress import progress_bar
 from tinylora_lite.runs import Run
 from tinylora_lite.sampler import ModelSampler, Rollouts, Sampler, check_tokenizer, encode_prompts
@@ -48,6 +49,20 @@ RECORDED_NUMBERS = 64
 __all__ = ["GRPOSettings", "check_task", "draw_prompts", "rollout", "score", "train_grpo"]
 
 
+@overload
+def train_grpo(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    adapter: Population,
+    task: Task,
+    settings: Sequence[GRPOSettings],
+    *,
+    on_step: Callable[[list[Run]], None] | None = None,
+    progress: bool = True,
+) -> list[Run]: ...
+
+
+@overload
 def train_grpo(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -60,7 +75,22 @@ def train_grpo(
     on_step: Callable[[Run], None] | None = None,
     on_rollouts: Callable[[Rollouts, Tensor], None] | None = None,
     progress: bool = True,
-) -> Run:
+) -> Run: ...
+
+
+def train_grpo(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    adapter: TinyLoraAdapter | Population | None,
+    task: Task,
+    settings: GRPOSettings | Sequence[GRPOSettings] | None = None,
+    *,
+    sampler: Sampler | None = None,
+    folder: str | Path | None = None,
+    on_step: Callable[..., None] | None = None,
+    on_rollouts: Callable[[Rollouts, Tensor], None] | None = None,
+    progress: bool = True,
+) -> Run | list[Run]:
     """Trains an adapter's numbers by GRPO, or all weights of the model where ``adapter`` is ``None``.
 
     Where ``torch.distributed`` is initialised, every process calls this with the same arguments: each answers its share
@@ -70,9 +100,12 @@ def train_grpo(
     Args:
         model: any causal language model of transformers. Where its gradient checkpointing is on, it is used.
         tokenizer: the model's.
-        adapter: attached to the model; ``None`` trains every weight, in place.
+        adapter: attached to the model; ``None`` trains every weight, in place; a
+            :class:`~tinylora_lite.population.Population` trains all its members at once, without ``sampler``,
+            ``folder`` and ``on_rollouts`` (:mod:`tinylora_lite.population_training`).
         task: prompts come from its training split, evaluations from its validation split.
-        settings: see :class:`~tinylora_lite.grpo_settings.GRPOSettings`; ``None`` takes its defaults.
+        settings: see :class:`~tinylora_lite.grpo_settings.GRPOSettings`; ``None`` takes its defaults. A population
+            takes one for each member.
         sampler: who answers the prompts, in training and in evaluations; ``None`` takes the model itself. Another
             engine's log-probabilities differ a little from the model's: ``gap``, ``largest_gap`` and ``capped`` of a
             step say by how much, and ``settings.tis_cap`` corrects for it.
@@ -83,7 +116,7 @@ def train_grpo(
         progress: shows a bar where standard error is a terminal.
 
     Returns:
-        The :class:`~tinylora_lite.runs.Run`.
+        The :class:`~tinylora_lite.runs.Run`, or one for each member.
 
     Raises:
         ValueError: the task is empty, the reward returns something other than a finite number, the tokenizer lacks a
@@ -92,6 +125,15 @@ def train_grpo(
         FloatingPointError: the model puts out NaN, or the gradient is not finite; the numbers stay those of the last
             update.
     """
+    if isinstance(adapter, Population):
+        from tinylora_lite.population_training import train_population_grpo  # which builds on this module
+
+        if sampler is not None or folder is not None or on_rollouts is not None:
+            raise ValueError("a population trains without sampler, folder and on_rollouts; leave them out")
+        members = list(settings) if isinstance(settings, Sequence) else [settings or GRPOSettings()]
+        return train_population_grpo(model, tokenizer, adapter, task, members, on_step=on_step, progress=progress)
+    if isinstance(settings, Sequence):
+        raise ValueError("an adapter alone takes one GRPOSettings; a list of them is for a population")
     settings = settings or GRPOSettings()
     check_task(tokenizer, task, settings)
     check_adapter(model, adapter)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tinylora_lite import processes
 from tinylora_lite.logits import head_gives_logprobs, tokens_at_once
+from tinylora_lite.members import rows_belong_to
 from tinylora_lite.seeds import seed_of
 from tinylora_lite.sharding import is_sharded
 from tinylora_lite.tasks import Example, Task
@@ -40,6 +41,7 @@ class Rollouts:
             A sampler that keeps only the drawn token's probability puts ``-logprobs`` here, whose mean is the same.
         truncated: ``[batch]`` bool, where the length limit came before an end token.
         texts: the completions without special tokens.
+        members: ``[batch]`` int64, whose rows these are where the model carries a population; ``None`` elsewhere.
     """
 
     prompt_ids: Tensor
@@ -50,6 +52,7 @@ class Rollouts:
     entropies: Tensor
     truncated: Tensor
     texts: list[str]
+    members: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -72,6 +75,7 @@ class Rollouts:
             self.entropies[index, :tokens],
             self.truncated[index],
             [self.texts[i] for i in index.tolist()],
+            None if self.members is None else self.members[index],
         )
 
 
@@ -206,6 +210,8 @@ def sample(
     temperature: float = 1.0,
     seed: int = 0,
     first_row: int = 0,
+    members: Tensor | None = None,
+    streams: Sequence[tuple[int, int]] | None = None,
 ) -> Rollouts:
     """One completion for each prompt, decoded together with a key-value cache that drops finished rows.
 
@@ -221,6 +227,8 @@ def sample(
             top-k or top-p: their renormalised probabilities would not be the trainer's.
         seed: of the draw. Every row has random numbers of its own, so what it draws does not depend on its company.
         first_row: where this batch stands in a larger one that is sampled in parts.
+        members: ``[batch]`` int64, who answers each row where the model carries a population.
+        streams: a seed and a place for each row, in place of ``seed`` and of the rows' numbers from ``first_row``.
 
     Raises:
         ValueError: ``max_new_tokens`` is below 1, or ``temperature`` below 0.
@@ -233,7 +241,8 @@ def sample(
     device, count = prompt_ids.device, len(prompt_ids)
     ends = _end_ids(model, tokenizer).to(device)
     exact = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have nothing wider
-    uniform = _uniform(first_row, count, max_new_tokens, seed).to(device, exact)
+    streams = streams or [(seed, first_row + row) for row in range(count)]
+    uniform = _uniform(streams, max_new_tokens).to(device, exact)
     ids = torch.full((count, max_new_tokens), tokenizer.pad_token_id, device=device)
     logprobs = torch.zeros(count, max_new_tokens, device=device)
     entropies = torch.zeros_like(logprobs)
@@ -244,7 +253,7 @@ def sample(
 
     with modes_kept(model):
         model.eval()
-        logits, cache = _read_prompts(model, prompt_ids, prompt_mask)
+        logits, cache = _read_prompts(model, prompt_ids, prompt_mask, members)
         for step in range(max_new_tokens):
             log_distribution = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
             if log_distribution.isnan().any():
@@ -264,9 +273,14 @@ def sample(
             if 0 < len(keep) <= 0.9 * len(alive):
                 cache.reorder_cache(keep)  # type: ignore[arg-type]  # any tensor of indices will do
                 alive, token, attention, position = (t[keep] for t in (alive, token, attention, position))
-            logits = model(
-                input_ids=token, attention_mask=attention, position_ids=position, past_key_values=cache, use_cache=True
-            ).logits[:, -1]
+            with rows_belong_to(None if members is None else members[alive]):
+                logits = model(
+                    input_ids=token,
+                    attention_mask=attention,
+                    position_ids=position,
+                    past_key_values=cache,
+                    use_cache=True,
+                ).logits[:, -1]
 
     ended = torch.isin(ids[:, : step + 1], ends).long()
     mask = (ended.cumsum(dim=1) - ended == 0).long()  # rows that wait to be dropped go on after their end token
@@ -282,6 +296,7 @@ def sample(
         entropies[:, :width] * mask,
         ~done,
         [text.strip() for text in texts],
+        members,
     )
 
 
@@ -291,11 +306,11 @@ def _all_done(done: Tensor, together: bool) -> bool:
     return int(processes.added(waiting) if together else waiting) == 0
 
 
-def _uniform(first_row: int, rows: int, tokens: int, seed: int) -> Tensor:
+def _uniform(streams: Sequence[tuple[int, int]], tokens: int) -> Tensor:
     """A random number in [0, 1) for every token of every row, ``[rows, tokens]`` float64, the same on every machine."""
     generator = torch.Generator()
-    numbers = torch.empty(rows, tokens, dtype=torch.float64)
-    for row, place in zip(numbers, range(first_row, first_row + rows), strict=True):
+    numbers = torch.empty(len(streams), tokens, dtype=torch.float64)
+    for row, (seed, place) in zip(numbers, streams, strict=True):
         torch.rand(tokens, generator=generator.manual_seed(seed_of("row", seed, place)), out=row)
     return numbers
 
@@ -317,29 +332,31 @@ def completion_logprobs(model: PreTrainedModel, rollouts: Rollouts, temperature:
     attention = torch.cat([rollouts.prompt_mask, rollouts.completion_mask], dim=1)
     positions = (attention.cumsum(dim=1) - 1).clamp(min=0)
     if not _can_share_prompts(model):
-        return _logprobs_after(
-            model,
-            ids,
-            temperature,
-            input_ids=torch.cat([rollouts.prompt_ids, ids[:, :-1]], dim=1),
-            attention_mask=attention[:, :-1],
-            position_ids=positions[:, :-1],
-            use_cache=False,
-        )
-    logits, cache = _read_prompts(model, rollouts.prompt_ids, rollouts.prompt_mask)
+        with rows_belong_to(rollouts.members):
+            return _logprobs_after(
+                model,
+                ids,
+                temperature,
+                input_ids=torch.cat([rollouts.prompt_ids, ids[:, :-1]], dim=1),
+                attention_mask=attention[:, :-1],
+                position_ids=positions[:, :-1],
+                use_cache=False,
+            )
+    logits, cache = _read_prompts(model, rollouts.prompt_ids, rollouts.prompt_mask, rollouts.members)
     first = torch.log_softmax(logits.float() / temperature, dim=-1).gather(1, ids[:, :1])
     if tokens == 1:
         return first
-    following = _logprobs_after(
-        model,
-        ids[:, 1:],
-        temperature,
-        input_ids=ids[:, :-1],
-        attention_mask=attention[:, :-1],
-        position_ids=positions[:, -tokens:-1],
-        past_key_values=cache,
-        use_cache=True,
-    )
+    with rows_belong_to(rollouts.members):
+        following = _logprobs_after(
+            model,
+            ids[:, 1:],
+            temperature,
+            input_ids=ids[:, :-1],
+            attention_mask=attention[:, :-1],
+            position_ids=positions[:, -tokens:-1],
+            past_key_values=cache,
+            use_cache=True,
+        )
     return torch.cat([first, following], dim=1)
 
 
@@ -354,20 +371,25 @@ def _logprobs_after(model: PreTrainedModel, ids: Tensor, temperature: float, **i
     return torch.log_softmax(logits.float() / temperature, dim=-1).gather(2, ids[..., None])[..., 0]
 
 
-def _read_prompts(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, Cache]:
+def _read_prompts(
+    model: PreTrainedModel, ids: Tensor, mask: Tensor, members: Tensor | None = None
+) -> tuple[Tensor, Cache]:
     """Logits after each prompt, ``[batch, vocabulary]``, and a cache of all prompts; equal prompts are read once."""
     from transformers import DynamicCache  # its modules take seconds, which import tinylora_lite should not
 
-    (distinct_ids, distinct_mask), place = torch.unique(torch.stack([ids, mask]), dim=1, return_inverse=True)
+    whose = torch.zeros_like(ids[:, :1]) if members is None else members[:, None]
+    distinct, place = torch.unique(torch.cat([whose, ids, mask], dim=1), dim=0, return_inverse=True)
+    distinct_members, distinct_ids, distinct_mask = distinct.split([1, ids.shape[1], ids.shape[1]], dim=1)
     cache = DynamicCache(config=model.config)
-    logits = model(
-        input_ids=distinct_ids,
-        attention_mask=distinct_mask,
-        position_ids=(distinct_mask.cumsum(dim=1) - 1).clamp(min=0),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits[:, -1]
+    with rows_belong_to(None if members is None else distinct_members[:, 0]):
+        logits = model(
+            input_ids=distinct_ids,
+            attention_mask=distinct_mask,
+            position_ids=(distinct_mask.cumsum(dim=1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
     cache.reorder_cache(place)
     return logits[place], cache
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from tinylora_lite.checkpoint import resume, save_checkpoint
 from tinylora_lite.evaluate import evaluate
 from tinylora_lite.fingerprint import base_fingerprint
 from tinylora_lite.grpo import draw_prompts
+from tinylora_lite.population import Population
 from tinylora_lite.progress import progress_bar
 from tinylora_lite.runs import Run
 from tinylora_lite.sampler import Rollouts, Sampler, check_tokenizer, completion_logprobs, encode_prompts
@@ -36,6 +37,20 @@ if TYPE_CHECKING:
 __all__ = ["SFTSettings", "check_solutions", "encode_solutions", "solution_loss", "train_sft"]
 
 
+@overload
+def train_sft(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    adapter: Population,
+    task: Task,
+    settings: Sequence[SFTSettings],
+    *,
+    on_step: Callable[[list[Run]], None] | None = None,
+    progress: bool = True,
+) -> list[Run]: ...
+
+
+@overload
 def train_sft(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -47,7 +62,21 @@ def train_sft(
     folder: str | Path | None = None,
     on_step: Callable[[Run], None] | None = None,
     progress: bool = True,
-) -> Run:
+) -> Run: ...
+
+
+def train_sft(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    adapter: TinyLoraAdapter | Population | None,
+    task: Task,
+    settings: SFTSettings | Sequence[SFTSettings] | None = None,
+    *,
+    sampler: Sampler | None = None,
+    folder: str | Path | None = None,
+    on_step: Callable[..., None] | None = None,
+    progress: bool = True,
+) -> Run | list[Run]:
     """Trains an adapter's numbers on worked answers, or all weights of the model where ``adapter`` is ``None``.
 
     Where ``torch.distributed`` is initialised, every process calls this with the same arguments and reads its share of
@@ -56,7 +85,9 @@ def train_sft(
     Args:
         model: any causal language model of transformers. Where its gradient checkpointing is on, it is used.
         tokenizer: the model's.
-        adapter: attached to the model; ``None`` trains every weight, in place.
+        adapter: attached to the model; ``None`` trains every weight, in place; a
+            :class:`~tinylora_lite.population.Population` trains all its members at once, with settings for each, and
+            without ``sampler`` and ``folder`` (:mod:`tinylora_lite.population_training`).
         task: answers come from the ``solution`` of its training examples, evaluations from its validation split.
         settings: see :class:`~tinylora_lite.sft_settings.SFTSettings`; ``None`` takes its defaults.
         sampler: who answers in evaluations; ``None`` takes the model itself.
@@ -68,13 +99,23 @@ def train_sft(
     Returns:
         The :class:`~tinylora_lite.runs.Run`: of each step ``loss`` (in nats for a token, before the update),
         ``length`` (mean tokens of an answer), ``learning_rate``, ``gradient_norm`` and ``norm``; of each evaluation
-        ``loss`` and, with ``evaluate_accuracy``, what :meth:`~tinylora_lite.evaluate.Score.details` holds.
+        ``loss`` and, with ``evaluate_accuracy``, what :meth:`~tinylora_lite.evaluate.Score.details` holds. For a
+        population, a run for each member.
 
     Raises:
         ValueError: the task is empty, an example has no solution or one longer than ``max_new_tokens``, the tokenizer
             lacks a token, the adapter is not the model's, or ``folder`` holds a damaged run or one of other settings.
         FloatingPointError: the loss or the gradient is not finite; the numbers stay those of the last update.
     """
+    if isinstance(adapter, Population):
+        from tinylora_lite.population_training import train_population_sft  # which builds on this module
+
+        if sampler is not None or folder is not None:
+            raise ValueError("a population trains without sampler and folder; leave them out")
+        members = list(settings) if isinstance(settings, Sequence) else [settings or SFTSettings()]
+        return train_population_sft(model, tokenizer, adapter, task, members, on_step=on_step, progress=progress)
+    if isinstance(settings, Sequence):
+        raise ValueError("an adapter alone takes one SFTSettings; a list of them is for a population")
     check_tokenizer(tokenizer)
     check_adapter(model, adapter)
     settings = (settings or SFTSettings()).in_steps(len(task.train))

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tinylora_lite import processes
-from tinylora_lite.adapter import TinyLoraAdapter, adapter_of
+from tinylora_lite.adapter import TinyLoraAdapter, adapter_of, carries_updates
 from tinylora_lite.sampler import modes_kept, recomputes
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def ready_to_train(model: PreTrainedModel, adapter: TinyLoraAdapter | None) -> Iterator[None]:
+def ready_to_train(model: PreTrainedModel, adapter: nn.Module | None) -> Iterator[None]:
     """Inside, the right parameters take gradients and dropout is off; afterwards flags and modes are as before.
 
     Where gradient checkpointing is on, dropout that a recomputed block calls as a function of its own stays on (OPT has
@@ -40,7 +40,7 @@ def ready_to_train(model: PreTrainedModel, adapter: TinyLoraAdapter | None) -> I
 def check_adapter(model: PreTrainedModel, adapter: TinyLoraAdapter | None) -> None:
     """Raises ``ValueError`` unless ``adapter`` is the one that the model carries."""
     carried = adapter_of(model)
-    if adapter is None and carried is not None:
+    if adapter is None and carries_updates(model):
         raise ValueError("the model carries an adapter; pass it, or call its detach() to train all weights")
     if adapter is not carried:
         raise ValueError("the adapter is not attached to this model; pass the model that attach() was given")

@@ -16,7 +16,11 @@ if TYPE_CHECKING:
     from tinylora_lite.adapter import TinyLoraAdapter
 
 
-class AddUpdate:
+class UpdateHook:
+    """What the forward hooks of this library have in common: a module that has one is adapted."""
+
+
+class AddUpdate(UpdateHook):
     """The forward hook of one module: adds ``x rightᵀ Rᵀ leftᵀ`` to its output; an object, so that it can be pickled.
 
     Attributes:
