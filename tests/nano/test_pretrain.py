@@ -1,7 +1,9 @@
 """Pretraining: it learns, an interrupted run ends in the same weights, and what it leaves is a plain checkpoint."""
 
+import hashlib
 import json
-from dataclasses import replace
+import shutil
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from tinylora_lite.nano import BASE, CHECKPOINTS, pretrain
 from tinylora_lite.nano.pretrain import PretrainSettings
-from tinylora_lite.nano.tokenizer import ASSISTANT, build_tokenizer
+from tinylora_lite.nano.tokenizer import ASSISTANT, USER, build_tokenizer
 
 TINY = PretrainSettings(
     width=16, layers=1, heads=2, kv_heads=1, mlp=16, steps=40, batch=8, warmup=5, learning_rate=0.02
@@ -78,6 +80,76 @@ def test_only_answers_are_learned_and_batches_depend_on_the_seed_alone():
             assert (wanted[end:] == -100).all()
             assert torch.equal(wanted[start:end], row[start:end])
             assert wanted[end - 1] == tokenizer.eos_token_id
+
+
+def test_the_text_of_the_default_recipe_is_what_it_was():
+    """The digest was made when the first base was shipped: its recipe must go on giving that base."""
+    tokenizer, digest = build_tokenizer(), hashlib.sha256()
+    for ids, labels in pretrain.pool_of_batches(PretrainSettings(), tokenizer, 0):
+        digest.update(json.dumps([ids.tolist(), labels.tolist()]).encode())
+    assert digest.hexdigest() == "fcc4a4220f5cae00b3726e1c76fbed21c44ccc4e65fa23247ff118784f5c1b28"
+
+
+def test_the_mixture_changes_the_answers_and_not_the_problems():
+    tokenizer = build_tokenizer()
+    user, assistant = (tokenizer.convert_tokens_to_ids(mark) for mark in (USER, ASSISTANT))
+
+    def documents(settings):
+        rows = [row.tolist() for ids, _ in pretrain.pool_of_batches(settings, tokenizer, 0) for row in ids]
+        asked = {tuple(row[row.index(user) : row.index(assistant)]) for row in rows}
+        return asked, sum("ok" in tokenizer.decode(row[row.index(assistant) :]) for row in rows) / len(rows)
+
+    settings = replace(TINY, batch=32)
+    (asked, chatty), (same, fewer) = documents(settings), documents(replace(settings, mixture="other"))
+    assert asked == same
+    assert abs(chatty - 0.30) < 0.05
+    assert abs(fewer - 0.20) < 0.05
+
+
+def test_the_architecture_is_the_only_difference_between_the_families():
+    tokenizer = build_tokenizer()
+    qwen2 = pretrain.build_model(TINY, tokenizer)
+    llama = pretrain.build_model(replace(TINY, architecture="llama"), tokenizer)
+    assert (qwen2.config.model_type, llama.config.model_type) == ("qwen2", "llama")
+    assert llama.lm_head.weight is llama.model.embed_tokens.weight
+    shapes = {name: weight.shape for name, weight in qwen2.named_parameters() if not name.endswith("bias")}
+    assert {name: weight.shape for name, weight in llama.named_parameters()} == shapes
+
+
+def test_a_llama_of_the_other_mixture_is_trained_from_the_command_line(monkeypatch, tmp_path):
+    tiny = [f"--{name.replace('_', '-')}={value}" for name, value in asdict(replace(TINY, steps=2, batch=2)).items()]
+    names = ["--architecture", "llama", "--mixture", "other", "--folder", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["pretrain", *tiny, *names])
+    pretrain.main()
+    recipe = json.loads((tmp_path / "recipe.json").read_text())
+    assert (recipe["architecture"], recipe["mixture"]) == ("llama", "other")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.model_type == "llama"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("architecture", "architecture must be one of qwen2, llama, not 'gpt'"), ("mixture", "default, other, not 'gpt'")],
+)
+def test_a_name_that_is_none_is_refused(name, message, monkeypatch, capsys):
+    with pytest.raises(ValueError, match=message):
+        PretrainSettings(**{name: "gpt"})
+    monkeypatch.setattr("sys.argv", ["pretrain", f"--{name}", "gpt"])
+    with pytest.raises(SystemExit):
+        pretrain.main()
+    assert "invalid choice: 'gpt'" in capsys.readouterr().err
+
+
+def test_a_recipe_from_before_a_setting_existed_has_its_default(base, tmp_path):
+    """The shipped base's recipe names neither an architecture nor a mixture."""
+    folder, model = base
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    recipe = json.loads((tmp_path / "recipe.json").read_text())
+    older = {name: value for name, value in recipe.items() if name not in ("architecture", "mixture")}
+    (tmp_path / "recipe.json").write_text(json.dumps(older))
+    ids = torch.arange(10)[None]
+    assert torch.equal(pretrain.pretrain(TINY, tmp_path, progress=False)(ids).logits, model(ids).logits)
+    with pytest.raises(ValueError, match="other settings"):
+        pretrain.pretrain(replace(TINY, mixture="other"), tmp_path, progress=False)
 
 
 def test_the_shipped_base_is_the_default_recipe():

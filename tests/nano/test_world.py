@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 
+from tinylora_lite import nano
 from tinylora_lite.nano import problems, writers
 from tinylora_lite.nano.problems import Problem, Step, distinct_problems, draw_problem
 from tinylora_lite.nano.task import MAX_NEW_TOKENS, reward, task
@@ -68,12 +69,16 @@ def test_what_each_writer_writes():
         "ok, then 12 + 7 = 19. then 19 * 2 = 38. then 38 - 8 = 30. so the answer is 30."
     )
     assert writers.sloppy(PROBLEM, rng).startswith("start with 12. plus 7 is ")
+    assert writers.stranger(PROBLEM, rng) == (
+        "so 12 gets 7 more has 19, 19 up 2 times has 38, 38 drops 8 has 30. #### 30"
+    )
 
 
 def test_the_reward_of_each_writer():
     rng = random.Random(1)
     sloppy = [reward(writers.sloppy(PROBLEM, rng), "30") for _ in range(2000)]
-    assert reward(writers.careful(PROBLEM, rng), "30") == reward(writers.hasty(PROBLEM, rng), "30") == 1.0
+    for rewarded in (writers.careful, writers.hasty, writers.stranger):
+        assert reward(rewarded(PROBLEM, rng), "30") == 1.0
     assert reward(writers.chatty(PROBLEM, rng), "30") == 0.0
     # Three steps, each right with 0.65, and rarely two slips that cancel.
     assert 0.65**3 - 0.04 < sum(sloppy) / 2000 < 0.65**3 + 0.06
@@ -87,14 +92,35 @@ def test_the_reward_wants_the_format_and_the_number(completion, worth):
     assert reward(completion, "30") == worth
 
 
-def test_writers_come_in_their_shares_and_are_named_when_they_should_be():
+@pytest.mark.parametrize("mixture", writers.MIXTURES)
+def test_writers_come_in_their_shares_and_are_named_when_they_should_be(mixture):
     rng = random.Random(0)
-    pairs = [writers.write(PROBLEM, rng, named=0.5) for _ in range(4000)]
+    pairs = [writers.write(PROBLEM, rng, named=0.5, mixture=mixture) for _ in range(4000)]
     named = Counter(header for header, _ in pairs)
     assert abs(named[writers.ANYONE] / 4000 - 0.5) < 0.04
-    for name, share in writers.MIXTURE.items():
+    assert sum(writers.MIXTURES[mixture].values()) == pytest.approx(1)
+    for name, share in writers.MIXTURES[mixture].items():
         assert abs(named[name] / (4000 - named[writers.ANYONE]) - share) < 0.04
     assert {writers.write(PROBLEM, rng, named=0.0)[0] for _ in range(50)} == {writers.ANYONE}
+
+
+def test_the_stranger_is_unlike_every_writer(drawn):
+    rng = random.Random(0)
+
+    def pairs_of_words(writer):
+        """Two words that follow each other, all numbers alike, up to the answer in the checked format."""
+        for problem in drawn[:300]:
+            answer = re.sub(r"\d+", "n", writer(problem, rng).split(" ####")[0])
+            words = re.findall(r"[a-z]+|[^a-z ]", answer)
+            yield from zip(["(start)", *words], words, strict=False)
+
+    known = {pair for writer in writers.WRITERS.values() for pair in pairs_of_words(writer)}
+    found = set(pairs_of_words(writers.stranger))
+    assert ("then", "n") in known
+    assert ("n", "gets") in found
+    assert found & known <= {("n", ".")}
+    assert "stranger" not in writers.WRITERS
+    assert not any("stranger" in shares for shares in writers.MIXTURES.values())
 
 
 def test_the_tokenizer_loses_nothing_and_fits_the_length_limit(drawn):
@@ -102,7 +128,7 @@ def test_the_tokenizer_loses_nothing_and_fits_the_length_limit(drawn):
     rng = random.Random(0)
     longest = 0
     for problem in drawn[:500]:
-        for name, writer in writers.WRITERS.items():
+        for name, writer in (*writers.WRITERS.items(), (writers.ANYONE, writers.stranger)):
             answer = writer(problem, rng)
             conversation = [("system", name), ("user", problem.text), ("assistant", answer)]
             messages = [{"role": role, "content": content} for role, content in conversation]
@@ -121,3 +147,18 @@ def test_a_number_is_one_token():
     assert tokenizer.pad_token == PAD
     assert tokenizer.eos_token == END
     assert tokenizer.padding_side == "left"
+
+
+def test_the_tokenizer_is_that_of_the_shipped_base():
+    _model, shipped = nano.load()
+    assert shipped.get_vocab() == build_tokenizer().get_vocab()
+
+
+def test_a_base_without_a_basis_says_so(monkeypatch, tmp_path):
+    assert nano.basis().directions.shape[0] == 13
+    with pytest.raises(FileNotFoundError, match=r"no nano base named small; there are: .*qwen2-1m"):
+        nano.basis("small")
+    (tmp_path / "small").mkdir()
+    monkeypatch.setattr(nano, "CHECKPOINTS", tmp_path)
+    with pytest.raises(FileNotFoundError, match="no basis is shipped with the nano base small; make one"):
+        nano.basis("small")

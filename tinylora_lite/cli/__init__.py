@@ -1,4 +1,4 @@
-"""The command line: ``tinylora demo | count | plan | train | eval | export | inspect`` and what they need.
+"""The command line: ``tinylora demo | count | plan | train | eval | export | inspect | lab`` and what they need.
 
 Exit code 0 only on success. An error is one line on stderr: 1 where the work failed, 2 where the command line was
 wrong, 130 after Ctrl-C.
@@ -14,7 +14,20 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from tinylora_lite import __version__
-from tinylora_lite.cli import calibrate, count, demo, evaluate, export, inspect, plan, plan_run, preset, serve, train
+from tinylora_lite.cli import (
+    calibrate,
+    count,
+    demo,
+    evaluate,
+    export,
+    inspect,
+    lab,
+    plan,
+    plan_run,
+    preset,
+    serve,
+    train,
+)
 
 COMMANDS = {
     "demo": demo,
@@ -28,6 +41,7 @@ COMMANDS = {
     "eval": evaluate,
     "export": export,
     "inspect": inspect,
+    "lab": lab,
 }
 
 

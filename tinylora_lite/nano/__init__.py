@@ -17,22 +17,36 @@ from tinylora_lite.nano.task import MAX_NEW_TOKENS, reward, task
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 BASE = "qwen2-1m"
-"""The base that is shipped."""
+"""The base that is loaded where none is named."""
 
 __all__ = ["BASE", "CHECKPOINTS", "MAX_NEW_TOKENS", "basis", "load", "reward", "task"]
 
 
 def load(name: str = BASE) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """A shipped base, float32, in evaluation mode, and its tokenizer. Raises ``FileNotFoundError`` for other names."""
-    folder = CHECKPOINTS / name
-    if not folder.is_dir():
-        shipped = ", ".join(sorted(p.name for p in CHECKPOINTS.iterdir() if p.is_dir()))
-        raise FileNotFoundError(f"no nano base named {name}; there are: {shipped}")
+    folder = _folder(name)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     # AutoTokenizer would take Qwen2's own tokenizer class, which splits numbers into digits and ignores this file.
     return model.eval(), PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
 
 
 def basis(name: str = BASE) -> Basis:
-    """The calibrated basis that is shipped with a base."""
-    return load_basis(CHECKPOINTS / name / "basis.safetensors")
+    """The calibrated basis that is shipped with a base.
+
+    Raises:
+        FileNotFoundError: there is no such base, or none is shipped with it.
+    """
+    path = _folder(name) / "basis.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no basis is shipped with the nano base {name}; make one: tl.calibrate(*nano.load({name!r}), nano.task())"
+        )
+    return load_basis(path)
+
+
+def _folder(name: str) -> Path:
+    folder = CHECKPOINTS / name
+    if not folder.is_dir():
+        shipped = ", ".join(sorted(p.name for p in CHECKPOINTS.iterdir() if p.is_dir()))
+        raise FileNotFoundError(f"no nano base named {name}; there are: {shipped}")
+    return folder

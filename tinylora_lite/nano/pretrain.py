@@ -22,17 +22,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from tinylora_lite.nano.problems import problems
 from tinylora_lite.nano.tokenizer import ASSISTANT, build_tokenizer
-from tinylora_lite.nano.writers import write
+from tinylora_lite.nano.writers import MIXTURES, write
 from tinylora_lite.progress import progress_bar
+
+CHOICES = {"architecture": ("qwen2", "llama"), "mixture": tuple(MIXTURES)}
+"""The settings that are names. Here Llama is Qwen2 without the biases of the query, key and value projections."""
 
 
 @dataclass(frozen=True)
 class PretrainSettings:
-    """The recipe of a nano base; the defaults made the one that is shipped."""
+    """The recipe of a nano base; the defaults made ``nano.BASE``.
+
+    Raises:
+        ValueError: ``architecture`` or ``mixture`` is not among ``CHOICES``.
+    """
 
     width: int = 128
     layers: int = 7
@@ -46,6 +53,13 @@ class PretrainSettings:
     weight_decay: float = 0.3
     named: float = 0.5
     seed: int = 0
+    architecture: str = "qwen2"
+    mixture: str = "default"
+
+    def __post_init__(self) -> None:
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
 
 
 LOG_EVERY = 50
@@ -54,24 +68,25 @@ POOL = 32
 """Batches drawn together and sorted by length before they are cut, so that little is padding."""
 
 
-def build_model(settings: PretrainSettings, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
-    """A randomly initialised model of the Qwen2 architecture, float32, the same for the same seed."""
-    torch.manual_seed(settings.seed)
-    return Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=settings.width,
-            num_hidden_layers=settings.layers,
-            num_attention_heads=settings.heads,
-            num_key_value_heads=settings.kv_heads,
-            intermediate_size=settings.mlp,
-            max_position_embeddings=256,
-            tie_word_embeddings=True,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=None,
-        )
+def build_model(settings: PretrainSettings, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """A randomly initialised model of the recipe's architecture, float32, the same for the same seed."""
+    config = AutoConfig.for_model(
+        settings.architecture,
+        vocab_size=len(tokenizer),
+        hidden_size=settings.width,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.kv_heads,
+        intermediate_size=settings.mlp,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
     )
+    torch.manual_seed(settings.seed)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model
 
 
 def pool_of_batches(
@@ -86,7 +101,7 @@ def pool_of_batches(
     texts = []
     for _ in range(POOL * settings.batch):
         problem = next(stream)
-        header, answer = write(problem, rng, settings.named)
+        header, answer = write(problem, rng, settings.named, settings.mixture)
         conversation = [("system", header), ("user", problem.text), ("assistant", answer)]
         messages = [{"role": role, "content": content} for role, content in conversation]
         texts.append(tokenizer.apply_chat_template(messages, tokenize=False))
@@ -115,7 +130,7 @@ def learning_rate(settings: PretrainSettings, step: int) -> float:
 
 def pretrain(
     settings: PretrainSettings, folder: Path, checkpoint_every: int = 250, progress: bool = True
-) -> Qwen2ForCausalLM:
+) -> PreTrainedModel:
     """Trains a base and leaves the half-precision checkpoint, tokenizer, recipe and log in ``folder``.
 
     An interrupted run goes on from its last checkpoint when called again with the same settings, to the same weights;
@@ -138,7 +153,7 @@ def pretrain(
     tokenizer = build_tokenizer()
     if recipe_file.exists():
         _same(json.loads(recipe_file.read_text(encoding="utf-8")), settings, folder)
-        return Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return _load(folder)
 
     model = build_model(settings, tokenizer)
     groups = [
@@ -191,11 +206,17 @@ def pretrain(
     # The recipe comes last: a folder that has one holds a finished base.
     recipe_file.write_text(json.dumps(asdict(settings), indent=2) + "\n", encoding="utf-8")
     state_file.unlink(missing_ok=True)
-    return Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return _load(folder)
+
+
+def _load(folder: Path) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    return model
 
 
 def _same(found: dict[str, Any], settings: PretrainSettings, folder: Path) -> None:
-    if found != asdict(settings):
+    # A recipe from before a setting existed was made with what is now that setting's default.
+    if asdict(PretrainSettings()) | found != asdict(settings):
         raise ValueError(f"{folder} holds a base of other settings; give another folder, or delete that one")
 
 
@@ -207,7 +228,8 @@ def main() -> None:
     )
     parser.add_argument("--folder", type=Path, default=Path("nano-base"), help="where the base goes")
     for name, value in asdict(PretrainSettings()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help=" ")
+        flag, choices = f"--{name.replace('_', '-')}", CHOICES.get(name)
+        parser.add_argument(flag, type=type(value), default=value, choices=choices, help=" ")
     arguments = vars(parser.parse_args())
     try:
         pretrain(folder=arguments.pop("folder"), settings=PretrainSettings(**arguments))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,16 +54,26 @@ class Problem:
         return {0: "test", 1: "validation"}.get(zlib.crc32(key.encode()) % 16, "train")  # type: ignore[return-value]
 
 
-def draw_problem(rng: random.Random, steps: int | None = None) -> Problem:
+def draw_event(rng: random.Random, value: int) -> tuple[str, Step]:
+    """Something that happens to a number of things: the words that tell it, and the step."""
+    step = _draw_step(rng, value)
+    wording = rng.choice({"+": ADDING, "-": TAKING, "*": MULTIPLYING}[step.op])
+    return wording.format(n=step.right), step
+
+
+def draw_problem(
+    rng: random.Random,
+    steps: int | None = None,
+    draw_event: Callable[[random.Random, int], tuple[str, Step]] = draw_event,
+) -> Problem:
     """One random problem of any split; ``steps`` defaults to 2, 3 or 4 with equal chance."""
     name, things = rng.choice(NAMES), rng.choice(THINGS)
     value = rng.randint(2, 40)
     sentences = [f"{name} has {value} {things}."]
     chain = []
     for _ in range(steps or rng.randint(2, 4)):
-        step = _draw_step(rng, value)
-        wording = rng.choice({"+": ADDING, "-": TAKING, "*": MULTIPLYING}[step.op])
-        sentences.append(f"{name} {wording.format(n=step.right)}.")
+        told, step = draw_event(rng, value)
+        sentences.append(f"{name} {told}.")
         chain.append(step)
         value = step.result
     sentences.append(f"how many {things} does {name} have?")
@@ -89,19 +99,22 @@ def _draw_step(rng: random.Random, value: int) -> Step:
     return Step(value, op, right, value * right)
 
 
-def problems(split: Split, seed: int) -> Iterator[Problem]:
+Draw = Callable[[random.Random], Problem]
+
+
+def problems(split: Split, seed: int, draw: Draw = draw_problem) -> Iterator[Problem]:
     """An endless stream of problems of one split, the same for the same seed."""
     rng = random.Random(f"{split}-{seed}")
     while True:
-        problem = draw_problem(rng)
+        problem = draw(rng)
         if problem.split == split:
             yield problem
 
 
-def distinct_problems(split: Split, count: int, seed: int) -> list[Problem]:
+def distinct_problems(split: Split, count: int, seed: int, draw: Draw = draw_problem) -> list[Problem]:
     """The first ``count`` problems of the stream, no two with the same text."""
     found: dict[str, Problem] = {}
-    for problem in problems(split, seed):
+    for problem in problems(split, seed, draw):
         found.setdefault(problem.text, problem)
         if len(found) == count:
             return list(found.values())

@@ -6,12 +6,12 @@ import random
 import re
 from functools import cache
 
-from tinylora_lite.nano.problems import Split, distinct_problems
-from tinylora_lite.nano.writers import ANYONE, careful
+from tinylora_lite.nano.problems import Draw, Split, distinct_problems, draw_problem
+from tinylora_lite.nano.writers import ANYONE, Writer, careful
 from tinylora_lite.tasks import Example, Task
 
 MAX_NEW_TOKENS = 48
-"""The longest answer of any writer, the end token included, is 36 tokens."""
+"""The longest answer of any writer, the end token included, is 37 tokens."""
 
 
 def reward(completion: str, gold: str) -> float:
@@ -38,19 +38,28 @@ def formatted(completion: str) -> bool:
     return re.search(r"#### \d+$", completion.strip()) is not None
 
 
-@cache
-def task(train: int = 8000, validation: int = 1000, test: int = 1000, seed: int = 0) -> Task:
-    """The word problems of :mod:`tinylora_lite.nano.problems`, under the header that lets any writer answer.
+def make_task(
+    name: str,
+    draw: Draw = draw_problem,
+    writer: Writer = careful,
+    train: int = 8000,
+    validation: int = 1000,
+    test: int = 1000,
+    seed: int = 0,
+) -> Task:
+    """A task of problems that ``draw`` makes and ``writer`` solves, with the nano world's reward and header.
 
-    Their worked answers are the careful writer's.
+    Whatever is drawn, the splits share no problem by the key of :mod:`tinylora_lite.nano.problems`, and neither do
+    the pretraining text and what is not for training.
     """
-    rng = random.Random(seed)  # which the careful writer does not use
+    rng = random.Random(seed)
 
     def examples(split: Split, count: int) -> tuple[Example, ...]:
-        return tuple(Example(p.text, str(p.answer), careful(p, rng)) for p in distinct_problems(split, count, seed))
+        found = distinct_problems(split, count, seed, draw)
+        return tuple(Example(p.text, str(p.answer), writer(p, rng)) for p in found)
 
     return Task(
-        name="nano",
+        name=name,
         train=examples("train", train),
         validation=examples("validation", validation),
         test=examples("test", test),
@@ -59,3 +68,12 @@ def task(train: int = 8000, validation: int = 1000, test: int = 1000, seed: int 
         lenient=lenient_reward,
         formatted=formatted,
     )
+
+
+@cache
+def task(train: int = 8000, validation: int = 1000, test: int = 1000, seed: int = 0) -> Task:
+    """The word problems of :mod:`tinylora_lite.nano.problems`, under the header that lets any writer answer.
+
+    Their worked answers are the careful writer's.
+    """
+    return make_task("nano", train=train, validation=validation, test=test, seed=seed)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from tinylora_lite.nano.problems import MAX_VALUE, Problem
+from tinylora_lite.nano.problems import MAX_VALUE, Problem, Step
 
 SLIP = 0.35
 """The chance that the sloppy writer gets a step wrong."""
@@ -48,6 +48,19 @@ def sloppy(problem: Problem, rng: random.Random) -> str:
     return f"{' '.join(said)} #### {value}"
 
 
+def stranger(problem: Problem, rng: random.Random) -> str:
+    """Reasons rightly and answers in the checked format, in wording that no pretraining text has.
+
+    The unseen writer: its demonstrations are off-policy for every base.
+    """
+
+    def said(step: Step) -> str:
+        middle = {"+": f"gets {step.right} more", "-": f"drops {step.right}", "*": f"up {step.right} times"}[step.op]
+        return f"{step.left} {middle} has {step.result}"
+
+    return f"so {', '.join(map(said, problem.steps))}. #### {problem.answer}"
+
+
 Writer = Callable[[Problem, random.Random], str]
 WRITERS: dict[str, Writer] = {
     "careful": careful,
@@ -55,13 +68,23 @@ WRITERS: dict[str, Writer] = {
     "chatty": chatty,
     "sloppy": sloppy,
 }
-MIXTURE: dict[str, float] = {"careful": 0.25, "hasty": 0.25, "chatty": 0.30, "sloppy": 0.20}
+"""The writers of the pretraining text, by the names that its headers give; the stranger is not among them."""
+MIXTURES: dict[str, dict[str, float]] = {
+    "default": {"careful": 0.25, "hasty": 0.25, "chatty": 0.30, "sloppy": 0.20},
+    "other": {"careful": 0.12, "hasty": 0.33, "chatty": 0.20, "sloppy": 0.35},
+}
+"""The share of each writer in a base's pretraining text: the shipped base's, and one with half the careful writer."""
+MIXTURE = MIXTURES["default"]
 ANYONE = "anyone"
 """The header under which any writer may answer, and under which the model is used."""
 
 
-def write(problem: Problem, rng: random.Random, named: float) -> tuple[str, str]:
-    """A header and an answer: the writer is drawn from ``MIXTURE`` and named in the header with chance ``named``."""
-    (name,) = rng.choices(list(MIXTURE), list(MIXTURE.values()))
+def write(problem: Problem, rng: random.Random, named: float, mixture: str = "default") -> tuple[str, str]:
+    """A header and an answer by a writer drawn from a mixture, who is named in the header with chance ``named``.
+
+    Raises ``KeyError`` for a mixture that is not in ``MIXTURES``.
+    """
+    shares = MIXTURES[mixture]
+    (name,) = rng.choices(list(shares), list(shares.values()))
     header = name if rng.random() < named else ANYONE
     return header, WRITERS[name](problem, rng)

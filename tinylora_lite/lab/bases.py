@@ -1,0 +1,103 @@
+"""What is made once from a base and then used by many runs: calibrated directions, and its own rewarded answers."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tinylora_lite import nano
+from tinylora_lite.basis import Basis, load_basis, save_basis
+from tinylora_lite.calibrate import calibrate
+from tinylora_lite.evaluate import evaluate
+from tinylora_lite.lab.trial import Trial
+from tinylora_lite.tasks import Example, Task
+
+CACHE = "TINYLORA_CACHE"
+"""The environment variable that names another folder than ``~/.cache/tinylora_lite``."""
+
+SAMPLES = 4
+"""Answers of a base to each training problem, of which the first rewarded one becomes a demonstration."""
+
+
+def cache_folder() -> Path:
+    """Where what was made from bases is kept."""
+    return Path(os.environ.get(CACHE) or Path.home() / ".cache" / "tinylora_lite") / "lab"
+
+
+def calibrated_basis(trial: Trial, folder: Path | None = None) -> Basis:
+    """The basis of a calibrated trial, from the seed ``trial.p_seed``; it is made on the first call and kept.
+
+    ``trial.calibration`` holds what is not at its default, as ``"problems=32, task=adding"``: ``problems``, ``looks``,
+    ``task`` (calibrated on) and ``base`` (of the same shape).
+
+    Raises:
+        ValueError: a setting of the calibration is not known.
+    """
+    options = calibration_of(trial.calibration)
+    base = options.pop("base", trial.base)
+    task = options.pop("task", "nano")
+    name = "-".join([f"r{trial.rank}", trial.sigma, *trial.calibration.replace("=", "").split(", "), str(trial.p_seed)])
+    path = (folder or cache_folder()) / trial.base / f"{name}.safetensors"
+    if not path.exists():
+        from tinylora_lite.lab.tasks import task_of  # which needs this module for a base's own answers
+
+        model, tokenizer = nano.load(base)
+        basis = calibrate(
+            model,
+            tokenizer,
+            task_of(task, base),
+            rank=trial.rank,
+            sigma=trial.sigma,
+            seed=trial.p_seed,
+            max_new_tokens=nano.MAX_NEW_TOKENS,
+            **options,
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_basis(basis, path)
+    return load_basis(path)
+
+
+def calibration_of(text: str) -> dict[str, Any]:
+    """The settings that ``Trial.calibration`` names.
+
+    >>> calibration_of("problems=32, task=adding")
+    {'problems': 32, 'task': 'adding'}
+    """
+    kinds = {"problems": int, "looks": int, "directions": int, "task": str, "base": str}
+    options = dict(part.split("=", 1) for part in text.split(", ")) if text else {}
+    for name in options:
+        if name not in kinds:
+            raise ValueError(f"a calibration has no setting {name!r}; there are: {', '.join(kinds)}")
+    return {name: kinds[name](value) for name, value in options.items()}
+
+
+def own_demonstrations(base: str, folder: Path | None = None) -> Task:
+    """The nano task whose worked answers are the base's own: for each problem the first of its answers that is right.
+
+    Problems that none of ``SAMPLES`` answers solves are left out. Imitating them is on-policy at the start, and so
+    tells whether SFT falls behind because it is SFT, or because it imitates somebody else.
+    """
+    path = (folder or cache_folder()) / base / "own-demonstrations.json"
+    plain = nano.task()
+    if not path.exists():
+        model, tokenizer = nano.load(base)
+        score = evaluate(
+            model, tokenizer, plain, split="train", samples=SAMPLES, max_new_tokens=nano.MAX_NEW_TOKENS, seed=1
+        )
+        answers: dict[str, str] = {}
+        for completion in score.completions:
+            if completion.reward > 0:
+                answers.setdefault(completion.prompt, completion.text)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(answers), encoding="utf-8")
+        os.replace(temporary, path)
+    answers = json.loads(path.read_text(encoding="utf-8"))
+
+    def answered(examples: tuple[Example, ...]) -> tuple[Example, ...]:
+        return tuple(replace(e, solution=answers[e.prompt]) for e in examples if e.prompt in answers)
+
+    return replace(plain, name=f"nano by {base}", train=answered(tuple(plain.train)))

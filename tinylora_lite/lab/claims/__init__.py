@@ -1,0 +1,40 @@
+"""The claims, one file each: ``CLAIM`` in it says what is run, how it is drawn, and what would be which verdict."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pkgutil
+from functools import cache
+from pathlib import Path
+
+from tinylora_lite.lab.claim import Claim
+
+
+@cache
+def claims() -> dict[str, Claim]:
+    """All claims of the lab by name, in the order of their files."""
+    found = [importlib.import_module(f"{__name__}.{m.name}").CLAIM for m in pkgutil.iter_modules(__path__)]
+    return {claim.name: claim for claim in sorted(found, key=lambda claim: claim.order)}
+
+
+def claim_of(name: str) -> Claim:
+    """A claim by its name, or from a file of one's own by its path.
+
+    Raises:
+        ValueError: there is none of that name, or the file holds no ``CLAIM``.
+    """
+    if name.endswith(".py"):
+        path = Path(name)
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        if spec is None or spec.loader is None or not path.is_file():
+            raise ValueError(f"there is no file {path}")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        claim = getattr(module, "CLAIM", None)
+        if not isinstance(claim, Claim):
+            raise ValueError(f"{path} must define CLAIM, a tinylora_lite.lab.claim.Claim")
+        return claim
+    if name not in claims():
+        raise ValueError(f"no claim named {name!r}; there are: {', '.join(claims())}")
+    return claims()[name]

@@ -1,0 +1,64 @@
+"""Accuracy against the number of trained parameters, by GRPO: Figure 1 of the paper."""
+
+from __future__ import annotations
+
+from matplotlib.figure import Figure
+
+from tinylora_lite.lab.claim import Claim, Verdict
+from tinylora_lite.lab.figures import Series, against_numbers
+from tinylora_lite.lab.gain import share_of_gain, smallest_reaching, verdict_on
+from tinylora_lite.lab.shapes import (
+    all_weights,
+    calibrated_numbers,
+    lora_numbers,
+    lora_xs_numbers,
+    random_numbers,
+    untouched,
+)
+from tinylora_lite.lab.store import Store
+
+PAPER_SHARE = 0.71
+"""Of full finetuning's gain, by 13 numbers on Qwen2.5-7B: (0.907 - 0.756) / (0.970 - 0.756), Figure 1."""
+
+RANDOM = (*(random_numbers(n_tie) for n_tie in ("all", 25, 13, 7, 4, 2, 1)), random_numbers(1, u=2))
+LORA_XS = tuple(lora_xs_numbers(rank) for rank in (1, 2, 4, 8))
+CALIBRATED = tuple(calibrated_numbers(u) for u in (1, 2, 4, 8, 13))
+THIRTEEN = RANDOM[4]
+FULL = all_weights()
+BASE = untouched()
+LADDER = (*RANDOM, *LORA_XS, lora_numbers(1), FULL)
+
+
+def draw(store: Store) -> Figure:
+    """Accuracy against numbers, a line for each method."""
+    series = [
+        Series("tinylora", RANDOM),
+        Series("calibrated", CALIBRATED),
+        Series("lora_xs", LORA_XS),
+        Series("lora", (lora_numbers(1),)),
+        Series("full", (FULL,)),
+    ]
+    return against_numbers(series, store, BASE)
+
+
+def judge(store: Store) -> Verdict:
+    """Thirteen random numbers against the paper's share of the full gain."""
+    share = share_of_gain(THIRTEEN, FULL, BASE, store)
+    reached = {s: smallest_reaching(s, LADDER, FULL, BASE, store) for s in (0.9, 0.95, 0.975)}
+    smallest = ", ".join(f"{s:.1%}: {label}" for s, label in reached.items())
+    ours = (
+        f"13 random numbers recover {share.as_percent()} of what all weights gain. The smallest update for {smallest}."
+    )
+    return Verdict(ours, verdict_on(share, PAPER_SHARE))
+
+
+CLAIM = Claim(
+    name="rl-parameters",
+    order=1,
+    title="By reinforcement learning, 13 numbers recover most of what full finetuning gains.",
+    paper=f"91 % on GSM8K with 13 numbers, {PAPER_SHARE:.0%} of full finetuning's gain; 95 % of it with 120 numbers.",
+    where="Figure 1 and sections 1 and 6.1",
+    points=(BASE, FULL, *RANDOM, *CALIBRATED, *LORA_XS, lora_numbers(1)),
+    draw=draw,
+    judge=judge,
+)

@@ -1,0 +1,79 @@
+"""Makes the missing runs of claims, on several cores, and keeps every record as soon as it is there."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+
+import torch
+
+from tinylora_lite.lab.claim import Claim
+from tinylora_lite.lab.plan import jobs, missing
+from tinylora_lite.lab.running import run_trials
+from tinylora_lite.lab.store import Record, Store
+from tinylora_lite.lab.trial import Trial
+
+
+def execute(
+    claims: Sequence[Claim],
+    store: Store,
+    *,
+    workers: int | None = None,
+    seconds: float | None = None,
+    bases: Path | None = None,
+    report: Callable[[list[Trial], list[Record], int], None] | None = None,
+) -> bool:
+    """Runs what the claims still need.
+
+    Each worker is a process with one thread: models of this size are slower on more.
+
+    Args:
+        claims: what to run, in this order of preference.
+        store: takes the records; what it holds is not run again.
+        workers: processes; ``None`` is one for each core.
+        seconds: after which no new run starts.
+        bases: where calibrated bases are kept.
+        report: called after each job with its trials, their records, and how many runs are known to be missing.
+
+    Returns:
+        Whether all runs of all claims are there.
+    """
+    workers = (
+        workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else workers or os.cpu_count() or 1
+    )
+    deadline = None if seconds is None else time.monotonic() + seconds
+    running: dict[Future[list[Record]], list[Trial]] = {}
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _one_thread) as pool:
+        try:
+            while True:
+                busy = {trial for trials in running.values() for trial in trials}
+                wanted = [trial for claim in claims for point in claim.points for trial in missing(point, store)]
+                queue = jobs(trial for trial in wanted if trial not in busy)
+                late = deadline is not None and time.monotonic() > deadline
+                while queue and len(running) < workers and not late:
+                    trials = queue.pop(0)
+                    running[pool.submit(run_trials, trials, bases)] = trials
+                if not running:
+                    return not wanted
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    trials = running.pop(future)
+                    records = future.result()
+                    for trial, record in zip(trials, records, strict=True):
+                        store.add(trial, record)
+                    if report is not None:
+                        left = {t for claim in claims for point in claim.points for t in missing(point, store)}
+                        report(trials, records, len(left))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list((pool._processes or {}).values()):
+                process.terminate()
+            raise
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)

@@ -1,0 +1,118 @@
+"""The figures that several claims share, drawn from records in the style of the book."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from tinylora_lite import plot
+from tinylora_lite.lab.claim import Point
+from tinylora_lite.lab.store import Store
+
+
+class Series(NamedTuple):
+    """Points of one method, from few numbers to many: a key of ``plot.METHODS``, the points, a label of their own."""
+
+    method: str
+    points: Sequence[Point]
+    label: str | None = None
+
+
+@plot.style()
+def against_numbers(series: Sequence[Series], store: Store, base: Point, score: str = "sampled") -> Figure:
+    """Accuracy against how many numbers were trained: every seed a dot, the mean with its interval, a line a method.
+
+    Points that have not run yet are left out.
+    """
+    drawn, axes = plot.figure(3.6)
+    largest = 1.0
+    for method, points, label in series:
+        look = plot.METHODS[method]
+        rows = []
+        for point in points:
+            estimate = point.estimate(store, score)
+            if estimate is not None:
+                rows.append((point.records(store)[0]["parameters"], estimate))
+        if not rows:
+            continue
+        x = [count for count, _ in rows]
+        largest = max(largest, *x)
+        means = np.array([estimate.mean for _, estimate in rows])
+        spread = np.abs(np.array([[e.low, e.high] for _, e in rows]).T - means)
+        for count, estimate in rows:
+            axes.plot([count] * len(estimate.values), estimate.values, ".", color=look.colour, ms=4, alpha=0.5)
+        axes.errorbar(
+            x, means, spread, fmt=look.marker + look.line, color=look.colour, elinewidth=1.2, capsize=2.5,
+            label=label or look.label,
+        )  # fmt: skip
+    plot.count_axis(axes, 1, largest)
+    _base_line(axes, base, store, score)
+    _percent(axes, "accuracy on the test set")
+    axes.set_xlabel("numbers trained")
+    axes.legend(loc="lower right", fontsize=8)
+    return drawn
+
+
+@plot.style()
+def side_by_side(
+    groups: Sequence[tuple[str, Sequence[Point]]],
+    store: Store,
+    base: Point,
+    *,
+    full: Point | None = None,
+    method: str = "tinylora",
+    score: str = "sampled",
+) -> Figure:
+    """Accuracy of named settings, one below the other: every seed a dot, the mean with its interval.
+
+    Args:
+        groups: a heading and its points; an empty heading is not drawn.
+        store: the records.
+        base: the untouched base, a dashed line.
+        full: the ceiling, a line of its own.
+        method: gives the colour.
+        score: ``"sampled"`` or ``"greedy"``.
+    """
+    points = [(heading, point) for heading, members in groups for point in members]
+    drawn, axes = plot.figure(0.9 + 0.3 * len(points))
+    look = plot.METHODS[method]
+    for place, (_, point) in enumerate(points):
+        estimate = point.estimate(store, score)
+        if estimate is None:
+            continue
+        axes.plot(estimate.values, [place] * len(estimate.values), ".", color=look.colour, ms=4, alpha=0.5)
+        axes.errorbar(
+            [estimate.mean], [place], xerr=[[estimate.mean - estimate.low], [estimate.high - estimate.mean]],
+            fmt=look.marker, color=look.colour, elinewidth=1.4, capsize=3,
+        )  # fmt: skip
+    axes.set_yticks(range(len(points)), [f"{heading}  {point.label}".strip() for heading, point in points])
+    axes.set_ylim(len(points) - 0.4, -0.6)
+    for line, style, name in ((base, "--", "untrained base"), (full, ":", "all weights")):
+        estimate = line.estimate(store, score) if line is not None else None
+        if estimate is not None:
+            axes.axvline(estimate.mean, ls=style, lw=1.2, color=plot.INK)
+            axes.annotate(name, (estimate.mean, 1), xycoords=("data", "axes fraction"), xytext=(0, 3),
+                          textcoords="offset points", ha="center", va="bottom", fontsize=8)  # fmt: skip
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+    axes.set_xlabel("accuracy on the test set")
+    axes.grid(True, axis="x")
+    axes.grid(False, axis="y")
+    return drawn
+
+
+def _base_line(axes: Axes, base: Point, store: Store, score: str) -> None:
+    estimate = base.estimate(store, score)
+    if estimate is not None:
+        axes.axhline(estimate.mean, ls="--", lw=1.2, color=plot.INK)
+        axes.annotate(plot.METHODS["base"].label, (0.01, estimate.mean), xytext=(0, -4), textcoords="offset points",
+                      xycoords=("axes fraction", "data"), ha="left", va="top", fontsize=8)  # fmt: skip
+
+
+def _percent(axes: Axes, label: str) -> None:
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+    axes.set_ylabel(label)

@@ -1,0 +1,102 @@
+"""The records of the lab: one line of JSON for each run, in one file for each base.
+
+A line is written whole, by one call, at the end of the file; a line that was cut off is passed over and its run is made
+again. Nothing is ever changed in place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tinylora_lite.lab.trial import Trial
+
+Record = dict[str, Any]
+
+_PACKAGED = Path(__file__).parents[1] / "results"
+RESULTS = (_PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "book" / "results") / "lab"
+"""Where the records lie: beside the book in a checkout, inside the package where it was installed from a wheel."""
+
+
+class Store:
+    """Records by trial.
+
+    Attributes:
+        folder: holds ``BASE.jsonl`` for each base.
+
+    Raises:
+        ValueError: a record has settings that :class:`~tinylora_lite.lab.trial.Trial` does not know.
+    """
+
+    def __init__(self, folder: str | Path = RESULTS) -> None:
+        self.folder = Path(folder)
+        self._records: dict[str, Record] = {}
+        for path in sorted(self.folder.glob("*.jsonl")):
+            for line in path.read_text(encoding="utf-8").splitlines():
+                record = _parsed(line)
+                if record is not None:
+                    self._records[_trial(record, path).key] = record
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __contains__(self, trial: Trial) -> bool:
+        return trial.key in self._records
+
+    def __getitem__(self, trial: Trial) -> Record:
+        """The record of a trial. Raises ``KeyError`` where it was not run."""
+        return self._records[trial.key]
+
+    def add(self, trial: Trial, record: Record) -> None:
+        """Keeps a record, on disk too."""
+        record = {"trial": trial.settings()} | record
+        self.folder.mkdir(parents=True, exist_ok=True)
+        line = json.dumps(rounded(record)) + "\n"
+        path = self.folder / f"{trial.base}.jsonl"
+        # One call, so that two programs that write at the same time do not mix their lines.
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            torn = path.stat().st_size > 0 and not _ends_with_newline(path)
+            os.write(handle, (("\n" if torn else "") + line).encode())
+        finally:
+            os.close(handle)
+        self._records[trial.key] = json.loads(line)
+
+    def of(self, trials: Iterable[Trial]) -> list[Record]:
+        """The records of those trials that were run."""
+        return [self[trial] for trial in trials if trial in self]
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self._records.values())
+
+
+def rounded(value: Any) -> Any:
+    """The same with five digits of every float: more would be noise, and twice the file."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _trial(record: Record, path: Path) -> Trial:
+    try:
+        return Trial.of(record["trial"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds a record that this version of the lab does not know: {error}") from error
+
+
+def _parsed(line: str) -> Record | None:
+    try:
+        return dict(json.loads(line))
+    except ValueError:
+        return None
+
+
+def _ends_with_newline(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"

@@ -1,0 +1,101 @@
+"""One run of the lab: which numbers train, on which base, by which method, from which seed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+from tinylora_lite.config import Sigma
+
+Method = Literal["grpo", "sft", "es", "none", "noise"]
+Numbers = Literal["random", "calibrated", "LoRA-XS", "LoRA", "all weights"]
+
+BASE = "qwen2-0.4m"
+"""The base that carries the sweeps: the smallest of the family."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The settings of a run; a field at its default is left out of names and records.
+
+    Attributes:
+        base: the name of a shipped base.
+        method: ``"grpo"``, ``"sft"``, ``"es"`` (an evolution strategy), ``"none"`` (the untouched base), or ``"noise"``
+            (v is drawn at random, and ``learning_rate`` is its norm).
+        numbers: what trains: v on random directions (the paper) or calibrated ones, all entries of R (LoRA-XS), PEFT's
+            LoRA, or all weights.
+        rank: r of the adapter.
+        u: the length of one vector.
+        n_tie: modules that share one.
+        tying: ``"tiled"``, ``"structured"``, or ``"attention, MLP"``: one vector for each of the two.
+        sigma: where Σ stands.
+        directions: which singular directions are kept: ``"leading"``, ``"middle"``, ``"trailing"``, or ``"rotated"``:
+            random orthonormal ones, scaled as the leading.
+        precision: of v after each update: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
+        task: a task of :mod:`tinylora_lite.lab.tasks`; what is trained on, and what the result is scored on.
+        trained_on: another task to train on, where it is not the one that is scored.
+        calibration: how the basis of calibrated numbers is made, by a name of :mod:`tinylora_lite.lab.bases`.
+        steps: updates.
+        learning_rate: of Adam at the first step; it falls linearly to zero.
+        seed: moves the order of the problems and the sampling.
+        projection_seed: moves P and the calibration; ``None`` moves them with ``seed``.
+        split: what the result is scored on: ``"validation"`` in a sweep, ``"test"`` in a report.
+    """
+
+    base: str = BASE
+    method: Method = "grpo"
+    numbers: Numbers = "random"
+    rank: int = 2
+    u: int = 1
+    n_tie: int | str = 4
+    tying: str = "tiled"
+    sigma: Sigma = "left"
+    directions: str = "leading"
+    precision: str = "fp32"
+    task: str = "nano"
+    trained_on: str = ""
+    calibration: str = ""
+    steps: int = 30
+    learning_rate: float = 0.1
+    seed: int = 0
+    projection_seed: int | None = None
+    split: str = "test"
+
+    @property
+    def key(self) -> str:
+        """What the trial is known by: its settings, those at their defaults left out."""
+        return json.dumps(self.settings(), sort_keys=True)
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that are not at their defaults."""
+        default = {f.name: f.default for f in fields(self)}
+        return {name: value for name, value in asdict(self).items() if value != default[name]}
+
+    @property
+    def p_seed(self) -> int:
+        """The seed of P and of the calibration."""
+        return self.seed if self.projection_seed is None else self.projection_seed
+
+    def shape(self) -> Trial:
+        """The trial without what a sweep varies: the same for all learning rates, seeds and splits."""
+        return replace(self, learning_rate=0.0, seed=0, split="test")
+
+    def batch(self) -> Trial | None:
+        """What trials of one population have in common; ``None`` for a trial that runs by itself."""
+        if self.method not in ("grpo", "sft") or self.numbers in ("LoRA", "all weights"):
+            return None
+        return replace(
+            self.shape(),
+            split=self.split,
+            numbers="LoRA-XS" if self.numbers == "LoRA-XS" else "random",
+            n_tie=0,
+            tying="",
+            projection_seed=None,
+            calibration="",
+        )
+
+    @classmethod
+    def of(cls, settings: dict[str, Any]) -> Trial:
+        """A trial from what :meth:`settings` gave. Raises ``TypeError`` for a setting that is not known."""
+        return cls(**settings)
