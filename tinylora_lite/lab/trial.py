@@ -56,7 +56,7 @@ class Trial:
     task: str = "nano"
     trained_on: str = ""
     calibration: str = ""
-    steps: int = 30
+    steps: int = 20
     learning_rate: float = 0.1
     seed: int = 0
     projection_seed: int | None = None
