@@ -54,15 +54,14 @@ def run(arguments: argparse.Namespace) -> None:
 def _list(chosen: list[Claim], store: Store, arguments: argparse.Namespace) -> None:
     from tinylora_lite.lab.plan import progress_of
 
-    rows = [{"claim": claim.name, "title": claim.title} | progress_of(claim, store) for claim in chosen]
+    runs = [progress_of(claim, store) for claim in chosen]
     if arguments.json:
-        print(json.dumps(rows))
+        pairs = zip(chosen, runs, strict=True)
+        print(json.dumps([{"claim": claim.name, "title": claim.title} | of_claim for claim, of_claim in pairs]))
         return
     table = Table("claim", "what it says", "runs", "to go", box=box.SIMPLE)
-    for row in rows:
-        table.add_row(
-            row["claim"], row["title"], str(row["recorded"]), str(row["missing"]) if row["missing"] else "done"
-        )
+    for claim, of_claim in zip(chosen, runs, strict=True):
+        table.add_row(claim.name, claim.title, str(of_claim["recorded"]), str(of_claim["missing"] or "done"))
     Console().print(table)
 
 

@@ -46,9 +46,10 @@ def lora_numbers(rank: int = 1, base: str = BASE) -> Point:
     )
 
 
-def all_weights(base: str = BASE) -> Point:
+def all_weights(base: str = BASE, steps: int = 20) -> Point:
     """Full finetuning."""
-    return Point("all weights", Trial(base=base, numbers="all weights"), (5e-4, 1e-3))
+    label = "all weights" if steps == 20 else f"all weights, {steps} steps"
+    return Point(label, Trial(base=base, numbers="all weights", steps=steps), (5e-4, 1e-3))
 
 
 def untouched(base: str = BASE, task: str = "nano") -> Point:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from tinylora_lite.nano.problems import MAX_VALUE, Problem, Step
+from tinylora_lite.nano.problems import MAX_VALUE, Problem
 
 SLIP = 0.35
 """The chance that the sloppy writer gets a step wrong."""
@@ -49,16 +49,14 @@ def sloppy(problem: Problem, rng: random.Random) -> str:
 
 
 def stranger(problem: Problem, rng: random.Random) -> str:
-    """Reasons rightly and answers in the checked format, in wording that no pretraining text has.
+    """Reasons rightly and answers in the checked format, in a style that no pretraining text has.
 
-    The unseen writer: its demonstrations are off-policy for every base.
+    The unseen writer: its demonstrations are off-policy for every base, and no harder than the careful writer's. Sums
+    are written as the others write them. With words of its own for them, which was tried first, all weights did not
+    learn to reckon again from 3,840 demonstrations.
     """
-
-    def said(step: Step) -> str:
-        middle = {"+": f"gets {step.right} more", "-": f"drops {step.right}", "*": f"up {step.right} times"}[step.op]
-        return f"{step.left} {middle} has {step.result}"
-
-    return f"so {', '.join(map(said, problem.steps))}. #### {problem.answer}"
+    steps = ", ".join(f"so {s.left} {s.op} {s.right} = {s.result}" for s in problem.steps)
+    return f"{steps}. #### {problem.answer}"
 
 
 Writer = Callable[[Problem, random.Random], str]
