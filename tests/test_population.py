@@ -11,13 +11,17 @@ from tinylora_lite.adapter import adapter_of
 from tinylora_lite.members import rows_belong_to
 from tinylora_lite.population import Population
 
+TASK = nano.task(train=64, validation=8, test=40)
 SETTINGS = tl.GRPOSettings(
     steps=3, prompts_per_step=4, group_size=4, max_new_tokens=nano.MAX_NEW_TOKENS, learning_rate=0.05, micro_batch=8
 )
 MEMBERS = [
     (tl.TinyLoraConfig(rank=2, u=1, n_tie=4, seed=0), replace(SETTINGS, seed=0)),
     (tl.TinyLoraConfig(rank=2, u=1, n_tie="all", seed=1), replace(SETTINGS, seed=1)),
-    (tl.TinyLoraConfig(rank=2, u=1, n_tie=1, seed=1, tying="structured"), replace(SETTINGS, seed=0, learning_rate=0.01)),
+    (
+        tl.TinyLoraConfig(rank=2, u=1, n_tie=1, seed=1, tying="structured"),
+        replace(SETTINGS, seed=0, learning_rate=0.01),
+    ),
 ]
 
 
@@ -33,9 +37,9 @@ def alone():
     for config, settings in MEMBERS:
         model, tokenizer = nano.load()
         adapter = tl.attach(model, config)
-        run = tl.train_grpo(model, tokenizer, adapter, nano.task(), settings, progress=False)
+        run = tl.train_grpo(model, tokenizer, adapter, TASK, settings, progress=False)
         score = tl.evaluate(
-            model, tokenizer, nano.task(), problems=40, batch_size=16, max_new_tokens=nano.MAX_NEW_TOKENS, seed=3
+            model, tokenizer, TASK, problems=40, batch_size=16, max_new_tokens=nano.MAX_NEW_TOKENS, seed=3
         )
         found.append((run, adapter.vectors.detach().clone(), score))
     return found
@@ -45,11 +49,11 @@ def alone():
 def together():
     model, tokenizer = nano.load()
     population = tl.attach_population(model, [config for config, _ in MEMBERS])
-    runs = tl.train_grpo(model, tokenizer, population, nano.task(), [own for _, own in MEMBERS], progress=False)
+    runs = tl.train_grpo(model, tokenizer, population, TASK, [own for _, own in MEMBERS], progress=False)
     scores = tl.evaluate(
         model,
         tokenizer,
-        nano.task(),
+        TASK,
         population=population,
         problems=40,
         batch_size=16,
@@ -92,7 +96,7 @@ def test_the_gradient_is_the_one_alone_to_float64(base, normalise):
         adapter = tl.attach(model, config)
         with torch.no_grad():
             adapter.vectors.copy_(starts[k])
-        tl.train_grpo(model, tokenizer, adapter, nano.task(), replace(settings, seed=k), progress=False)
+        tl.train_grpo(model, tokenizer, adapter, TASK, replace(settings, seed=k), progress=False)
         wanted.append(adapter.vectors.grad)
         adapter.detach()
     population = tl.attach_population(model, configs)
@@ -100,7 +104,7 @@ def test_the_gradient_is_the_one_alone_to_float64(base, normalise):
         for v, start in zip(population.vectors, starts, strict=True):
             v.copy_(start)
     members = [replace(settings, seed=k) for k in range(3)]
-    tl.train_grpo(model, tokenizer, population, nano.task(), members, progress=False)
+    tl.train_grpo(model, tokenizer, population, TASK, members, progress=False)
     for v, gradient in zip(population.vectors, wanted, strict=True):
         assert gradient.abs().max() > 1e-4
         torch.testing.assert_close(v.grad, gradient, rtol=2e-5, atol=1e-8)
@@ -113,13 +117,11 @@ def test_imitation_too_is_the_one_alone(base):
     alone = []
     for k, config in enumerate(configs):
         adapter = tl.attach(model, config)
-        run = tl.train_sft(model, tokenizer, adapter, nano.task(), replace(settings, seed=k), progress=False)
+        run = tl.train_sft(model, tokenizer, adapter, TASK, replace(settings, seed=k), progress=False)
         alone.append((run.curve("loss"), adapter.vectors.detach().clone()))
         adapter.detach()
     population = tl.attach_population(model, configs)
-    runs = tl.train_sft(
-        model, tokenizer, population, nano.task(), [replace(settings, seed=k) for k in (0, 1)], progress=False
-    )
+    runs = tl.train_sft(model, tokenizer, population, TASK, [replace(settings, seed=k) for k in (0, 1)], progress=False)
     for (losses, vectors), run, v in zip(alone, runs, population.vectors, strict=True):
         assert run.curve("loss") == pytest.approx(losses, rel=1e-4)
         torch.testing.assert_close(v.detach(), vectors, rtol=0, atol=1e-3)
@@ -200,8 +202,8 @@ def test_what_cannot_be_is_refused_and_leaves_the_model_untouched(base):
     with pytest.raises(ValueError, match="carries an adapter already"):
         tl.attach(model, one)
     with pytest.raises(ValueError, match="carries an adapter"):
-        tl.train_grpo(model, tokenizer, None, nano.task(), SETTINGS)
-    task = nano.task()
+        tl.train_grpo(model, tokenizer, None, TASK, SETTINGS)
+    task = TASK
     for settings, message in (
         ([SETTINGS], "2 members, and there are settings for 1"),
         ([SETTINGS, replace(SETTINGS, group_size=8)], "members share group_size"),

@@ -69,9 +69,7 @@ def test_what_each_writer_writes():
         "ok, then 12 + 7 = 19. then 19 * 2 = 38. then 38 - 8 = 30. so the answer is 30."
     )
     assert writers.sloppy(PROBLEM, rng).startswith("start with 12. plus 7 is ")
-    assert writers.stranger(PROBLEM, rng) == (
-        "so 12 gets 7 more has 19, 19 up 2 times has 38, 38 drops 8 has 30. #### 30"
-    )
+    assert writers.stranger(PROBLEM, rng) == "so 12 + 7 = 19, so 19 * 2 = 38, so 38 - 8 = 30. #### 30"
 
 
 def test_the_reward_of_each_writer():
@@ -117,8 +115,8 @@ def test_the_stranger_is_unlike_every_writer(drawn):
     known = {pair for writer in writers.WRITERS.values() for pair in pairs_of_words(writer)}
     found = set(pairs_of_words(writers.stranger))
     assert ("then", "n") in known
-    assert ("n", "gets") in found
-    assert found & known <= {("n", ".")}
+    # Sums are as the others write them; how an answer opens and what stands between its steps is the stranger's.
+    assert found - known == {("(start)", "so"), ("so", "n"), ("n", ","), (",", "so")}
     assert "stranger" not in writers.WRITERS
     assert not any("stranger" in shares for shares in writers.MIXTURES.values())
 

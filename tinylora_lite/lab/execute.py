@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -47,7 +48,7 @@ def execute(
     )
     deadline = None if seconds is None else time.monotonic() + seconds
     running: dict[Future[list[Record]], list[Trial]] = {}
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _one_thread) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start, (os.getpid(),)) as pool:
         try:
             while True:
                 busy = {trial for trials in running.values() for trial in trials}
@@ -75,5 +76,13 @@ def execute(
             raise
 
 
-def _one_thread() -> None:
+def _start(parent: int) -> None:
+    """A worker's first act: one thread, and an eye on the program that started it, without which its work is lost."""
     torch.set_num_threads(1)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,183 @@
+"""The lab: what is run, what is kept, which learning rate is taken, and what an interruption costs."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from tinylora_lite.cli import main
+from tinylora_lite.lab import running
+from tinylora_lite.lab.claim import Claim, Estimate, Point, Verdict
+from tinylora_lite.lab.claims import claim_of, claims
+from tinylora_lite.lab.gain import share_of_gain, smallest_reaching, verdict_between, verdict_on
+from tinylora_lite.lab.plan import MEMBERS, chosen_rate, jobs, missing, progress_of
+from tinylora_lite.lab.store import Store
+from tinylora_lite.lab.trial import Trial
+
+POINT = Point("13 random", Trial(), rates=(0.1, 0.2), seeds=3, sweep_seeds=2)
+
+
+def record(accuracy: float, parameters: int = 13) -> dict:
+    return {"parameters": parameters, "scores": {"sampled": {"accuracy": accuracy}, "greedy": {"accuracy": accuracy}}}
+
+
+def fill(store: Store, trials: list[Trial], accuracy) -> None:
+    for trial in trials:
+        store.add(trial, record(accuracy(trial) if callable(accuracy) else accuracy))
+
+
+def test_records_are_found_again_and_a_torn_line_is_run_again(tmp_path):
+    store = Store(tmp_path)
+    fill(store, [Trial(seed=0), Trial(seed=1), Trial(base="other", seed=0)], 0.123456789)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["other.jsonl", "qwen2-0.4m.jsonl"]
+    path = tmp_path / "qwen2-0.4m.jsonl"
+    path.write_text(path.read_text()[:-20])
+    again = Store(tmp_path)
+    assert Trial(seed=0) in again
+    assert Trial(seed=1) not in again
+    assert again[Trial(seed=0)]["scores"]["sampled"]["accuracy"] == 0.12346
+    fill(again, [Trial(seed=1)], 0.5)
+    assert len(Store(tmp_path)) == 3
+
+
+def test_a_record_of_unknown_settings_is_named(tmp_path):
+    (tmp_path / "qwen2-0.4m.jsonl").write_text(json.dumps({"trial": {"wings": 2}}) + "\n")
+    with pytest.raises(ValueError, match=r"qwen2-0\.4m\.jsonl holds a record .*wings"):
+        Store(tmp_path)
+
+
+def test_a_sweep_is_scored_on_validation_and_goes_on_while_the_best_rate_is_at_its_end(tmp_path):
+    store = Store(tmp_path)
+    first = missing(POINT, store)
+    assert {trial.split for trial in first} == {"validation"}
+    assert {(trial.learning_rate, trial.seed) for trial in first} == {(0.1, 0), (0.1, 1), (0.2, 0), (0.2, 1)}
+    fill(store, first, lambda trial: trial.learning_rate)  # the larger the better
+    for further in (0.4, 0.8):
+        assert chosen_rate(POINT, store) is None
+        assert {trial.learning_rate for trial in missing(POINT, store)} == {further}
+        fill(store, missing(POINT, store), lambda trial: trial.learning_rate)
+    assert chosen_rate(POINT, store) == 0.8  # two factors of two beyond 0.2, and no further
+    tests = missing(POINT, store)
+    assert {(trial.split, trial.learning_rate, trial.seed) for trial in tests} == {("test", 0.8, s) for s in range(3)}
+    fill(store, tests[:2], 0.5)
+    assert missing(POINT, store) == tests[2:]
+    fill(store, tests[2:], 0.5)
+    assert missing(POINT, store) == []
+
+
+def test_the_rate_is_the_one_of_the_best_mean_over_seeds(tmp_path):
+    store = Store(tmp_path)
+    point = replace(POINT, rates=(0.1, 0.2, 0.4))
+    score = {(0.1, 0): 0.3, (0.1, 1): 0.3, (0.2, 0): 0.6, (0.2, 1): 0.6, (0.4, 0): 0.9, (0.4, 1): 0.1}
+    fill(store, missing(point, store), lambda trial: score[trial.learning_rate, trial.seed])
+    assert chosen_rate(point, store) == 0.2
+    follower = Point("like it", Trial(projection_seed=7), seeds=1, like=point)
+    assert [trial.learning_rate for trial in missing(follower, store)] == [0.2]
+
+
+def test_trials_share_a_batch_where_a_population_can_hold_them():
+    alike = [Trial(seed=s, n_tie=n, learning_rate=r) for s in range(3) for n in (1, 4) for r in (0.1, 0.2)]
+    apart = [
+        Trial(rank=1),
+        Trial(u=2),
+        Trial(method="sft", trained_on="demonstrations: own"),
+        Trial(split="validation"),
+        Trial(precision="bf16"),
+        Trial(numbers="all weights"),
+        Trial(numbers="all weights", seed=1),
+        Trial(method="none"),
+    ]
+    found = jobs([*alike, *apart, *alike])
+    assert sorted(map(len, found)) == sorted([MEMBERS, len(alike) - MEMBERS] + [1] * len(apart))
+    with pytest.raises(ValueError, match="one by one"):
+        running.run_trials([Trial(), Trial(rank=1)])
+
+
+def test_shares_of_the_gain_and_verdicts(tmp_path):
+    store = Store(tmp_path)
+    base, full = Point("base", Trial(method="none"), seeds=2), Point("full", Trial(numbers="all weights"), seeds=2)
+    small, large = Point("small", Trial(n_tie=7), seeds=2), Point("large", Trial(n_tie=1), seeds=2)
+    for point, values in ((base, (0.2, 0.2)), (full, (0.8, 0.8)), (small, (0.49, 0.51)), (large, (0.77, 0.79))):
+        fill(store, point.tests(0.1), lambda trial, values=values: values[trial.seed])
+    share = share_of_gain(small, full, base, store)
+    assert share.mean == pytest.approx(0.5)
+    # Student's t with one degree of freedom is 12.706; the standard error of 0.49 and 0.51 is 0.01.
+    assert share.high - share.low == pytest.approx(2 * 12.706 * 0.01 / 0.6, rel=1e-3)
+    assert smallest_reaching(0.9, (small, large), full, base, store) == "large"
+    assert smallest_reaching(0.99, (small, large), full, base, store) == "none of these"
+    assert [verdict_on(Estimate(0.5, low, high, ()), 0.5) for low, high in ((0.5, 0.6), (0.4, 0.6), (0.4, 0.49))] == [
+        "reproduced",
+        "undecided",
+        "not reproduced",
+    ]
+    low, high = Estimate(0.3, 0.2, 0.4, ()), Estimate(0.7, 0.6, 0.8, ())
+    assert (verdict_between(high, low), verdict_between(low, high)) == ("reproduced", "not reproduced")
+    with pytest.raises(ValueError, match="not all runs of other"):
+        share_of_gain(Point("other", Trial(n_tie=2)), full, base, store)
+
+
+def test_every_claim_asks_for_enough_seeds_and_has_a_name_of_its_own():
+    assert [claim.name for claim in claims().values()] == list(claims())
+    for claim in claims().values():
+        assert claim.points
+        for point in claim.points:
+            assert point.seeds >= 3, (claim.name, point.label)
+            assert point.rates or point.like or point.trial.method in ("none", "noise"), (claim.name, point.label)
+
+
+CLAIM_OF_ONES_OWN = """
+from dataclasses import replace
+from tinylora_lite.lab.claims.rl_parameters import CLAIM as OTHER, THIRTEEN
+point = replace(THIRTEEN, trial=replace(THIRTEEN.trial, sigma="split"), seeds=3)
+CLAIM = replace(OTHER, name="mine", points=(point,))
+"""
+
+
+def test_a_claim_of_ones_own_comes_from_a_file(tmp_path, capsys):
+    path = tmp_path / "mine.py"
+    path.write_text(CLAIM_OF_ONES_OWN)
+    assert claim_of(str(path)).name == "mine"
+    assert main(["lab", "list", str(path), "--folder", str(tmp_path / "records"), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (row["claim"], row["recorded"], row["missing"]) == ("mine", 0, 9)  # 3 rates of 2 seeds, and 3 seeds
+    for name, message in (("nothing", "no claim named 'nothing'"), (str(tmp_path / "no.py"), "no file")):
+        assert main(["lab", "list", name]) == 1
+        assert message in capsys.readouterr().err
+    path.write_text("CLAIM = 3")
+    assert main(["lab", "list", str(path)]) == 1
+    assert "must define CLAIM" in capsys.readouterr().err
+
+
+def test_an_empty_lab_says_not_yet_run(tmp_path, capsys):
+    assert main(["lab", "table", "--folder", str(tmp_path), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {row["finding"] for row in rows} == {"not yet run"}
+    assert main(["lab", "run"]) == 1
+    assert "say which claim to run" in capsys.readouterr().err
+
+
+def test_a_claim_runs_to_its_end_and_is_not_run_twice(tmp_path, monkeypatch):
+    """With real runs of the smallest kind: one step, few problems."""
+    monkeypatch.setattr(running, "SWEEP_PROBLEMS", 4)
+    task = running.task_of("nano", "qwen2-0.4m")
+    few = replace(task, test=task.test[:6])
+    monkeypatch.setattr(running, "task_of", lambda name, base: few)
+    point = replace(POINT, trial=Trial(steps=1), rates=(0.1,), seeds=2, sweep_seeds=1)
+    claim = Claim(
+        "tiny", 0, "", "", "", (point,), draw=lambda store: None, judge=lambda store: Verdict("", "undecided")
+    )
+    monkeypatch.setattr("tinylora_lite.lab.plan.REACH", 0)
+    store = Store(tmp_path)
+    while trials := missing(point, store):
+        for members in jobs(trials):
+            for trial, found in zip(members, running.run_trials(members, tmp_path), strict=True):
+                store.add(trial, found)
+    assert progress_of(claim, Store(tmp_path)) == {"recorded": 3, "missing": 0}
+    (first, second) = point.records(store)
+    assert first["parameters"] == 13
+    assert len(first["curve"]) == 1
+    assert len(first["vectors"]) == 13
+    assert first["population"] == 2
+    assert first["curve"] != second["curve"]
+    assert {"tinylora_lite", "torch", "machine"} <= first["environment"].keys()
+    assert set(first["scores"]) == {"sampled", "greedy"}
