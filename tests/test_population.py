@@ -25,6 +25,15 @@ MEMBERS = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread_for_the_module():
+    """The fixtures below are made once, before the one of every test sets it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def base():
     return nano.load()
