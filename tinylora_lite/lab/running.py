@@ -16,6 +16,7 @@ from tinylora_lite import nano
 from tinylora_lite.adapter import attach
 from tinylora_lite.config import TinyLoraConfig, lora_xs
 from tinylora_lite.evaluate import Score, evaluate
+from tinylora_lite.evolution import ESSettings, train_es
 from tinylora_lite.fingerprint import base_fingerprint
 from tinylora_lite.grpo import train_grpo
 from tinylora_lite.grpo_settings import GRPOSettings
@@ -29,7 +30,6 @@ from tinylora_lite.population import Population, attach_population
 from tinylora_lite.runs import Run, environment
 from tinylora_lite.sft import train_sft
 from tinylora_lite.sft_settings import SFTSettings
-from tinylora_lite.tasks import Task
 from tinylora_lite.tying import find_sites
 
 SWEEP_PROBLEMS = 500
@@ -38,6 +38,8 @@ KEPT = 64
 """The most trained numbers that a record holds."""
 EVALUATE_EVERY = 10
 """Steps of SFT between its evaluations, of which its curve is made; GRPO's is the reward of its samples."""
+NEW_SKILLS = ("longer", "doubling")
+"""Tasks that a base has not learned in pretraining."""
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -60,8 +62,7 @@ def run_trials(trials: Sequence[Trial], bases: Path | None = None) -> list[Recor
         raise ValueError("these trials differ in more than a population's members may; run them one by one")
     model, _tokenizer = nano.load(first.base)
     fingerprint = base_fingerprint(model)
-    scored = task_of(first.task, first.base)
-    results = [_alone(first, scored)] if first.batch() is None else _together(trials, scored, bases)
+    results = [_alone(first, bases)] if first.batch() is None else _together(trials, bases)
     seconds = (time.perf_counter() - started) / len(trials)
     about = {"seconds": seconds, "population": len(trials), "base": fingerprint, "environment": _environment()}
     return [result | about for result in results]
@@ -94,6 +95,13 @@ def sft_settings(trial: Trial) -> SFTSettings:
     )
 
 
+def es_settings(trial: Trial) -> ESSettings:
+    """8 candidates on 32 prompts for a generation: as many completions as in a step of GRPO."""
+    return ESSettings(
+        generations=trial.steps, max_new_tokens=nano.MAX_NEW_TOKENS, sigma=trial.learning_rate, seed=trial.seed
+    )
+
+
 def config_of(trial: Trial, bases: Path | None = None) -> TinyLoraConfig:
     """The adapter of a trial; the basis of a calibrated one is made on the first call and found afterwards."""
     if trial.numbers == "LoRA-XS":
@@ -109,7 +117,7 @@ def config_of(trial: Trial, bases: Path | None = None) -> TinyLoraConfig:
     return TinyLoraConfig(**options)
 
 
-def _together(trials: Sequence[Trial], scored: Task, bases: Path | None) -> list[Record]:
+def _together(trials: Sequence[Trial], bases: Path | None) -> list[Record]:
     first = trials[0]
     model, tokenizer = nano.load(first.base)
     configs = [config_of(trial, bases) for trial in trials]
@@ -123,13 +131,13 @@ def _together(trials: Sequence[Trial], scored: Task, bases: Path | None) -> list
         else:
             shown = [sft_settings(trial) for trial in trials]
             runs = train_sft(model, tokenizer, population, task, shown, on_step=after, progress=False)
-        scores = {n: evaluate(model, tokenizer, scored, population=population, **how) for n, how in _scored(first)}
+        scores = {n: evaluate(model, tokenizer, population=population, **how) for n, how in _scored(first)}
     except FloatingPointError:
         # One member's numbers ran away, and the others must not go down with it.
         return (
             [_diverged(trials[0], population)]
             if len(trials) == 1
-            else [_together([t], scored, bases)[0] for t in trials]
+            else [_together([t], bases)[0] for t in trials]
         )
     return [
         _record(run, v.detach(), {name: found[k] for name, found in scores.items()})
@@ -137,7 +145,7 @@ def _together(trials: Sequence[Trial], scored: Task, bases: Path | None) -> list
     ]
 
 
-def _alone(trial: Trial, scored: Task) -> Record:
+def _alone(trial: Trial, bases: Path | None) -> Record:
     model, tokenizer = nano.load(trial.base)
     task = task_of(trial.trained_on or trial.task, trial.base)
     run, v = Run(trial.method, {"seed": trial.seed}, trial.numbers, 0, task.name), torch.zeros(0)
@@ -148,6 +156,12 @@ def _alone(trial: Trial, scored: Task) -> Record:
             adapter.vectors.copy_(noise * (trial.learning_rate / noise.norm()))
         v = adapter.vectors.detach()
         run.parameters = adapter.num_parameters
+    elif trial.method == "es":
+        config = config_of(trial, bases)
+        run, v = train_es(model, tokenizer, config, task, es_settings(trial), progress=False)
+        adapter = attach(model, config)
+        with torch.no_grad():
+            adapter.vectors.copy_(v)
     elif trial.numbers == "LoRA":
         settings = grpo_settings(trial) if trial.method == "grpo" else sft_settings(trial)
         run = train_lora(model, tokenizer, task, settings, rank=trial.rank)
@@ -155,15 +169,20 @@ def _alone(trial: Trial, scored: Task) -> Record:
         run = train_grpo(model, tokenizer, None, task, grpo_settings(trial), progress=False)
     elif trial.method == "sft":
         run = train_sft(model, tokenizer, None, task, sft_settings(trial), progress=False)
-    return _record(run, v, {name: evaluate(model, tokenizer, scored, **how) for name, how in _scored(trial)})
+    return _record(run, v, {name: evaluate(model, tokenizer, **how) for name, how in _scored(trial)})
 
 
 def _scored(trial: Trial) -> list[tuple[str, dict[str, Any]]]:
-    """How a trained model is scored: sampled and greedy on the whole test split, sampled on part of the validation."""
+    """How a trained model is scored: sampled and greedy on the whole test split, sampled on part of the validation.
+
+    What was trained for another skill is scored on the plain task too: did it forget the old one?
+    """
     options: dict[str, Any] = {"split": trial.split, "max_new_tokens": nano.MAX_NEW_TOKENS, "seed": trial.seed}
+    scored = options | {"task": task_of(trial.task, trial.base)}
     if trial.split == "validation":
-        return [("sampled", options | {"problems": SWEEP_PROBLEMS})]
-    return [("sampled", options), ("greedy", options | {"temperature": 0.0})]
+        return [("sampled", scored | {"problems": SWEEP_PROBLEMS})]
+    old = [("old skill", options | {"task": task_of("nano", trial.base)})] if trial.task in NEW_SKILLS else []
+    return [("sampled", scored), ("greedy", scored | {"temperature": 0.0}), *old]
 
 
 def _rounding(population: Population, precision: str) -> Callable[[list[Run]], None] | None:
@@ -188,14 +207,16 @@ def _diverged(trial: Trial, population: Population) -> Record:
 
 
 def _record(run: Run, v: Tensor, scores: dict[str, Score]) -> Record:
-    curve = run.curve("reward") if run.method == "grpo" else []
+    sampled = run.steps if run.method in ("grpo", "es") else []
     return {
         "parameters": run.parameters,
         "scores": {name: score.details() for name, score in scores.items()},
-        "curve": [round(value, 4) for value in curve],
+        "curve": [round(row["reward"], 4) for row in sampled],
+        "lengths": [round(row.get("length", 0.0), 2) for row in sampled],
         "loss": [round(row["loss"], 4) for row in run.steps] if run.method == "sft" else [],
         "evaluations": [[row["step"], row["accuracy"]] for row in run.evaluations],
         "tokens": sum(row.get("length", 0.0) for row in run.steps),
+        "training_seconds": run.seconds,
         "norm": run.steps[-1].get("norm", 0.0) if run.steps else float(v.norm()),
         "vectors": v.flatten().tolist() if v.numel() <= KEPT else [],
     }

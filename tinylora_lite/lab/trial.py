@@ -37,7 +37,7 @@ class Trial:
         trained_on: another task to train on, where it is not the one that is scored.
         calibration: how the basis of calibrated numbers is made, by a name of :mod:`tinylora_lite.lab.bases`.
         steps: updates.
-        learning_rate: of Adam at the first step; it falls linearly to zero.
+        learning_rate: of Adam at the first step; it falls linearly to zero. With ``"es"`` it is CMA-ES's first sigma.
         seed: moves the order of the problems and the sampling.
         projection_seed: moves P and the calibration; ``None`` moves them with ``seed``.
         split: what the result is scored on: ``"validation"`` in a sweep, ``"test"`` in a report.

@@ -1,0 +1,107 @@
+"""Are gradients needed? GRPO beside an evolution strategy on the same few numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from tinylora_lite import plot
+from tinylora_lite.lab.claim import Claim, Point, Verdict
+from tinylora_lite.lab.claims.rl_parameters import BASE
+from tinylora_lite.lab.running import grpo_settings
+from tinylora_lite.lab.shapes import around, calibrated_numbers, random_numbers
+from tinylora_lite.lab.store import Record, Store
+
+SEEDS = 3
+GENERATIONS = 60
+"""Three times the samples of GRPO's twenty steps: its curve shows what as many bring, and what more do."""
+
+
+def by_gradients(point: Point) -> Point:
+    """A shape trained by GRPO: the runs of its claim, of which three seeds are enough here."""
+    return replace(point, seeds=SEEDS)
+
+
+def by_evolution(point: Point, sigma: float) -> Point:
+    """The same numbers by CMA-ES, its first sigma swept as learning rates are."""
+    trial = replace(point.trial, method="es", steps=GENERATIONS)
+    return replace(point, trial=trial, rates=around(sigma), seeds=SEEDS, sweep_seeds=1)
+
+
+SHAPES = {
+    "13 calibrated": (calibrated_numbers(13), 0.1, "calibrated"),
+    "13 random": (random_numbers(4), 0.05, "tinylora"),
+    "4 random": (random_numbers(13), 0.05, "lora"),
+}
+PAIRS = {label: (by_gradients(point), by_evolution(point, sigma)) for label, (point, sigma, _) in SHAPES.items()}
+
+
+def tokens_sampled(record: Record) -> list[float]:
+    """After each step, of all completions; a step of GRPO and a generation have equally many."""
+    settings = grpo_settings(BASE.trial)
+    return list(np.cumsum(record["lengths"]) * settings.prompts_per_step * settings.group_size)
+
+
+def seconds_spent(record: Record) -> list[float]:
+    """After each step: a run's share of its population's time, evaluations left out."""
+    return list(np.linspace(0, record["training_seconds"], len(record["curve"]) + 1)[1:])
+
+
+@plot.style()
+def draw(store: Store) -> Figure:
+    """The reward of a step's samples against tokens sampled and against seconds; thin seeds, thick means."""
+    drawn = Figure(figsize=(plot.WIDTH, 3.9))
+    panels: Sequence[Axes] = drawn.subplots(1, 2, sharey=True)
+    for axes, measure in zip(panels, (tokens_sampled, seconds_spent), strict=True):
+        for label, pair in PAIRS.items():
+            for point, line, how in zip(pair, ("-", ":"), ("GRPO", "ES"), strict=True):
+                records, colour = point.records(store), plot.METHODS[SHAPES[label][2]].colour
+                for record in records:
+                    axes.plot(measure(record), record["curve"], line, color=colour, lw=0.7, alpha=0.4)
+                if records:
+                    means = [np.mean([m(r) for r in records], axis=0) for m in (measure, lambda r: r["curve"])]
+                    axes.plot(*means, line, color=colour, label=f"{how}, {label}")
+        estimate = BASE.estimate(store)
+        if estimate is not None:
+            axes.axhline(estimate.mean, ls="--", lw=1.2, color=plot.INK, label=plot.METHODS["base"].label)
+    panels[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+    panels[0].xaxis.set_major_formatter(FuncFormatter(lambda value, _: plot.human(value) if value else "0"))
+    panels[0].set(xlabel="tokens sampled", ylabel="mean reward of the samples")
+    panels[1].set_xlabel("seconds on one core")
+    drawn.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    return drawn
+
+
+def judge(store: Store) -> Verdict:
+    """Test accuracy by either, with what the strategy spent to get there."""
+    parts = []
+    for label, pair in PAIRS.items():
+        gradients, evolution = (point.estimate(store) for point in pair)
+        assert gradients is not None
+        assert evolution is not None
+        tokens, seconds = (
+            np.mean([f(r)[-1] for r in pair[1].records(store)]) / np.mean([f(r)[-1] for r in pair[0].records(store)])
+            for f in (tokens_sampled, seconds_spent)
+        )
+        parts.append(
+            f"{label} numbers: {gradients.as_percent()} by GRPO, {evolution.as_percent()} by CMA-ES on {tokens:.1f} "
+            f"times its tokens in {seconds:.1f} times its seconds"
+        )
+    return Verdict("; ".join(parts) + ".", "not in the paper")
+
+
+CLAIM = Claim(
+    name="gradients",
+    order=12,
+    title="Few numbers can be trained without gradients.",
+    paper="Nothing: every run of the paper follows a policy gradient.",
+    where="left open",
+    points=(BASE, *(point for pair in PAIRS.values() for point in pair)),
+    draw=draw,
+    judge=judge,
+)
