@@ -51,8 +51,8 @@ def against_numbers(series: Sequence[Series], store: Store, base: Point, score: 
             label=label or look.label,
         )  # fmt: skip
     plot.count_axis(axes, 1, largest)
-    _base_line(axes, base, store, score)
-    _percent(axes, "accuracy on the test set")
+    base_line(axes, base, store, score)
+    percent(axes, "accuracy on the test set")
     axes.set_xlabel("numbers trained")
     axes.legend(loc="lower right", fontsize=8)
     return drawn
@@ -105,7 +105,8 @@ def side_by_side(
     return drawn
 
 
-def _base_line(axes: Axes, base: Point, store: Store, score: str) -> None:
+def base_line(axes: Axes, base: Point, store: Store, score: str = "sampled") -> None:
+    """The untouched base, a dashed line across, where it was run."""
     estimate = base.estimate(store, score)
     if estimate is not None:
         axes.axhline(estimate.mean, ls="--", lw=1.2, color=plot.INK)
@@ -113,6 +114,7 @@ def _base_line(axes: Axes, base: Point, store: Store, score: str) -> None:
                       xycoords=("axes fraction", "data"), ha="left", va="top", fontsize=8)  # fmt: skip
 
 
-def _percent(axes: Axes, label: str) -> None:
+def percent(axes: Axes, label: str) -> None:
+    """Shares on the vertical axis, as percents."""
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
     axes.set_ylabel(label)

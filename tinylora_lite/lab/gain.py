@@ -51,3 +51,25 @@ def verdict_between(claimed_higher: Estimate, claimed_lower: Estimate) -> Findin
     if claimed_higher.low > claimed_lower.high:
         return "reproduced"
     return "not reproduced" if claimed_higher.high < claimed_lower.low else "undecided"
+
+
+def difference(first: Point, second: Point, store: Store) -> Estimate:
+    """How much more accurate the first shape is than the second, seed by seed.
+
+    A seed moves data, sampling and P alike in both, so that pairs differ by less than the shapes do.
+
+    Raises:
+        ValueError: fewer than two seeds of both were run.
+    """
+    found = [point.estimate(store) for point in (first, second)]
+    if None in found:
+        raise ValueError(f"not all runs of {first.label} and {second.label} are there; run the claim first")
+    pairs = zip(*(estimate.values for estimate in found if estimate is not None), strict=False)
+    return Estimate.of_differences([a - b for a, b in pairs])
+
+
+def verdict_on_difference(claimed_higher_by: Estimate) -> Finding:
+    """Whether a difference that the paper says is positive lies above zero, below it, or holds both sides of it."""
+    if claimed_higher_by.low > 0:
+        return "reproduced"
+    return "not reproduced" if claimed_higher_by.high < 0 else "undecided"

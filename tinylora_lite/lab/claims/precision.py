@@ -1,0 +1,83 @@
+"""The precision of v: at equal counts, as the paper compares, and at equal bytes, as its axis says. Figure 4."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from tinylora_lite import plot
+from tinylora_lite.lab.claim import Claim, Verdict
+from tinylora_lite.lab.claims.rl_parameters import BASE, FULL, RANDOM
+from tinylora_lite.lab.figures import base_line, percent
+from tinylora_lite.lab.gain import difference, verdict_on_difference
+from tinylora_lite.lab.store import Store
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+COUNTS = {13: RANDOM[4], 25: RANDOM[5], 49: RANDOM[6], 98: RANDOM[7]}
+POINTS = {
+    precision: {
+        count: point
+        if precision == "fp32"
+        else replace(
+            point,
+            label=f"{point.label}, {precision}",
+            trial=replace(point.trial, precision=precision),
+            seeds=3,
+            sweep_seeds=1,
+        )
+        for count, point in COUNTS.items()
+    }
+    for precision in BYTES
+}
+LOOKS = {"fp32": "tinylora", "bf16": "lora", "fp16": "calibrated"}
+
+
+@plot.style()
+def draw(store: Store) -> Figure:
+    """Accuracy against the count of numbers, and against their bytes."""
+    drawn = Figure(figsize=(plot.WIDTH, 3.4))
+    panels = drawn.subplots(1, 2, sharey=True)
+    for axes, unit in zip(panels, ("numbers", "bytes"), strict=True):
+        for precision, points in POINTS.items():
+            look = plot.METHODS[LOOKS[precision]]
+            rows = [(n, estimate) for n, point in points.items() if (estimate := point.estimate(store)) is not None]
+            if not rows:
+                continue
+            x = [n * (BYTES[precision] if unit == "bytes" else 1) for n, _ in rows]
+            means = np.array([e.mean for _, e in rows])
+            spread = np.abs(np.array([[e.low, e.high] for _, e in rows]).T - means)
+            for place, (_, e) in zip(x, rows, strict=True):
+                axes.plot([place] * len(e.values), e.values, ".", color=look.colour, ms=4, alpha=0.5)
+            line = look.marker + look.line
+            axes.errorbar(x, means, spread, fmt=line, color=look.colour, capsize=2.5, label=precision)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.set_xlabel(unit)
+        base_line(axes, BASE, store)
+    percent(panels[0], "accuracy on the test set")
+    panels[0].legend(loc="upper left", fontsize=8)
+    return drawn
+
+
+def judge(store: Store) -> Verdict:
+    """fp32 against bf16 where both have as many bytes: 49 numbers against 98."""
+    by_count = {n: difference(POINTS["fp32"][n], POINTS["bf16"][n], store) for n in COUNTS}
+    by_bytes = difference(POINTS["fp32"][49], POINTS["bf16"][98], store)
+    ours = "; ".join(f"fp32 over bf16 at {n} numbers by {gap.as_points()}" for n, gap in by_count.items())
+    ours += f"; at 196 bytes (49 in fp32, 98 in bf16) by {by_bytes.as_points()}."
+    return Verdict(ours, verdict_on_difference(by_bytes))
+
+
+CLAIM = Claim(
+    name="precision",
+    order=7,
+    title="Bit for bit, fp32 is the best way to store the numbers.",
+    paper="83.0 against 80.7 % with 63 numbers; the axis says bytes, its positions are counts.",
+    where="Figure 4 and section 6.5",
+    points=(BASE, FULL, *(point for points in POINTS.values() for point in points.values())),
+    draw=draw,
+    judge=judge,
+)

@@ -1,0 +1,56 @@
+"""The frozen rank: how many singular directions an adapter should stand on. Figure 7 of the paper."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from matplotlib.figure import Figure
+
+from tinylora_lite.lab.claim import Claim, Point, Verdict
+from tinylora_lite.lab.claims.rl_parameters import BASE, FULL
+from tinylora_lite.lab.figures import side_by_side
+from tinylora_lite.lab.gain import difference, verdict_on_difference
+from tinylora_lite.lab.shapes import around, random_numbers
+from tinylora_lite.lab.store import Store
+
+RANKS = (1, 2, 4, 8, 16)
+
+
+def at(rank: int, n_tie: int) -> Point:
+    """One number to each group, on ``rank`` directions; the entries of P sum over more of them as r grows."""
+    rate = {1: 0.2, 2: 0.1, 4: 0.05, 8: 0.025, 16: 0.0125}[rank]
+    point = random_numbers(n_tie, rank=rank, rate=rate)
+    # Rank 2 is the accuracy claim's own point, of which the records are there.
+    return replace(point, label=f"r = {rank}", rates=around(rate))
+
+
+THIRTEEN = {rank: at(rank, 4) for rank in RANKS}
+FORTY_NINE = {rank: at(rank, 1) for rank in RANKS}
+
+
+def draw(store: Store) -> Figure:
+    """Accuracy by rank, at 13 and at 49 numbers."""
+    groups = (("13 numbers,", list(THIRTEEN.values())), ("49 numbers,", list(FORTY_NINE.values())))
+    return side_by_side(groups, store, BASE, full=FULL)
+
+
+def judge(store: Store) -> Verdict:
+    """Rank 2 against rank 16, at both counts; the claim needs both."""
+    found = {n: difference(points[2], points[16], store) for n, points in ((13, THIRTEEN), (49, FORTY_NINE))}
+    to_one = difference(FORTY_NINE[2], FORTY_NINE[1], store)
+    ours = "; ".join(f"{n} numbers: r = 2 over r = 16 by {e.as_points()}" for n, e in found.items())
+    verdicts = {verdict_on_difference(estimate) for estimate in found.values()}
+    ours += f". With 49 numbers r = 2 over r = 1 by {to_one.as_points()}."
+    return Verdict(ours, verdicts.pop() if len(verdicts) == 1 else "undecided")
+
+
+CLAIM = Claim(
+    name="rank",
+    order=3,
+    title="The frozen rank should be small: two directions are better than many.",
+    paper="Qwen2.5-3B, u = 1: 80, 82, 81, 78, 75 % at r = 1, 2, 4, 16, 64; one run each.",
+    where="Figure 7 and section 6.4",
+    points=(BASE, FULL, *THIRTEEN.values(), *FORTY_NINE.values()),
+    draw=draw,
+    judge=judge,
+)
