@@ -51,15 +51,18 @@ def execute(
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start, (os.getpid(),)) as pool:
         try:
             while True:
-                busy = {trial for trials in running.values() for trial in trials}
-                wanted = [trial for claim in claims for point in claim.points for trial in missing(point, store)]
-                queue = jobs(trial for trial in wanted if trial not in busy)
+                taken = {trial for trials in running.values() for trial in trials}
+                queue: list[list[Trial]] = []
+                for claim in claims:
+                    wanted = dict.fromkeys(trial for point in claim.points for trial in missing(point, store))
+                    queue += jobs(trial for trial in wanted if trial not in taken)
+                    taken |= wanted.keys()
                 late = deadline is not None and time.monotonic() > deadline
                 while queue and len(running) < workers and not late:
                     trials = queue.pop(0)
                     running[pool.submit(run_trials, trials, bases)] = trials
                 if not running:
-                    return not wanted
+                    return not queue
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     trials = running.pop(future)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +12,11 @@ from matplotlib.ticker import FuncFormatter
 
 from tinylora_lite import plot
 from tinylora_lite.lab.claim import Point
+from tinylora_lite.lab.gain import share_of_gain
 from tinylora_lite.lab.store import Store
+
+COLOURS = ("tinylora", "lora", "calibrated", "lora_xs", "full")
+"""Keys of ``plot.METHODS`` whose looks tell bases apart, where a figure compares those and not methods."""
 
 
 class Series(NamedTuple):
@@ -102,6 +106,43 @@ def side_by_side(
     axes.set_xlabel("accuracy on the test set")
     axes.grid(True, axis="x")
     axes.grid(False, axis="y")
+    return drawn
+
+
+@plot.style()
+def share_against_numbers(
+    ladders: Mapping[str, Mapping[str, Point]], rungs: Sequence[str], store: Store, marks: Sequence[float]
+) -> Figure:
+    """The share of all weights' gain against how many numbers were trained, a line for each base.
+
+    Args:
+        ladders: for each base, by the label that it gets, its points by name; ``"base"`` and ``"all weights"`` among
+            them. A base without these two is left out.
+        rungs: the points that are drawn.
+        store: the records.
+        marks: shares that get a line across.
+    """
+    drawn, axes = plot.figure(3.6)
+    for (label, points), method in zip(ladders.items(), COLOURS, strict=False):
+        floor, ceiling, look = points["base"], points["all weights"], plot.METHODS[method]
+        if floor.estimate(store) is None or ceiling.estimate(store) is None:
+            continue
+        run = [points[name] for name in rungs if points[name].estimate(store) is not None]
+        shares = [share_of_gain(point, ceiling, floor, store) for point in run]
+        counts = [point.records(store)[0]["parameters"] for point in run]
+        for count, share in zip(counts, shares, strict=True):
+            axes.plot([count] * len(share.values), share.values, ".", color=look.colour, ms=4, alpha=0.5)
+        axes.errorbar(
+            counts, [share.mean for share in shares],
+            [[share.mean - share.low for share in shares], [share.high - share.mean for share in shares]],
+            fmt=look.marker + look.line, color=look.colour, elinewidth=1.2, capsize=2.5, label=label,
+        )  # fmt: skip
+    for mark in marks:
+        axes.axhline(mark, ls=":", lw=1.0, color=plot.INK)
+    plot.count_axis(axes, 1, 20_000)
+    axes.set_xlabel("numbers trained")
+    percent(axes, "share of all weights' gain")
+    axes.legend(loc="lower right", fontsize=8)
     return drawn
 
 

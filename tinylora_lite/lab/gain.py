@@ -73,3 +73,43 @@ def verdict_on_difference(claimed_higher_by: Estimate) -> Finding:
     if claimed_higher_by.low > 0:
         return "reproduced"
     return "not reproduced" if claimed_higher_by.high < 0 else "undecided"
+
+
+def smallest_count(
+    share: float, ladder: Sequence[Point], full: Point, base: Point, store: Store, draws: int = 2000
+) -> tuple[int, int, int]:
+    """The fewest numbers that recover a share of the full gain, with a 95 % interval by the bootstrap over seeds.
+
+    Every draw takes seeds of every shape, of ceiling and floor with replacement, and the first rung whose mean is high
+    enough; all weights are the last rung and reach any share.
+
+    Args:
+        share: of the gain of all weights.
+        ladder: shapes from few numbers to many.
+        full: the ceiling.
+        base: the floor.
+        store: holds all their runs.
+        draws: of the bootstrap.
+
+    Returns:
+        The count by the means, and the low and the high end of the interval.
+
+    Raises:
+        ValueError: fewer than two seeds of any shape were run.
+    """
+    rungs = [base, *ladder, full]
+    found = [point.estimate(store) for point in rungs]
+    if None in found:
+        raise ValueError("not all runs of the ladder are there; run the claim first")
+    values = [np.array(estimate.values) for estimate in found if estimate is not None]
+    counts = [int(point.records(store)[0]["parameters"]) for point in rungs[1:]]
+    rng = np.random.default_rng(0)
+
+    def first(means: list[float]) -> int:
+        floor, ceiling = means[0], means[-1]
+        reached = (mean - floor >= share * (ceiling - floor) for mean in means[1:])
+        return next(count for count, enough in zip(counts, reached, strict=True) if enough)
+
+    drawn = [first([rng.choice(v, len(v)).mean() for v in values]) for _ in range(draws)]
+    low, high = np.percentile(drawn, (2.5, 97.5), method="nearest")
+    return first([float(v.mean()) for v in values]), int(low), int(high)

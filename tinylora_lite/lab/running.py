@@ -121,7 +121,7 @@ def _together(trials: Sequence[Trial], bases: Path | None) -> list[Record]:
     first = trials[0]
     model, tokenizer = nano.load(first.base)
     configs = [config_of(trial, bases) for trial in trials]
-    factors = factors_along(model, first) if first.directions != "leading" else None
+    factors = factors_along(model, tokenizer, first) if first.directions != "leading" else None
     population = attach_population(model, configs, factors=factors)
     task, after = task_of(first.trained_on or first.task, first.base), _rounding(population, first.precision)
     try:

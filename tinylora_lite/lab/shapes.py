@@ -61,3 +61,31 @@ def by_imitation(point: Point, demonstrations: str) -> Point:
     """The same numbers, trained by SFT on demonstrations of a kind: ``"stranger"``, ``"careful"`` or ``"own"``."""
     trial = replace(point.trial, method="sft", trained_on=f"demonstrations: {demonstrations}", steps=60)
     return replace(point, trial=trial)
+
+
+def ladder_on(base: str, seeds: int = 5) -> dict[str, Point]:
+    """The shapes that compare bases, from few numbers to all weights; on the lab's own base those of its first claim.
+
+    Args:
+        base: a shipped base of 49 modules.
+        seeds: reported of each shape.
+    """
+    points = {
+        "base": untouched(base),
+        "4 random": random_numbers(13, base=base),
+        "13 random": random_numbers(4, base=base),
+        "49 random": random_numbers(1, base=base),
+        "98 random": random_numbers(1, u=2, base=base),
+        "196 LoRA-XS": lora_xs_numbers(2, base),
+        "784 LoRA-XS": lora_xs_numbers(4, base),
+        "LoRA, r = 1": lora_numbers(1, base),
+        "all weights": all_weights(base),
+        "13 calibrated": calibrated_numbers(13, base),
+    }
+    if base == BASE:
+        return points
+    return {name: replace(point, sweep_seeds=1, seeds=seeds) for name, point in points.items()}
+
+
+RUNGS = ("4 random", "13 random", "49 random", "98 random", "196 LoRA-XS", "784 LoRA-XS", "LoRA, r = 1")
+"""Of :func:`ladder_on`, those that a smallest update is looked for among."""

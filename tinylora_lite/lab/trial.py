@@ -30,8 +30,7 @@ class Trial:
         n_tie: modules that share one.
         tying: ``"tiled"``, ``"structured"``, or ``"attention, MLP"``: one vector for each of the two.
         sigma: where Σ stands.
-        directions: which singular directions are kept: ``"leading"``, ``"middle"``, ``"trailing"``, or ``"rotated"``:
-            random orthonormal ones, scaled as the leading.
+        directions: which singular directions are kept, by a name of :mod:`tinylora_lite.lab.directions`.
         precision: of v after each update: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
         task: a task of :mod:`tinylora_lite.lab.tasks`; what is trained on, and what the result is scored on.
         trained_on: another task to train on, where it is not the one that is scored.

@@ -54,7 +54,7 @@ def lenient(point: Point, store: Store) -> Estimate:
 
 def draw(store: Store) -> Figure:
     """Trained numbers above what should not reach them."""
-    groups = [("", (BASE, HEADER))]
+    groups: list[tuple[str, tuple[Point, ...]]] = [("", (BASE, HEADER))]
     groups += [(f"13 {kind}:", (SHOWN[kind], *OTHERS[kind], *NOISE[kind])) for kind in TRAINED]
     return side_by_side(groups, store, BASE, full=FULL)
 
@@ -83,7 +83,7 @@ def judge(store: Store) -> Verdict:
 
 CLAIM = Claim(
     name="controls",
-    order=9,
+    order=15,
     title="The gain is of training on right answers, and of nothing else.",
     paper="No controls.",
     where="left open",

@@ -97,7 +97,7 @@ def judge(store: Store) -> Verdict:
 
 CLAIM = Claim(
     name="gradients",
-    order=12,
+    order=17,
     title="Few numbers can be trained without gradients.",
     paper="Nothing: every run of the paper follows a policy gradient.",
     where="left open",

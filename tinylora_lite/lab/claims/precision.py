@@ -73,7 +73,7 @@ def judge(store: Store) -> Verdict:
 
 CLAIM = Claim(
     name="precision",
-    order=7,
+    order=8,
     title="Bit for bit, fp32 is the best way to store the numbers.",
     paper="83.0 against 80.7 % with 63 numbers; the axis says bytes, its positions are counts.",
     where="Figure 4 and section 6.5",

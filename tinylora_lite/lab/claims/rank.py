@@ -46,7 +46,7 @@ def judge(store: Store) -> Verdict:
 
 CLAIM = Claim(
     name="rank",
-    order=3,
+    order=4,
     title="The frozen rank should be small: two directions are better than many.",
     paper="Qwen2.5-3B, u = 1: 80, 82, 81, 78, 75 % at r = 1, 2, 4, 16, 64; one run each.",
     where="Figure 7 and section 6.4",

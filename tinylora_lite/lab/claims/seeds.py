@@ -104,7 +104,7 @@ def judge(store: Store) -> Verdict:
 
 CLAIM = Claim(
     name="seeds",
-    order=8,
+    order=9,
     title="The draw of P matters, and the fewer the numbers the more.",
     paper="Means over three seeds without intervals; whether P's seed is among what they move is not said.",
     where="left open",

@@ -16,8 +16,13 @@ from tinylora_lite.lab.shapes import all_weights, calibrated_numbers, lora_numbe
 from tinylora_lite.lab.store import Store
 
 SKILLS = {"longer": "chains of 5 and 6 steps", "doubling": "an unknown operation"}
-OLD = {"13 random": rl.THIRTEEN, "13 calibrated": rl.CALIBRATED[-1], "196 LoRA-XS": rl.LORA_XS[1]}
-LOOKS = {"13 random": "tinylora", "13 calibrated": "calibrated", "196 LoRA-XS": "lora_xs", "LoRA": "lora", "all": "full"}
+LOOKS = {
+    "13 random": "tinylora",
+    "13 calibrated": "calibrated",
+    "196 LoRA-XS": "lora_xs",
+    "LoRA": "lora",
+    "all": "full",
+}
 
 
 def taught(point: Point, skill: str) -> Point:
@@ -93,7 +98,7 @@ def judge(store: Store) -> Verdict:
 
 CLAIM = Claim(
     name="teaching",
-    order=10,
+    order=16,
     title="Few numbers elicit what a model knows and cannot teach it what it does not.",
     paper="Conjectured: the knowledge may already be there, and only the style of the answer changes.",
     where="section 7",

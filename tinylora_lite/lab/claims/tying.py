@@ -67,7 +67,7 @@ def judge(store: Store) -> Verdict:
 
 CLAIM = Claim(
     name="tying",
-    order=4,
+    order=5,
     title="At an equal count, more groups of modules are worth more than longer vectors.",
     paper=(
         "Qwen2.5-3B: 62 against 60 % with 4 numbers, 68 against 64 % with 16, 79 against 74 % with 256; tiled 1 to 6 "

@@ -1,0 +1,56 @@
+"""The larger the model, the fewer numbers it needs: Figures 3 and 6 of the paper."""
+
+from __future__ import annotations
+
+from matplotlib.figure import Figure
+
+from tinylora_lite.lab.claim import Claim, Verdict
+from tinylora_lite.lab.figures import share_against_numbers
+from tinylora_lite.lab.gain import share_of_gain, smallest_count, verdict_between
+from tinylora_lite.lab.shapes import RUNGS, ladder_on
+from tinylora_lite.lab.store import Store
+from tinylora_lite.lab.trial import BASE
+
+SIZES = {BASE: "0.4M", "qwen2-1m": "1.2M"}
+"""Bases by one recipe, from small to large."""
+LADDERS = {base: ladder_on(base) for base in SIZES}
+SHARE = 0.95
+
+
+def draw(store: Store) -> Figure:
+    """The share of the full gain against the numbers trained, a line for each size."""
+    ladders = {f"{SIZES[base]} weights": ladder for base, ladder in LADDERS.items()}
+    return share_against_numbers(ladders, RUNGS, store, (SHARE,))
+
+
+def judge(store: Store) -> Verdict:
+    """The smallest update for 95 % at each size, and thirteen numbers' share at the smallest and the largest."""
+    found = {
+        base: smallest_count(SHARE, [ladder[name] for name in RUNGS], ladder["all weights"], ladder["base"], store)
+        for base, ladder in LADDERS.items()
+    }
+    thirteen = {
+        base: share_of_gain(ladder["13 random"], ladder["all weights"], ladder["base"], store)
+        for base, ladder in LADDERS.items()
+    }
+    ours = "; ".join(
+        f"{SIZES[base]}: {n:,} numbers [{low:,}, {high:,}] for {SHARE:.0%}, 13 recover {thirteen[base].as_percent()}"
+        for base, (n, low, high) in found.items()
+    )
+    smallest, *_, largest = thirteen.values()
+    return Verdict(ours + ".", verdict_between(largest, smallest))
+
+
+CLAIM = Claim(
+    name="size",
+    order=10,
+    title="The larger the model, the fewer numbers it needs.",
+    paper=(
+        "95 % of the best: 549,888 numbers at 0.5B, 50,176 at 1.5B, 4,032 at 3B, 49 at 7B; the axis that says model "
+        "size is a LoRA's."
+    ),
+    where="Figures 3 and 6, section 6.2",
+    points=tuple(point for ladder in LADDERS.values() for point in ladder.values()),
+    draw=draw,
+    judge=judge,
+)
