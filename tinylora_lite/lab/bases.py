@@ -6,14 +6,26 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from tinylora_lite import nano
+from tinylora_lite.adapter import attach
 from tinylora_lite.basis import Basis, load_basis, save_basis
 from tinylora_lite.calibrate import calibrate
+from tinylora_lite.config import TinyLoraConfig
 from tinylora_lite.evaluate import evaluate
+from tinylora_lite.fingerprint import base_fingerprint
+from tinylora_lite.grpo import draw_prompts
+from tinylora_lite.grpo_settings import GRPOSettings
 from tinylora_lite.lab.trial import Trial
+from tinylora_lite.sampler import completion_logprobs
+from tinylora_lite.sft import encode_solutions
 from tinylora_lite.tasks import Example, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CACHE = "TINYLORA_CACHE"
 """The environment variable that names another folder than ``~/.cache/tinylora_lite``."""
@@ -31,33 +43,75 @@ def calibrated_basis(trial: Trial, folder: Path | None = None) -> Basis:
     """The basis of a calibrated trial, from the seed ``trial.p_seed``; it is made on the first call and kept.
 
     ``trial.calibration`` holds what is not at its default, as ``"problems=32, task=adding"``: ``problems``, ``looks``,
-    ``task`` (calibrated on) and ``base`` (of the same shape).
+    ``task`` (calibrated on), ``base`` (of the same shape) and ``gradients``: of imitating a kind of demonstrations,
+    where they are not those of the reward.
 
     Raises:
         ValueError: a setting of the calibration is not known.
     """
     options = calibration_of(trial.calibration)
     base = options.pop("base", trial.base)
-    task = options.pop("task", "nano")
+    task, writer = options.pop("task", "nano"), options.pop("gradients", "")
     name = "-".join([f"r{trial.rank}", trial.sigma, *trial.calibration.replace("=", "").split(", "), str(trial.p_seed)])
     path = (folder or cache_folder()) / trial.base / f"{name}.safetensors"
     if not path.exists():
         from tinylora_lite.lab.tasks import task_of  # which needs this module for a base's own answers
 
         model, tokenizer = nano.load(base)
-        basis = calibrate(
-            model,
-            tokenizer,
-            task_of(task, base),
-            rank=trial.rank,
-            sigma=trial.sigma,
-            seed=trial.p_seed,
-            max_new_tokens=nano.MAX_NEW_TOKENS,
-            **options,
-        )
+        if writer:
+            shown = task_of(f"demonstrations: {writer}", base)
+            basis = imitated_basis(model, tokenizer, shown, trial, **options)
+        else:
+            basis = calibrate(
+                model,
+                tokenizer,
+                task_of(task, base),
+                rank=trial.rank,
+                sigma=trial.sigma,
+                seed=trial.p_seed,
+                max_new_tokens=nano.MAX_NEW_TOKENS,
+                **options,
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         save_basis(basis, path)
     return load_basis(path)
+
+
+def imitated_basis(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    trial: Trial,
+    *,
+    problems: int = 384,
+    directions: int = 13,
+) -> Basis:
+    """The leading singular vectors of the gradients of imitation, one for each worked answer of the task.
+
+    What :func:`~tinylora_lite.calibrate.calibrate` does in its first look, with SFT's loss in place of GRPO's: which of
+    the two tells numbers where to point?
+    """
+    config = TinyLoraConfig(rank=trial.rank, u=trial.rank**2, sigma=trial.sigma, projection="identity")
+    examples = draw_prompts(task.train, GRPOSettings(prompts_per_step=problems, seed=trial.p_seed), 0)
+    adapter = attach(model, config)
+    try:
+        gradients = []
+        for example in examples:
+            rows = encode_solutions(tokenizer, task, [example])
+            loss = -(completion_logprobs(model, rows) * rows.completion_mask).sum()
+            gradients.append(torch.autograd.grad(loss, adapter.vectors)[0].flatten())
+        _, _, axes = torch.linalg.svd(torch.stack(gradients), full_matrices=False)
+    finally:
+        adapter.detach()
+    about = {
+        "method": "singular vectors of gradients of imitation",
+        "base": base_fingerprint(model),
+        "task": task.name,
+        "problems": problems,
+        "seed": trial.p_seed,
+    }
+    shape = (directions, len(adapter.names), trial.rank, trial.rank)
+    return Basis(axes[:directions].reshape(shape).contiguous(), adapter.names, trial.sigma, about)
 
 
 def calibration_of(text: str) -> dict[str, Any]:
@@ -66,7 +120,7 @@ def calibration_of(text: str) -> dict[str, Any]:
     >>> calibration_of("problems=32, task=adding")
     {'problems': 32, 'task': 'adding'}
     """
-    kinds = {"problems": int, "looks": int, "directions": int, "task": str, "base": str}
+    kinds = {"problems": int, "looks": int, "directions": int, "task": str, "base": str, "gradients": str}
     options = dict(part.split("=", 1) for part in text.split(", ")) if text else {}
     for name in options:
         if name not in kinds:

@@ -134,11 +134,7 @@ def _together(trials: Sequence[Trial], bases: Path | None) -> list[Record]:
         scores = {n: evaluate(model, tokenizer, population=population, **how) for n, how in _scored(first)}
     except FloatingPointError:
         # One member's numbers ran away, and the others must not go down with it.
-        return (
-            [_diverged(trials[0], population)]
-            if len(trials) == 1
-            else [_together([t], bases)[0] for t in trials]
-        )
+        return [_diverged(trials[0], population)] if len(trials) == 1 else [_together([t], bases)[0] for t in trials]
     return [
         _record(run, v.detach(), {name: found[k] for name, found in scores.items()})
         for k, (run, v) in enumerate(zip(runs, population.vectors, strict=True))

@@ -75,9 +75,7 @@ def judge(store: Store) -> Verdict:
     header = HEADER.estimate(store)
     assert header is not None
     parts.append(f"the base under the careful writer's header {header.as_percent()}")
-    read = ", ".join(
-        f"{point.label} {lenient(point, store).as_percent()}" for point in (BASE, *TRAINED.values(), FULL)
-    )
+    read = ", ".join(f"{point.label} {lenient(point, store).as_percent()}" for point in (BASE, *TRAINED.values(), FULL))
     return Verdict("; ".join(parts) + f"; read leniently: {read}.", "not in the paper")
 
 

@@ -1,0 +1,116 @@
+"""Where 13 directions should point: random, the best of several draws, or calibrated; and what aim costs in bits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import log2
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from tinylora_lite import plot
+from tinylora_lite.lab.claim import Claim, Estimate, Point, Verdict
+from tinylora_lite.lab.claims import rl_parameters as rl
+from tinylora_lite.lab.claims import seeds
+from tinylora_lite.lab.figures import base_line, percent
+from tinylora_lite.lab.shapes import calibrated_numbers
+from tinylora_lite.lab.store import Store
+
+BITS = 16
+"""Of a stored number, of a basis too."""
+SEED_BITS = 64
+"""Of the seed that P is drawn from."""
+MODULES = 49
+NARROW = tuple(replace(calibrated_numbers(13, rank=rank), label=f"13 calibrated, r = {rank}") for rank in (1, 2, 4))
+CALIBRATED = (*NARROW, replace(rl.CALIBRATED[-1], label="13 calibrated, r = 8"))
+
+
+def looked_at(problems: int) -> Point:
+    """Thirteen numbers on a basis from fewer problems."""
+    point = rl.CALIBRATED[-1]
+    trial = replace(point.trial, calibration=f"problems={problems}")
+    return replace(point, label=f"{problems} problems", trial=trial, seeds=3)
+
+
+FEWER = tuple(looked_at(problems) for problems in (24, 48, 96, 192))
+
+
+def own_bits(point: Point) -> int:
+    """Of the trained numbers alone, as the paper counts."""
+    trial = point.trial
+    return BITS * trial.u * (1 if trial.n_tie == "all" else -(-MODULES // int(trial.n_tie)))
+
+
+def basis_bits(point: Point) -> int:
+    """Of the basis that the numbers of a calibrated shape stand on: u directions through all entries of R."""
+    return BITS * point.trial.u * MODULES * point.trial.rank**2
+
+
+@plot.style()
+def draw(store: Store) -> Figure:
+    """Accuracy against the numbers' bits (left), and against all bits with basis and seed (right)."""
+    drawn = Figure(figsize=(plot.WIDTH, 3.6))
+    panels = drawn.subplots(1, 2, sharey=True)
+    for axes, everything in zip(panels, (False, True), strict=True):
+        for method, bits in _bits(store, everything).items():
+            look = plot.METHODS[method]
+            rows = [(size, estimate) for size, estimate in bits if estimate is not None]
+            if rows:
+                means = np.array([e.mean for _, e in rows])
+                spread = np.abs(np.array([[e.low, e.high] for _, e in rows]).T - means)
+                axes.errorbar(
+                    [size for size, _ in rows], means, spread, fmt=look.marker, color=look.colour, capsize=2.5,
+                    label=look.label,
+                )  # fmt: skip
+                for size, e in rows:
+                    axes.plot([size] * len(e.values), e.values, ".", color=look.colour, ms=4, alpha=0.5)
+        axes.set_xscale("log")
+        axes.set_xlabel("bits, with basis and seed" if everything else "bits of the trained numbers")
+        base_line(axes, rl.BASE, store)
+    percent(panels[0], "accuracy on the test set")
+    drawn.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    return drawn
+
+
+def _bits(store: Store, everything: bool) -> dict[str, list[tuple[int, Estimate | None]]]:
+    """Bits and accuracy of each point, by the method of its look."""
+    seed = SEED_BITS if everything else 0
+    found = {"tinylora": [(own_bits(p) + seed, p.estimate(store)) for p in rl.RANDOM]}
+    calibrated = (*CALIBRATED, *rl.CALIBRATED[:-1])
+    found["calibrated"] = [(own_bits(p) + (basis_bits(p) if everything else 0), p.estimate(store)) for p in calibrated]
+    for method, points in (("lora_xs", rl.LORA_XS), ("lora", (rl.LADDER[-2],)), ("full", (rl.FULL,))):
+        run = [p for p in points if p.records(store)]
+        found[method] = [(BITS * int(p.records(store)[0]["parameters"]), p.estimate(store)) for p in run]
+    return found
+
+
+def judge(store: Store) -> Verdict:
+    """Calibrated directions against the random ones, the best of eight draws, and LoRA-XS at as few numbers."""
+    points = {p.label: p.estimate(store) for p in (rl.THIRTEEN, *CALIBRATED, *FEWER, rl.LORA_XS[0])}
+    best = seeds.best_of(seeds.POINTS[13], store, seeds.DRAWS)
+    ours = f"13 numbers on the best of {seeds.DRAWS} draws of P ({log2(seeds.DRAWS):.0f} more bits): {best:.0%}; "
+    ours += "; ".join(f"{label} {estimate.as_percent()}" for label, estimate in points.items() if estimate is not None)
+    narrow = ", ".join(f"{own_bits(p) + basis_bits(p):,} at r = {p.trial.rank}" for p in CALIBRATED)
+    return Verdict(f"{ours}. All bits of 13 calibrated numbers: {narrow}.", "not in the paper")
+
+
+CLAIM = Claim(
+    name="aim",
+    order=13,
+    title="Directions that are calibrated on the task make the same 13 numbers worth more.",
+    paper="Takes random directions; 26 bytes count the numbers and neither P's seed nor the base.",
+    where="section 4; an idea of this book",
+    points=(
+        rl.BASE,
+        rl.FULL,
+        *rl.RANDOM,
+        *rl.CALIBRATED,
+        *rl.LORA_XS,
+        rl.LADDER[-2],
+        *NARROW,
+        *FEWER,
+        *seeds.POINTS[13],
+    ),
+    draw=draw,
+    judge=judge,
+)

@@ -1,0 +1,86 @@
+"""What a calibration is about: directions of one task on another, of another base, and from imitation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from matplotlib.figure import Figure
+
+from tinylora_lite.lab.claim import Claim, Point, Verdict
+from tinylora_lite.lab.claims.rl_parameters import BASE, CALIBRATED, FULL, THIRTEEN
+from tinylora_lite.lab.figures import side_by_side
+from tinylora_lite.lab.gain import difference
+from tinylora_lite.lab.shapes import untouched
+from tinylora_lite.lab.store import Store
+
+SEEDS = 3
+
+
+def aimed(label: str, calibration: str, task: str = "nano") -> Point:
+    """Thirteen numbers trained on a task, on directions that were made elsewhere."""
+    trial = replace(CALIBRATED[-1].trial, task=task, calibration=calibration)
+    return replace(CALIBRATED[-1], label=label, trial=trial, seeds=SEEDS)
+
+
+def random(task: str) -> Point:
+    """Thirteen numbers on random directions, on a task."""
+    return replace(THIRTEEN, label="random directions", trial=replace(THIRTEEN.trial, task=task), seeds=SEEDS)
+
+
+GROUPS = {
+    "nano": (
+        replace(THIRTEEN, label="random directions"),
+        replace(CALIBRATED[-1], label="its own"),
+        aimed("of a twin base", "base=qwen2-0.4m-unnamed"),
+        aimed("from the careful writer's text", "gradients=careful"),
+        aimed("from the unseen writer's text", "gradients=stranger"),
+    ),
+    "multiplying": (
+        replace(untouched(task="multiplying"), label="untrained", seeds=SEEDS),
+        random("multiplying"),
+        aimed("its own", "task=multiplying", "multiplying"),
+        aimed("of problems without it", "task=adding", "multiplying"),
+    ),
+    "worded": (
+        replace(untouched(task="worded"), label="untrained", seeds=SEEDS),
+        random("worded"),
+        aimed("its own", "task=worded", "worded"),
+        aimed("of the other format", "", "worded"),
+    ),
+}
+NAMES = {"nano": "plain:", "multiplying": "with products:", "worded": "answer in words:"}
+
+
+def draw(store: Store) -> Figure:
+    """Accuracy on each task by where the directions come from."""
+    named = [(NAMES[task], points) for task, points in GROUPS.items()]
+    return side_by_side(named, store, BASE, full=FULL, method="calibrated")
+
+
+def judge(store: Store) -> Verdict:
+    """Borrowed directions against a task's own and against random ones."""
+    parts = []
+    for task, (*first, own, second) in {
+        "twin base": (GROUPS["nano"][0], GROUPS["nano"][1], GROUPS["nano"][2]),
+        "careful writer's text": (GROUPS["nano"][0], GROUPS["nano"][1], GROUPS["nano"][3]),
+        "unseen writer's text": (GROUPS["nano"][0], GROUPS["nano"][1], GROUPS["nano"][4]),
+        "problems without products": GROUPS["multiplying"][1:],
+        "other format": GROUPS["worded"][1:],
+    }.items():
+        parts.append(
+            f"{task}: {difference(second, own, store).as_points()} beside the task's own, "
+            f"{difference(second, first[-1], store).as_points()} over random"
+        )
+    return Verdict("; ".join(parts) + ".", "not in the paper")
+
+
+CLAIM = Claim(
+    name="transfer",
+    order=14,
+    title="A calibration is of a task and a base, and is worth less on another.",
+    paper="Nothing: its directions are random.",
+    where="an idea of this book",
+    points=(BASE, FULL, *(point for points in GROUPS.values() for point in points)),
+    draw=draw,
+    judge=judge,
+)
