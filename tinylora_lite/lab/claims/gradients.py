@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter
 
 from tinylora_lite import plot
 from tinylora_lite.lab.claim import Claim, Point, Verdict
-from tinylora_lite.lab.claims.rl_parameters import BASE
+from tinylora_lite.lab.claims.rl_parameters import BASE, THIRTEEN
 from tinylora_lite.lab.running import grpo_settings
 from tinylora_lite.lab.shapes import around, calibrated_numbers, random_numbers
 from tinylora_lite.lab.store import Record, Store
@@ -43,7 +43,7 @@ PAIRS = {label: (by_gradients(point), by_evolution(point, sigma)) for label, (po
 
 def tokens_sampled(record: Record) -> list[float]:
     """After each step, of all completions; a step of GRPO and a generation have equally many."""
-    settings = grpo_settings(BASE.trial)
+    settings = grpo_settings(THIRTEEN.trial)
     return list(np.cumsum(record["lengths"]) * settings.prompts_per_step * settings.group_size)
 
 

@@ -26,7 +26,7 @@ def reward_bits(record: Record) -> float:
 
     The entropy is taken step by step, of rewards that all problems draw alike; problem by problem it is smaller still.
     """
-    settings = grpo_settings(rl.BASE.trial)
+    settings = grpo_settings(rl.THIRTEEN.trial)
     p = np.clip(record["curve"], 1e-9, 1 - 1e-9)
     return float((-p * np.log2(p) - (1 - p) * np.log2(1 - p)).sum() * settings.prompts_per_step * settings.group_size)
 

@@ -8,10 +8,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from tinylora_lite import plot
-from tinylora_lite.lab.claim import Claim, Estimate, Point, Verdict
+from tinylora_lite.lab.claim import Claim, Estimate, Finding, Point, Verdict
 from tinylora_lite.lab.claims import rl_parameters as rl
 from tinylora_lite.lab.figures import percent
-from tinylora_lite.lab.gain import share_of_gain, verdict_between
+from tinylora_lite.lab.gain import difference, share_of_gain, verdict_between
 from tinylora_lite.lab.shapes import all_weights, calibrated_numbers, lora_numbers, lora_xs_numbers, untouched
 from tinylora_lite.lab.store import Store
 
@@ -25,14 +25,6 @@ LOOKS = {
 }
 
 
-def taught(point: Point, skill: str) -> Point:
-    """The same numbers trained on a new skill and scored on it; calibrated ones are calibrated on it too."""
-    trial = replace(point.trial, task=skill)
-    if trial.numbers == "calibrated":
-        trial = replace(trial, calibration=f"task={skill}")
-    return replace(point, trial=trial, sweep_seeds=1, seeds=3)
-
-
 SHAPES = {
     "13 random": rl.THIRTEEN,
     "13 calibrated": calibrated_numbers(13),
@@ -40,7 +32,22 @@ SHAPES = {
     "LoRA": lora_numbers(1),
     "all": all_weights(),
 }
-POINTS = {skill: {name: taught(point, skill) for name, point in SHAPES.items()} for skill in SKILLS}
+WAYS = ("rewards", "demonstrations")
+"""GRPO, and SFT on worked answers to problems of the new skill, which show it where rewards may never find it."""
+
+
+def taught(name: str, skill: str, way: str) -> Point:
+    """A shape trained on a new skill and scored on it; calibrated numbers are calibrated on it too."""
+    point = SHAPES[name]
+    trial = replace(point.trial, task=skill)
+    if trial.numbers == "calibrated":
+        trial = replace(trial, calibration=f"task={skill}")
+    if way == "demonstrations":
+        trial = replace(trial, method="sft", steps=60)
+    return replace(point, label=f"{name}, {way}", trial=trial, sweep_seeds=1, seeds=3)
+
+
+POINTS = {skill: {way: {name: taught(name, skill, way) for name in SHAPES} for way in WAYS} for skill in SKILLS}
 BASES = {skill: untouched(task=skill) for skill in SKILLS}
 
 
@@ -52,17 +59,20 @@ def kept(point: Point, store: Store) -> Estimate | None:
 
 @plot.style()
 def draw(store: Store) -> Figure:
-    """New skill against old: right is learned, high is not forgotten; every seed a dot, the mean a large marker."""
+    """New skill against old: right is learned, high is not forgotten. Filled by rewards, hollow by demonstrations."""
     drawn = Figure(figsize=(plot.WIDTH, 3.6))
     panels = drawn.subplots(1, len(SKILLS), sharey=True)
     for axes, (skill, title) in zip(panels, SKILLS.items(), strict=True):
-        for name, point in POINTS[skill].items():
-            look, records = plot.METHODS[LOOKS[name]], point.records(store)
-            x = [record["scores"]["sampled"]["accuracy"] for record in records]
-            y = [record["scores"]["old skill"]["accuracy"] for record in records]
-            axes.plot(x, y, ".", color=look.colour, ms=5, alpha=0.6)
-            if records:
-                axes.plot(np.mean(x), np.mean(y), look.marker, color=look.colour, ms=9, mec="white", label=name)
+        for way, points in POINTS[skill].items():
+            for name, point in points.items():
+                look, records = plot.METHODS[LOOKS[name]], point.records(store)
+                x = [record["scores"]["sampled"]["accuracy"] for record in records]
+                y = [record["scores"]["old skill"]["accuracy"] for record in records]
+                fill = "none" if way == "demonstrations" else look.colour
+                axes.plot(x, y, ".", color=look.colour, ms=5, alpha=0.6)
+                if records:
+                    axes.plot(np.mean(x), np.mean(y), look.marker, mec=look.colour, mfc=fill, ms=9, mew=1.5,
+                              ls="none", label=f"{name}, {way}")  # fmt: skip
         start, old = BASES[skill].estimate(store), rl.BASE.estimate(store)
         if start is not None and old is not None:
             axes.plot(start.mean, old.mean, "+", color=plot.INK, ms=10, mew=2, label="base")
@@ -74,25 +84,26 @@ def draw(store: Store) -> Figure:
 
 
 def judge(store: Store) -> Verdict:
-    """The share of all weights' gain by 13 calibrated numbers, on the old task and on each new skill."""
+    """What 13 calibrated numbers and all weights gain on each new skill, beside the share on the old task.
+
+    The claim holds where all weights learn a skill from demonstrations and 13 numbers recover less of that gain than
+    of the old task's; where all weights learn nothing either, there is no gain to compare.
+    """
     old = share_of_gain(rl.CALIBRATED[-1], rl.FULL, rl.BASE, store)
-    parts, new = [f"13 calibrated numbers recover {old.as_percent()} of all weights' gain on what the base can do"], []
+    parts = [f"13 calibrated numbers recover {old.as_percent()} of all weights' gain on what the base can do"]
+    findings: set[Finding] = set()
     for skill, title in SKILLS.items():
-        points = POINTS[skill]
-        start, full = BASES[skill].estimate(store), points["all"].estimate(store)
-        assert start is not None
-        assert full is not None
-        new.append(share_of_gain(points["13 calibrated"], points["all"], BASES[skill], store))
-        cost = [
-            f"{name} {estimate.as_percent()}"
-            for name, point in points.items()
-            if (estimate := kept(point, store)) is not None
-        ]
-        parts.append(
-            f"on {title}, from {start.as_percent()} to {full.as_percent()} by all weights, {new[-1].as_percent()}; "
-            f"the old task then: {', '.join(cost)}"
-        )
-    findings = {verdict_between(old, share) for share in new}
+        base, gains = BASES[skill], []
+        for way, points in POINTS[skill].items():
+            few, full = (difference(points[name], base, store) for name in ("13 calibrated", "all"))
+            cost = kept(points["all"], store)
+            gains.append(
+                f"by {way} 13 gain {few.as_points()} and all weights {full.as_points()} points"
+                + (f" (the old task then {cost.as_percent()})" if cost is not None else "")
+            )
+        if full.low > 0:
+            findings.add(verdict_between(old, share_of_gain(points["13 calibrated"], points["all"], base, store)))
+        parts.append(f"on {title}, {'; '.join(gains)}")
     return Verdict("; ".join(parts) + ".", findings.pop() if len(findings) == 1 else "undecided")
 
 
@@ -107,7 +118,7 @@ CLAIM = Claim(
         rl.FULL,
         rl.CALIBRATED[-1],
         *BASES.values(),
-        *(point for points in POINTS.values() for point in points.values()),
+        *(point for ways in POINTS.values() for points in ways.values() for point in points.values()),
     ),
     draw=draw,
     judge=judge,
