@@ -72,14 +72,15 @@ def draw(store: Store) -> Figure:
                 axes.plot(x, y, ".", color=look.colour, ms=5, alpha=0.6)
                 if records:
                     axes.plot(np.mean(x), np.mean(y), look.marker, mec=look.colour, mfc=fill, ms=9, mew=1.5,
-                              ls="none", label=f"{name}, {way}")  # fmt: skip
+                              ls="none", label=name if way == "rewards" else None)  # fmt: skip
         start, old = BASES[skill].estimate(store), rl.BASE.estimate(store)
         if start is not None and old is not None:
-            axes.plot(start.mean, old.mean, "+", color=plot.INK, ms=10, mew=2, label="base")
+            axes.plot(start.mean, old.mean, "+", color=plot.INK, ms=10, mew=2, ls="none", label="base")
+        axes.plot([], [], "o", mec=plot.INK, mfc="none", ls="none", label="hollow: by demonstrations")
         axes.set(title=title, xlabel="accuracy on the new skill")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     percent(panels[0], "accuracy on the old task")
-    drawn.legend(*panels[-1].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    drawn.legend(*panels[-1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return drawn
 
 
@@ -98,7 +99,7 @@ def judge(store: Store) -> Verdict:
             few, full = (difference(points[name], base, store) for name in ("13 calibrated", "all"))
             cost = kept(points["all"], store)
             gains.append(
-                f"by {way} 13 gain {few.as_points()} and all weights {full.as_points()} points"
+                f"by {way} 13 gain {few.as_points()}, all weights {full.as_points()}"
                 + (f" (the old task then {cost.as_percent()})" if cost is not None else "")
             )
         if full.low > 0:
