@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import full_size, overhead, setup, sizes
+from benchmarks import full_size, overhead, population, setup, sizes
 from tinylora_lite.runs import environment
 
 RECORD = Path(__file__).parents[1] / "book" / "results" / "benchmarks.json"
@@ -20,6 +20,7 @@ PARTS = {
     "overhead": overhead.whole,
     "overhead of blocks": overhead.blocks,
     "sizes": sizes.sizes,
+    "population": population.population,
     "full-size": full_size.full_size,
 }
 ON_A_GPU = {"full-size"}

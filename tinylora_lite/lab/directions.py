@@ -43,7 +43,8 @@ def factors_along(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tr
     unit of v moves the weights about equally far.
 
     Raises:
-        ValueError: the kind is not among ``WHICH``.
+        ValueError: the kind is not among ``WHICH``, or Fisher information is asked for where no answer of a base earns
+            more than another.
     """
     if trial.directions not in WHICH:
         raise ValueError(f"directions must be one of {', '.join(WHICH)}, not {trial.directions!r}")
@@ -84,6 +85,8 @@ def _weighted(W: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 
 def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:
     """The square root of a second moment and its inverse, both ``[n, n]`` float32."""
+    if not moment.any():
+        raise ValueError("there is nothing to weigh directions by: all answers to a problem earned the same reward")
     values, vectors = torch.linalg.eigh(moment.double())
     values = (values.clamp_min(0) + RIDGE * values.mean()).sqrt()
     return ((vectors * values) @ vectors.T).float(), ((vectors / values) @ vectors.T).float()
@@ -115,8 +118,9 @@ def _moments(
                 part = rollouts.rows(rows)
                 logprobs = completion_logprobs(model, part)
                 (-(logprobs * part.completion_mask * advantages[rows, None]).sum()).backward()
-                # The prompts are read in a call of their own; the last call, whose tensors are kept, has the answers.
-                inside = part.completion_mask[:, :-1].bool()
+                # The prompts are read in a call of their own; the last call, whose tensors are kept, has the answers
+                # up to the token before the last: those places count from which a token of the answer is predicted.
+                inside = part.completion_mask[:, 1:].bool()
                 for name, (x, y) in kept.items():
                     assert y.grad is not None
                     x, g = x.detach()[inside], y.grad[inside]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 from typing import NamedTuple
 
 import numpy as np
@@ -58,7 +59,7 @@ def against_numbers(series: Sequence[Series], store: Store, base: Point, score: 
     base_line(axes, base, store, score)
     percent(axes, "accuracy on the test set")
     axes.set_xlabel("numbers trained")
-    axes.legend(loc="lower right", fontsize=8)
+    legend(axes, "lower right")
     return drawn
 
 
@@ -142,7 +143,7 @@ def share_against_numbers(
     plot.count_axis(axes, 1, 20_000)
     axes.set_xlabel("numbers trained")
     percent(axes, "share of all weights' gain")
-    axes.legend(loc="lower right", fontsize=8)
+    legend(axes, "lower right")
     return drawn
 
 
@@ -153,6 +154,12 @@ def base_line(axes: Axes, base: Point, store: Store, score: str = "sampled") -> 
         axes.axhline(estimate.mean, ls="--", lw=1.2, color=plot.INK)
         axes.annotate(plot.METHODS["base"].label, (0.01, estimate.mean), xytext=(0, -4), textcoords="offset points",
                       xycoords=("axes fraction", "data"), ha="left", va="top", fontsize=8)  # fmt: skip
+
+
+def legend(axes: Axes, place: Literal["lower right", "upper right", "upper left"]) -> None:
+    """The legend, where anything was drawn that it could name."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc=place, fontsize=8)
 
 
 def percent(axes: Axes, label: str) -> None:

@@ -11,7 +11,7 @@ from tinylora_lite import plot
 from tinylora_lite.lab.claim import Claim, Point, Verdict
 from tinylora_lite.lab.claims import rl_parameters as rl
 from tinylora_lite.lab.claims import sft_parameters as sft
-from tinylora_lite.lab.figures import base_line, percent
+from tinylora_lite.lab.figures import base_line, legend, percent
 from tinylora_lite.lab.running import grpo_settings, sft_settings
 from tinylora_lite.lab.store import Record, Store
 
@@ -67,7 +67,7 @@ def draw(store: Store) -> Figure:
     axes.set_xlabel("bits seen in training")
     base_line(axes, rl.BASE, store)
     percent(axes, "accuracy on the test set")
-    axes.legend(loc="upper right", fontsize=8)
+    legend(axes, "upper right")
     return drawn
 
 

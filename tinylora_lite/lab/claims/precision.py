@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter
 from tinylora_lite import plot
 from tinylora_lite.lab.claim import Claim, Verdict
 from tinylora_lite.lab.claims.rl_parameters import BASE, FULL, RANDOM
-from tinylora_lite.lab.figures import base_line, percent
+from tinylora_lite.lab.figures import base_line, legend, percent
 from tinylora_lite.lab.gain import difference, verdict_on_difference
 from tinylora_lite.lab.store import Store
 
@@ -58,7 +58,7 @@ def draw(store: Store) -> Figure:
         axes.set_xlabel(unit)
         base_line(axes, BASE, store)
     percent(panels[0], "accuracy on the test set")
-    panels[0].legend(loc="upper left", fontsize=8)
+    legend(panels[0], "upper left")
     return drawn
 
 

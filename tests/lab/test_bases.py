@@ -1,0 +1,108 @@
+"""What is made once from a base: calibrations with other settings, directions of imitation, its own answers."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tinylora_lite import nano
+from tinylora_lite.basis import Basis
+from tinylora_lite.grpo import draw_prompts
+from tinylora_lite.grpo_settings import GRPOSettings
+from tinylora_lite.lab import bases
+from tinylora_lite.lab.bases import calibrated_basis, calibration_of, imitated_basis, own_demonstrations
+from tinylora_lite.lab.trial import Trial
+from tinylora_lite.sft import encode_solutions
+from tinylora_lite.tasks import Example, Task
+from tinylora_lite.tying import find_sites
+
+TRIAL = Trial(numbers="calibrated", rank=2, u=3, n_tie="all")
+
+
+def test_settings_of_a_calibration_are_read_and_unknown_ones_named():
+    assert calibration_of("") == {}
+    assert calibration_of("problems=32, base=llama-0.4m") == {"problems": 32, "base": "llama-0.4m"}
+    with pytest.raises(ValueError, match="no setting 'wings'; there are: problems, looks"):
+        calibration_of("wings=2")
+
+
+def test_each_setting_reaches_the_calibration_and_has_a_file_of_its_own(tmp_path, monkeypatch):
+    calls = []
+
+    def calibrate(model, tokenizer, task, **options):
+        calls.append((model, task, options))
+        return Basis(torch.eye(4).view(4, 1, 2, 2), ("m",), "left", {})
+
+    loaded = []
+    monkeypatch.setattr(bases.nano, "load", lambda name: (loaded.append(name), None))
+    monkeypatch.setattr(bases, "calibrate", calibrate)
+    monkeypatch.setattr("tinylora_lite.lab.tasks.task_of", lambda name, base: name)
+    for calibration in ("", "problems=32", "task=adding", "base=llama-0.4m"):
+        for seed in (0, 1):
+            calibrated_basis(replace(TRIAL, calibration=calibration, seed=seed), tmp_path)
+    calibrated_basis(TRIAL, tmp_path)
+    assert [options.get("problems") for _, _, options in calls] == [None, None, 32, 32, None, None, None, None]
+    assert [task for _, task, _ in calls] == ["nano"] * 4 + ["adding"] * 2 + ["nano"] * 2
+    assert loaded == ["qwen2-0.4m"] * 6 + ["llama-0.4m"] * 2
+    assert [options["seed"] for _, _, options in calls] == [0, 1] * 4
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 8
+
+
+@pytest.mark.parametrize("sigma", ["left", "right"])
+def test_directions_of_imitation_are_those_of_dense_gradients(model, tokenizer, sigma):
+    """The gradient of every entry of R from the dense gradient of W in float64, and numpy's singular vectors."""
+    answers = [Example(f"ann has {i}?", str(i), f" she has {i} and {2 * i}.") for i in range(1, 7)]
+    task = Task("shown", answers, answers, answers, lambda text, gold: 0.0)
+    trial = replace(TRIAL, sigma=sigma)
+    basis = imitated_basis(model, tokenizer, task, trial, problems=6, directions=3)
+    assert basis.directions.shape == (3, 14, 2, 2)
+
+    # In the order in which it draws them: the signs of singular vectors do not depend on it, but the test should not.
+    examples = draw_prompts(task.train, GRPOSettings(prompts_per_step=6, seed=0), 0)
+    names = [site.name for site in find_sites(model)]
+    frames = {}
+    for name in names:
+        U, S, Vh = torch.linalg.svd(model.get_submodule(name).weight.detach().double(), full_matrices=False)
+        frames[name] = (U[:, :2], S[:2], Vh[:2])
+    reference = model.double().requires_grad_(True)
+    rows = []
+    for example in examples:
+        shown = encode_solutions(tokenizer, task, [example])
+        prompt, answer = shown.prompt_ids[0], shown.completion_ids[0]
+        logits = reference(torch.cat([prompt, answer])[None]).logits[0, len(prompt) - 1 : -1]
+        loss = -logits.log_softmax(-1).gather(1, answer[:, None]).sum()
+        gradients = torch.autograd.grad(loss, [reference.get_submodule(name).weight for name in names])
+        entries = []
+        for name, G in zip(names, gradients, strict=True):
+            U, S, Vh = frames[name]
+            left, right = (U * S, Vh) if sigma == "left" else (U, S[:, None] * Vh)
+            entries.append((left.T @ G @ right.T).flatten())
+        rows.append(torch.cat(entries))
+    axes = torch.linalg.svd(torch.stack(rows), full_matrices=False)[2][:3]
+    # The sign of a singular pair of W is free, and flips entries of R: compare what does not depend on it.
+    torch.testing.assert_close(
+        axes.abs().sort(1).values, basis.directions.flatten(1).double().abs().sort(1).values, atol=2e-3, rtol=0
+    )
+
+
+def test_own_answers_are_right_and_made_once(tmp_path, monkeypatch):
+    whole = nano.task()
+    few = replace(whole, train=whole.train[:24], validation=whole.validation[:4], test=whole.test[:4])
+    monkeypatch.setattr(bases.nano, "task", lambda: few)
+    found = own_demonstrations("qwen2-0.4m", tmp_path)
+    assert 0 < len(found.train) < 24
+    golds = {example.prompt: example.gold for example in few.train}
+    for example in found.train:
+        assert example.gold == golds[example.prompt]
+        assert few.reward(example.solution, example.gold) == 1.0
+    monkeypatch.setattr(bases, "evaluate", lambda *_, **__: pytest.fail("the answers were there"))
+    assert own_demonstrations("qwen2-0.4m", tmp_path).train == found.train
+
+
+def test_the_first_right_answer_is_the_one_that_is_kept(tmp_path, monkeypatch):
+    example = nano.task().train[0]
+    told = [SimpleNamespace(prompt=example.prompt, text=text, reward=r) for text, r in (("a", 0), ("b", 1), ("c", 1))]
+    monkeypatch.setattr(bases, "evaluate", lambda *_, **__: SimpleNamespace(completions=told))
+    found = own_demonstrations("qwen2-0.4m", tmp_path)
+    assert [e.solution for e in found.train] == ["b"]
