@@ -35,7 +35,7 @@ LOOKS = {"fp32": "tinylora", "bf16": "lora", "fp16": "calibrated"}
 
 @plot.style()
 def draw(store: Store) -> Figure:
-    """Accuracy against the count of numbers, and against their bytes; a seed is a dot, and has the same P in all three."""
+    """Accuracy against the count of numbers, and against their bytes; a seed is a dot, with the same P in all three."""
     drawn = Figure(figsize=(plot.WIDTH, 3.4))
     panels = drawn.subplots(1, 2, sharey=True)
     for axes, unit in zip(panels, ("numbers", "bytes"), strict=True):
