@@ -44,10 +44,10 @@ def draw(store: Store) -> Figure:
             rows = [(n, estimate) for n, point in points.items() if (estimate := point.estimate(store)) is not None]
             if not rows:
                 continue
-            x = [n * (BYTES[precision] if unit == "bytes" else 1) for n, _ in rows]
+            size = DODGE[precision] * (BYTES[precision] if unit == "bytes" else 1)
+            x = [n * size for n, _ in rows]
             means = np.array([e.mean for _, e in rows])
             spread = np.abs(np.array([[e.low, e.high] for _, e in rows]).T - means)
-            x = [place * DODGE[precision] for place in x]
             for place, (_, e) in zip(x, rows, strict=True):
                 axes.plot([place] * len(e.values), e.values, ".", color=look.colour, ms=4, alpha=0.5)
             line = look.marker + look.line
