@@ -118,7 +118,7 @@ TURNS = {
     "rank": lambda trial: trial.rank == 2,
     "directions": lambda trial: trial.directions == "leading",
     "precision": lambda trial: trial.precision == "fp32",
-    "size": lambda trial: trial.base == "qwen2-1m",
+    "size": lambda trial: trial.base == "qwen2-5m",
     "family": lambda trial: trial.base == "qwen2-0.4m",
 }
 

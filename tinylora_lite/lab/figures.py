@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
 from tinylora_lite import plot
@@ -15,8 +16,23 @@ from tinylora_lite.lab.claim import Point
 from tinylora_lite.lab.gain import share_of_gain
 from tinylora_lite.lab.store import Store
 
-COLOURS = ("tinylora", "lora", "calibrated", "lora_xs", "full")
-"""Keys of ``plot.METHODS`` whose looks tell bases apart, where a figure compares those and not methods."""
+KINDS = {"random": "tinylora", "LoRA-XS": "lora_xs", "LoRA": "lora"}
+"""What trains in the rungs of a ladder, and the key of ``plot.METHODS`` whose colour says so."""
+
+
+class Look(NamedTuple):
+    """How a base is told from others, whose methods have the same colours: its marker, its line, filled or hollow."""
+
+    marker: str
+    line: str
+    filled: bool = True
+
+
+LOOKS = (Look("o", "-"), Look("s", "--", filled=False), Look("D", ":"))
+"""Of the bases in a figure, in their order."""
+
+Ladder = Mapping[str, Point]
+"""The points of one base by name."""
 
 
 class Series(NamedTuple):
@@ -111,9 +127,9 @@ def side_by_side(
 
 @plot.style()
 def share_against_numbers(
-    ladders: Mapping[str, Mapping[str, Point]], rungs: Sequence[str], store: Store, marks: Sequence[float]
+    ladders: Mapping[str, Ladder], rungs: Sequence[str], store: Store, marks: Sequence[float]
 ) -> Figure:
-    """The share of all weights' gain against how many numbers were trained, a line for each base.
+    """The share of all weights' gain against how many numbers were trained, a marker and a line for each base.
 
     Args:
         ladders: for each base, by the label that it gets, its points by name; ``"base"`` and ``"all weights"`` among
@@ -122,28 +138,91 @@ def share_against_numbers(
         store: the records.
         marks: shares that get a line across.
     """
-    drawn, axes = plot.figure(3.6)
-    for (label, points), method in zip(ladders.items(), COLOURS, strict=False):
-        floor, ceiling, look = points["base"], points["all weights"], plot.METHODS[method]
-        if floor.estimate(store) is None or ceiling.estimate(store) is None:
+    drawn, axes = plot.figure(3.8)
+    for place, ((label, ladder), look) in enumerate(zip(ladders.items(), LOOKS, strict=False)):
+        # Intervals at one count stand beside each other.
+        _draw_ladder(axes, ladder, rungs, store, look, label, shift=1.09 ** (place - (len(ladders) - 1) / 2))
+    _share_axes(axes, marks)
+    axes.set_xlabel("numbers trained")
+    percent(axes, "share of all weights' gain")
+    named = axes.get_legend_handles_labels()[0]
+    drawn.legend(handles=[*named, *_kinds()], loc="outside lower center", ncols=3, fontsize=8)
+    return drawn
+
+
+@plot.style()
+def share_beside(
+    reference: tuple[str, Ladder],
+    ladders: Mapping[str, Ladder],
+    rungs: Sequence[str],
+    store: Store,
+    marks: Sequence[float],
+) -> Figure:
+    """As :func:`share_against_numbers`, a panel for each base, each beside a reference.
+
+    Args:
+        reference: its label and its points.
+        ladders: the others, by the titles of their panels.
+        rungs: the points that are drawn.
+        store: the records.
+        marks: shares that get a line across.
+    """
+    rows = -(-len(ladders) // 2)
+    drawn = Figure(figsize=(plot.WIDTH, 0.6 + 2.1 * rows))
+    panels = drawn.subplots(rows, 2, sharex=True, sharey=True, squeeze=False)
+    for axes, (label, ladder) in zip(panels.flat, ladders.items(), strict=False):
+        _draw_ladder(axes, reference[1], rungs, store, LOOKS[1], reference[0], shift=1 / 1.12)
+        _draw_ladder(axes, ladder, rungs, store, LOOKS[0], "what the panel says", shift=1.12)
+        _share_axes(axes, marks)
+        axes.set_title(label, fontsize=9)
+        axes.tick_params(labelbottom=True)
+    for axes in panels.flat[len(ladders) :]:
+        axes.set_axis_off()
+    drawn.supxlabel("numbers trained", fontsize=10)
+    drawn.supylabel("share of all weights' gain", fontsize=10)
+    named = panels[0, 0].get_legend_handles_labels()[0]
+    drawn.legend(handles=[*named, *_kinds()], loc="outside upper center", ncols=3, fontsize=8)
+    return drawn
+
+
+def _draw_ladder(
+    axes: Axes, ladder: Ladder, rungs: Sequence[str], store: Store, look: Look, label: str, shift: float
+) -> None:
+    """Shares of a base's rungs, a line through those of a kind."""
+    floor, ceiling = ladder["base"], ladder["all weights"]
+    if floor.estimate(store) is None or ceiling.estimate(store) is None:
+        return
+    face = {} if look.filled else {"mfc": "none"}
+    for kind, method in KINDS.items():
+        run = [p for p in map(ladder.__getitem__, rungs) if p.trial.numbers == kind and p.estimate(store) is not None]
+        if not run:
             continue
-        run = [points[name] for name in rungs if points[name].estimate(store) is not None]
+        colour = plot.METHODS[method].colour
         shares = [share_of_gain(point, ceiling, floor, store) for point in run]
-        counts = [point.records(store)[0]["parameters"] for point in run]
+        counts = [shift * point.records(store)[0]["parameters"] for point in run]
         for count, share in zip(counts, shares, strict=True):
-            axes.plot([count] * len(share.values), share.values, ".", color=look.colour, ms=4, alpha=0.5)
+            axes.plot([count] * len(share.values), share.values, ".", color=colour, ms=4, alpha=0.5)
         axes.errorbar(
             counts, [share.mean for share in shares],
             [[share.mean - share.low for share in shares], [share.high - share.mean for share in shares]],
-            fmt=look.marker + look.line, color=look.colour, elinewidth=1.2, capsize=2.5, label=label,
+            fmt=look.marker + look.line, color=colour, elinewidth=1.2, capsize=2.5, **face,
         )  # fmt: skip
+    axes.plot([], [], look.marker + look.line, color=plot.INK, label=label, **face)
+
+
+def _kinds() -> list[Line2D]:
+    """What the colours of a ladder mean, for its legend."""
+    looks = [plot.METHODS[method] for method in KINDS.values()]
+    return [Line2D([], [], lw=4, color=look.colour, label=look.label) for look in looks]
+
+
+def _share_axes(axes: Axes, marks: Sequence[float]) -> None:
     for mark in marks:
         axes.axhline(mark, ls=":", lw=1.0, color=plot.INK)
     plot.count_axis(axes, 1, 20_000)
-    axes.set_xlabel("numbers trained")
-    percent(axes, "share of all weights' gain")
-    legend(axes, "lower right")
-    return drawn
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, -0.3), min(high, 1.3))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
 
 
 def base_line(axes: Axes, base: Point, store: Store, score: str = "sampled") -> None:

@@ -76,6 +76,7 @@ def ladder_on(base: str, seeds: int = 5) -> dict[str, Point]:
         "13 random": random_numbers(4, base=base),
         "49 random": random_numbers(1, base=base),
         "98 random": random_numbers(1, u=2, base=base),
+        "49 LoRA-XS": lora_xs_numbers(1, base),
         "196 LoRA-XS": lora_xs_numbers(2, base),
         "784 LoRA-XS": lora_xs_numbers(4, base),
         "LoRA, r = 1": lora_numbers(1, base),
@@ -87,5 +88,8 @@ def ladder_on(base: str, seeds: int = 5) -> dict[str, Point]:
     return {name: replace(point, sweep_seeds=1, seeds=seeds) for name, point in points.items()}
 
 
-RUNGS = ("4 random", "13 random", "49 random", "98 random", "196 LoRA-XS", "784 LoRA-XS", "LoRA, r = 1")
+RUNGS = (
+    *("4 random", "13 random", "49 random", "49 LoRA-XS", "98 random", "196 LoRA-XS", "784 LoRA-XS"),
+    "LoRA, r = 1",
+)
 """Of :func:`ladder_on`, those that a smallest update is looked for among."""

@@ -29,8 +29,9 @@ from tinylora_lite.nano.tokenizer import ASSISTANT, build_tokenizer
 from tinylora_lite.nano.writers import MIXTURES, write
 from tinylora_lite.progress import progress_bar
 
-CHOICES = {"architecture": ("qwen2", "llama"), "mixture": tuple(MIXTURES)}
-"""The settings that are names. Here Llama is Qwen2 without the biases of the query, key and value projections."""
+CHOICES = {"architecture": ("qwen2", "llama"), "mixture": tuple(MIXTURES), "precision": ("fp32", "bf16")}
+"""The settings that are names. Here Llama is Qwen2 without the biases of the query, key and value projections; bf16 is
+the precision of matrix products, while weights and optimizer stay in fp32. It halves the time of the widest base."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class PretrainSettings:
     seed: int = 0
     architecture: str = "qwen2"
     mixture: str = "default"
+    precision: str = "fp32"
 
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():
@@ -85,7 +87,11 @@ def build_model(settings: PretrainSettings, tokenizer: PreTrainedTokenizerFast) 
         bos_token_id=None,
     )
     torch.manual_seed(settings.seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    # In bf16, the gradient of PyTorch's fused attention is slow on CPUs, slower than all matrix products together.
+    attention = "eager" if settings.precision == "bf16" else "sdpa"
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation=attention
+    )
     return model
 
 
@@ -177,7 +183,8 @@ def pretrain(
             for ids, labels in batches[: settings.steps - step]:
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(settings, step)
-                logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+                with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16"):
+                    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
                 loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -5,22 +5,30 @@ from __future__ import annotations
 from matplotlib.figure import Figure
 
 from tinylora_lite.lab.claim import Claim, Verdict
-from tinylora_lite.lab.figures import share_against_numbers
+from tinylora_lite.lab.figures import share_beside
 from tinylora_lite.lab.gain import share_of_gain, smallest_count
 from tinylora_lite.lab.shapes import RUNGS, ladder_on
 from tinylora_lite.lab.store import Store
 from tinylora_lite.lab.trial import BASE
 
-TWINS = {BASE: "writers named in half", "qwen2-0.4m-unnamed": "writers never named"}
-"""What the header of a pretraining document says about its writer; all else is the same, the seed too."""
+TWINS = {
+    BASE: "writers named in half",
+    "qwen2-0.4m-unnamed": "writers never named",
+    "qwen2-0.4m-often": "writers named in nine of ten",
+    "qwen2-0.4m-undecayed": "no weight decay",
+    "qwen2-0.4m-short": "half as long",
+    "qwen2-0.4m-seed1": "another seed",
+}
+"""What each base has that the first has not; all else is the same, the seed too. Only the last differs in nothing that
+was chosen: it tells how far apart two bases of one recipe are."""
 SHARES = (0.5, 0.9)
 LADDERS = {base: ladder_on(base, seeds=3) for base in TWINS}
 
 
 def draw(store: Store) -> Figure:
-    """The share of the full gain against the numbers trained, a line for each twin."""
-    ladders = {TWINS[base]: ladder for base, ladder in LADDERS.items()}
-    return share_against_numbers(ladders, RUNGS, store, SHARES)
+    """The share of the full gain against the numbers trained, a panel for each twin."""
+    (own, *_), others = LADDERS.values(), {TWINS[base]: ladder for base, ladder in LADDERS.items() if base != BASE}
+    return share_beside((TWINS[BASE], own), others, RUNGS, store, SHARES)
 
 
 def judge(store: Store) -> Verdict:

@@ -32,6 +32,8 @@ GROUPS = {
         replace(THIRTEEN, label="random directions"),
         replace(CALIBRATED[-1], label="its own"),
         aimed("of a twin base", "base=qwen2-0.4m-unnamed"),
+        aimed("of a base of another seed", "base=qwen2-0.4m-seed1"),
+        aimed("of another reward, the format's", "task=format only"),
         aimed("from the careful writer's text", "gradients=careful"),
         aimed("from the unseen writer's text", "gradients=stranger"),
     ),
@@ -60,16 +62,16 @@ def draw(store: Store) -> Figure:
 def judge(store: Store) -> Verdict:
     """Borrowed directions against a task's own and against random ones."""
     parts = []
-    for task, (*first, own, second) in {
-        "twin base": (GROUPS["nano"][0], GROUPS["nano"][1], GROUPS["nano"][2]),
-        "careful writer's text": (GROUPS["nano"][0], GROUPS["nano"][1], GROUPS["nano"][3]),
-        "unseen writer's text": (GROUPS["nano"][0], GROUPS["nano"][1], GROUPS["nano"][4]),
-        "problems without products": GROUPS["multiplying"][1:],
-        "other format": GROUPS["worded"][1:],
-    }.items():
+    plain, own, *borrowed = GROUPS["nano"]
+    compared = [(point.label, plain, own, point) for point in borrowed]
+    compared += [
+        ("problems without products", *GROUPS["multiplying"][1:]),
+        ("the other format, where answers are words", *GROUPS["worded"][1:]),
+    ]
+    for label, drawn, aimed_here, elsewhere in compared:
         parts.append(
-            f"{task}: {difference(second, own, store).as_points()} beside the task's own, "
-            f"{difference(second, first[-1], store).as_points()} over random"
+            f"{label}: {difference(elsewhere, aimed_here, store).as_points()} beside the task's own, "
+            f"{difference(elsewhere, drawn, store).as_points()} over random"
         )
     return Verdict("; ".join(parts) + ".", "not in the paper")
 
