@@ -158,3 +158,35 @@ def test_the_shipped_base_is_the_default_recipe():
     rows = [json.loads(line) for line in (CHECKPOINTS / BASE / "pretrain.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == recipe["steps"]
     assert rows[-1]["seconds"] < 3600
+
+
+def test_in_bf16_products_are_rounded_and_weights_are_not(base, tmp_path):
+    model = pretrain.pretrain(replace(TINY, precision="bf16"), tmp_path, progress=False)
+    losses = [
+        json.loads((folder / "pretrain.jsonl").read_text().splitlines()[-1])["loss"] for folder in (base[0], tmp_path)
+    ]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], abs=0.05)
+    moved = [p for p in model.parameters() if not torch.equal(p, p.bfloat16().float())]
+    assert moved, "weights that were trained in bf16 would all be numbers of bf16"
+
+
+ONE_THING = {
+    "qwen2-0.4m-unnamed": {"named": 0.0},
+    "qwen2-0.4m-often": {"named": 0.9},
+    "qwen2-0.4m-undecayed": {"weight_decay": 0.0},
+    "qwen2-0.4m-short": {"steps": 2500},
+    "qwen2-0.4m-seed1": {"seed": 1},
+    "qwen2-1m": {"width": 128, "mlp": 320},
+    "qwen2-5m": {"width": 256, "mlp": 704, "heads": 8, "kv_heads": 4, "precision": "bf16"},
+    "llama-0.4m": {"architecture": "llama", "mixture": "other"},
+}
+
+
+def test_shipped_bases_differ_from_the_smallest_in_what_they_are_for():
+    smallest = PretrainSettings(width=72, mlp=208)
+    recipes = {path.parent.name: json.loads(path.read_text()) for path in CHECKPOINTS.glob("*/recipe.json")}
+    expected = {name: replace(smallest, **thing) for name, thing in ONE_THING.items()} | {"qwen2-0.4m": smallest}
+    assert {name: PretrainSettings(**recipe) for name, recipe in recipes.items()} == expected
+    sizes = [path.stat().st_size for path in CHECKPOINTS.rglob("*") if path.is_file()]
+    assert sum(sizes) <= 24 * 2**20

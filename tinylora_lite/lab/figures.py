@@ -192,7 +192,7 @@ def _draw_ladder(
     floor, ceiling = ladder["base"], ladder["all weights"]
     if floor.estimate(store) is None or ceiling.estimate(store) is None:
         return
-    face = {} if look.filled else {"mfc": "none"}
+    face = "auto" if look.filled else "none"
     for kind, method in KINDS.items():
         run = [p for p in map(ladder.__getitem__, rungs) if p.trial.numbers == kind and p.estimate(store) is not None]
         if not run:
@@ -205,9 +205,9 @@ def _draw_ladder(
         axes.errorbar(
             counts, [share.mean for share in shares],
             [[share.mean - share.low for share in shares], [share.high - share.mean for share in shares]],
-            fmt=look.marker + look.line, color=colour, elinewidth=1.2, capsize=2.5, **face,
+            fmt=look.marker + look.line, color=colour, elinewidth=1.2, capsize=2.5, mfc=face,
         )  # fmt: skip
-    axes.plot([], [], look.marker + look.line, color=plot.INK, label=label, **face)
+    axes.plot([], [], look.marker + look.line, color=plot.INK, label=label, mfc=face)
 
 
 def _kinds() -> list[Line2D]:

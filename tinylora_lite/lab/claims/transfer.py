@@ -33,7 +33,7 @@ GROUPS = {
         replace(CALIBRATED[-1], label="its own"),
         aimed("of a twin base", "base=qwen2-0.4m-unnamed"),
         aimed("of a base of another seed", "base=qwen2-0.4m-seed1"),
-        aimed("of another reward, the format's", "task=format only"),
+        aimed("of the format's reward", "task=format only"),
         aimed("from the careful writer's text", "gradients=careful"),
         aimed("from the unseen writer's text", "gradients=stranger"),
     ),
@@ -64,10 +64,9 @@ def judge(store: Store) -> Verdict:
     parts = []
     plain, own, *borrowed = GROUPS["nano"]
     compared = [(point.label, plain, own, point) for point in borrowed]
-    compared += [
-        ("problems without products", *GROUPS["multiplying"][1:]),
-        ("the other format, where answers are words", *GROUPS["worded"][1:]),
-    ]
+    for label, task in (("problems without products", "multiplying"), ("the other format", "worded")):
+        _, drawn, aimed_here, elsewhere = GROUPS[task]
+        compared.append((label, drawn, aimed_here, elsewhere))
     for label, drawn, aimed_here, elsewhere in compared:
         parts.append(
             f"{label}: {difference(elsewhere, aimed_here, store).as_points()} beside the task's own, "
