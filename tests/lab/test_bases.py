@@ -37,6 +37,7 @@ def test_each_setting_reaches_the_calibration_and_has_a_file_of_its_own(tmp_path
     loaded = []
     monkeypatch.setattr(bases.nano, "load", lambda name: (loaded.append(name), None))
     monkeypatch.setattr(bases, "calibrate", calibrate)
+    monkeypatch.setattr(bases, "_fingerprint", lambda base: f"first {base}")
     monkeypatch.setattr("tinylora_lite.lab.tasks.task_of", lambda name, base: name)
     for calibration in ("", "problems=32", "task=adding", "base=llama-0.4m"):
         for seed in (0, 1):
@@ -47,6 +48,10 @@ def test_each_setting_reaches_the_calibration_and_has_a_file_of_its_own(tmp_path
     assert loaded == ["qwen2-0.4m"] * 6 + ["llama-0.4m"] * 2
     assert [options["seed"] for _, _, options in calls] == [0, 1] * 4
     assert len(list(tmp_path.rglob("*.safetensors"))) == 8
+    # A base that was trained again is another base, whatever its name.
+    monkeypatch.setattr(bases, "_fingerprint", lambda base: f"second {base}")
+    calibrated_basis(TRIAL, tmp_path)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == len(calls) == 9
 
 
 @pytest.mark.parametrize("sigma", ["left", "right"])

@@ -4,18 +4,19 @@ import hashlib
 import math
 from collections.abc import Callable
 from itertools import combinations
+from typing import get_args
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from tinylora_lite.lab.claim import Claim
+from tinylora_lite.lab.claim import Claim, Finding
 from tinylora_lite.lab.claims import claims, controls, information, seeds
 from tinylora_lite.lab.plan import missing, progress_of
 from tinylora_lite.lab.store import Store
 from tinylora_lite.lab.trial import Trial
 
-CONTENT = ["reproduced", "not reproduced", "undecided", "not testable at this size", "not in the paper"]
+CONTENT = get_args(Finding)
 Accuracy = Callable[[Trial], float]
 
 
@@ -116,10 +117,7 @@ def shifted(which: Callable[[Trial], bool], by: float) -> Accuracy:
 TURNS = {
     "rl-parameters": lambda trial: trial.numbers == "random",
     "rank": lambda trial: trial.rank == 2,
-    "directions": lambda trial: trial.directions == "leading",
     "precision": lambda trial: trial.precision == "fp32",
-    "size": lambda trial: trial.base == "qwen2-5m",
-    "family": lambda trial: trial.base == "qwen2-0.4m",
 }
 
 
@@ -134,6 +132,49 @@ def test_a_verdict_turns_when_the_records_do(name, tmp_path):
     assert worse == "not reproduced"
     if name != "rl-parameters":  # whose bar is a share of the gain, and not another shape
         assert same == "undecided"
+
+
+@pytest.mark.parametrize(
+    ("name", "few", "many"), [("size", "qwen2-5m", "qwen2-0.4m"), ("family", "qwen2-0.4m", "llama-0.4m")]
+)
+def test_a_base_needs_fewer_numbers_where_the_other_falls_short_with_few(name, few, many, tmp_path):
+    claim = claims()[name]
+    found = {
+        behind: claim.judge(filled(claim, Store(tmp_path / behind), shifted(lambda t, b=behind: t.base == b, -0.2)))
+        for behind in (many, few, "neither")
+    }
+    assert [verdict.finding for verdict in found.values()] == ["reproduced", "not reproduced", "undecided"]
+    assert "1 [1, 1] times fewer" in found["neither"].ours
+
+
+def test_imitation_that_falls_behind_in_one_kind_only_is_a_claim_in_part(tmp_path):
+    claim = claims()["sft-parameters"]
+
+    def found(behind: tuple[str, ...]) -> str:
+        accuracy = shifted(lambda trial: trial.trained_on.removeprefix("demonstrations: ") in behind, -0.2)
+        return claim.judge(filled(claim, Store(tmp_path / "-".join(behind)), accuracy)).finding
+
+    assert found(("stranger", "careful", "own")) == "reproduced"
+    assert found(("stranger", "own")) == "reproduced in part"
+    assert found(("careful", "own")) == "undecided"
+
+
+def test_demonstrations_that_carry_far_more_bits_in_one_kind_only_are_a_claim_in_part(tmp_path):
+    claim = claims()["information"]
+
+    def found(long: tuple[str, ...]) -> str:
+        store = filled(claim, Store(tmp_path / "-".join(long)), by_count)
+        for old in list(store):
+            trial = Trial.of(old["trial"])
+            if trial.method == "sft":
+                bits = 100.0 if trial.trained_on.removeprefix("demonstrations: ") in long else 0.01
+                again = {key: value for key, value in old.items() if key != "trial"}
+                store.add(trial, again | {"loss": [bits] * 60, "tokens": 600.0})
+        return claim.judge(store).finding
+
+    assert found(("stranger", "careful", "own")) == "reproduced"
+    assert found(("stranger",)) == "reproduced in part"
+    assert found(()) == "not reproduced"
 
 
 def test_what_is_missing_is_named(tmp_path):

@@ -64,12 +64,23 @@ def test_every_kind_has_directions_of_length_one_and_the_leading_values(model, t
         torch.testing.assert_close(product.double(), S, rtol=1e-4, atol=1e-5)
 
 
-def test_rotated_directions_are_orthonormal_and_have_nothing_to_do_with_the_weight(model, tokenizer):
-    found = factors_along(model, tokenizer, replace(TRIAL, directions="rotated"))
-    again = factors_along(model, tokenizer, replace(TRIAL, directions="rotated", seed=3))
+def test_rotated_directions_are_orthonormal_and_depend_on_the_seed_of_p_alone(model, tokenizer):
+    rotated = replace(TRIAL, directions="rotated")
+    found, again, other = (
+        factors_along(model, tokenizer, replace(rotated, seed=seed, projection_seed=p_seed))
+        for seed, p_seed in ((0, None), (3, 0), (3, None))
+    )
     for name, factors in found.items():
         torch.testing.assert_close(factors.right @ factors.right.T, torch.eye(2), atol=1e-5, rtol=0)
         assert torch.equal(factors.right, again[name].right)
+        assert not torch.allclose(factors.right, other[name].right, atol=0.1)
+
+
+def test_trials_that_draw_their_directions_share_a_batch_only_where_they_draw_the_same():
+    leading, rotated = (replace(TRIAL, directions=kind) for kind in ("leading", "rotated"))
+    assert leading.batch() == replace(leading, seed=1).batch()
+    assert rotated.batch() != replace(rotated, seed=1).batch()
+    assert rotated.batch() == replace(rotated, seed=1, projection_seed=0).batch()
 
 
 def test_weighted_directions_hold_the_best_weighted_approximation():

@@ -1,5 +1,8 @@
 """Carrying the runs out: what comes first, what is shared, when it stops, and what an error leaves."""
 
+import multiprocessing
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -71,9 +74,46 @@ def test_an_error_keeps_what_was_done(tmp_path, ran, monkeypatch):
         return good(trials, bases)
 
     monkeypatch.setattr(executing, "run_trials", run_trials)
-    with pytest.raises(RuntimeError, match="disk is full"):
+    with pytest.raises(RuntimeError, match=r"the run .* failed \(RuntimeError: the disk is full\)"):
         executing.execute([claim("broken")], Store(tmp_path), workers=1)
     assert len(Store(tmp_path)) == 3
+
+
+def test_an_error_in_one_run_keeps_what_ran_beside_it(tmp_path, ran, monkeypatch):
+    """The other run ends after the error, and no third one starts."""
+    good, failed = executing.run_trials, threading.Event()
+
+    def run_trials(trials, bases):
+        if trials[0].rank == 1:
+            failed.set()
+            raise ValueError("nothing to weigh by")
+        failed.wait(10)
+        time.sleep(0.2)
+        return good(trials, bases)
+
+    monkeypatch.setattr(executing, "run_trials", run_trials)
+    both = [claim("broken", rank=1), claim("good"), claim("later", rank=4)]
+    with pytest.raises(RuntimeError, match="nothing to weigh by"):
+        executing.execute(both, Store(tmp_path), workers=2)
+    assert [Trial.of(found["trial"]).rank for found in Store(tmp_path)] == [2] * 3
+
+
+@pytest.mark.slow
+def test_a_process_that_is_ended_from_outside_is_named(tmp_path):
+    """As the system does where memory runs out; the error says so, and there is no waiting for ever."""
+    ended = threading.Thread(target=_end_children, daemon=True)
+    whole = replace(claim("base"), points=(Point("base", Trial(method="none", learning_rate=0.0), seeds=3),))
+    ended.start()
+    with pytest.raises(RuntimeError, match="ended from outside"):
+        executing.execute([whole], Store(tmp_path), workers=1)
+
+
+def _end_children() -> None:
+    while not (children := multiprocessing.active_children()):
+        time.sleep(0.05)
+    time.sleep(0.5)
+    for child in children:
+        child.kill()
 
 
 @pytest.mark.slow

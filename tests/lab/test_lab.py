@@ -3,14 +3,15 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from tinylora_lite.cli import main
 from tinylora_lite.lab import running
 from tinylora_lite.lab.claim import Claim, Estimate, Point, Verdict
-from tinylora_lite.lab.claims import claim_of, claims
+from tinylora_lite.lab.claims import claim_of, claims, information
 from tinylora_lite.lab.gain import share_of_gain, smallest_reaching, verdict_between, verdict_on
-from tinylora_lite.lab.plan import MEMBERS, chosen_rate, jobs, missing, progress_of
+from tinylora_lite.lab.plan import MEMBERS, REACH, chosen_rate, jobs, missing, progress_of
 from tinylora_lite.lab.store import Store
 from tinylora_lite.lab.trial import Trial
 
@@ -52,13 +53,15 @@ def test_a_sweep_is_scored_on_validation_and_goes_on_while_the_best_rate_is_at_i
     assert {trial.split for trial in first} == {"validation"}
     assert {(trial.learning_rate, trial.seed) for trial in first} == {(0.1, 0), (0.1, 1), (0.2, 0), (0.2, 1)}
     fill(store, first, lambda trial: trial.learning_rate)  # the larger the better
-    for further in (0.4, 0.8):
+    for further in [0.2 * 2**k for k in range(1, REACH + 1)]:
         assert chosen_rate(POINT, store) is None
         assert {trial.learning_rate for trial in missing(POINT, store)} == {further}
         fill(store, missing(POINT, store), lambda trial: trial.learning_rate)
-    assert chosen_rate(POINT, store) == 0.8  # two factors of two beyond 0.2, and no further
+    assert chosen_rate(POINT, store) == 0.2 * 2**REACH  # and no further
     tests = missing(POINT, store)
-    assert {(trial.split, trial.learning_rate, trial.seed) for trial in tests} == {("test", 0.8, s) for s in range(3)}
+    assert {(trial.split, trial.learning_rate, trial.seed) for trial in tests} == {
+        ("test", 0.2 * 2**REACH, s) for s in range(3)
+    }
     fill(store, tests[:2], 0.5)
     assert missing(POINT, store) == tests[2:]
     fill(store, tests[2:], 0.5)
@@ -114,6 +117,54 @@ def test_shares_of_the_gain_and_verdicts(tmp_path):
     assert (verdict_between(high, low), verdict_between(low, high)) == ("reproduced", "not reproduced")
     with pytest.raises(ValueError, match="not all runs of other"):
         share_of_gain(Point("other", Trial(n_tie=2)), full, base, store)
+
+
+def test_the_interval_of_a_share_holds_the_errors_of_ceiling_and_floor(tmp_path):
+    """Against draws of all three means, each from its own standard error."""
+    store, rng = Store(tmp_path), np.random.default_rng(0)
+    points = [Point(n, Trial(n_tie=k), seeds=40) for k, n in enumerate(("own", "full", "base"), start=1)]
+    values = [rng.normal(mean, sd, 40) for mean, sd in ((0.5, 0.05), (0.8, 0.08), (0.3, 0.02))]
+    for point, of_seeds in zip(points, values, strict=True):
+        fill(store, point.tests(0.1), lambda trial, of_seeds=of_seeds: float(of_seeds[trial.seed]))
+    share = share_of_gain(*points, store)
+    own, full, base = (rng.normal(v.mean(), v.std(ddof=1) / 40**0.5, 100_000) for v in values)
+    low, high = np.percentile((own - base) / (full - base), (2.5, 97.5))
+    assert (share.low, share.high) == pytest.approx((low, high), abs=0.005)
+    alone = 1.96 * values[0].std(ddof=1) / 40**0.5 / (values[1].mean() - values[2].mean())
+    assert (share.high - share.low) / 2 > 1.2 * alone
+
+
+def test_a_rate_is_found_again_to_the_last_digit(tmp_path):
+    trial = Trial(learning_rate=1 / 3)
+    Store(tmp_path).add(trial, {"scores": {"sampled": {"accuracy": 2 / 3}}})
+    again = Store(tmp_path)
+    assert trial in again
+    assert again[trial]["scores"]["sampled"]["accuracy"] == 0.66667
+
+
+@pytest.mark.parametrize("line", ["3", "[1]", "null", '{"trial": '])
+def test_a_line_that_is_no_record_is_passed_over(line, tmp_path):
+    (tmp_path / "qwen2-0.4m.jsonl").write_text(line + "\n")
+    assert len(Store(tmp_path)) == 0
+
+
+def test_a_run_that_diverges_is_a_record_that_every_reader_takes(tmp_path, monkeypatch):
+    def diverges(*_, **__):
+        raise FloatingPointError("the gradient is not finite")
+
+    for name in ("train_grpo", "train_sft", "train_lora"):
+        monkeypatch.setattr(running, name, diverges)
+    for trial, numbers in (
+        (Trial(), 13),
+        (Trial(numbers="all weights"), 437_184),
+        (Trial(numbers="LoRA", rank=1), 9408),
+        (Trial(method="sft", trained_on="demonstrations: careful", steps=60), 13),
+    ):
+        (record,) = running.run_trials([trial])
+        assert (record["diverged"], record["parameters"]) == (True, numbers)
+        assert record["scores"]["sampled"]["accuracy"] == record["scores"]["greedy"]["lenient"] == 0.0
+        bits = information.demonstration_bits if trial.method == "sft" else information.reward_bits
+        assert bits(record) == pytest.approx(0.0, abs=1e-3)
 
 
 def test_every_claim_asks_for_enough_seeds_and_has_a_name_of_its_own():
@@ -181,3 +232,28 @@ def test_a_claim_runs_to_its_end_and_is_not_run_twice(tmp_path, monkeypatch):
     assert first["curve"] != second["curve"]
     assert {"tinylora_lite", "torch", "machine"} <= first["environment"].keys()
     assert set(first["scores"]) == {"sampled", "greedy"}
+
+
+def test_what_the_command_line_cannot_do_it_says_in_a_line(tmp_path, capsys):
+    broken, plain, file = tmp_path / "broken.py", tmp_path / "plain.py", tmp_path / "records"
+    broken.write_text("CLAIM = Claim(\n")
+    plain.write_text("CLAIM = 13\n")
+    file.write_text("")
+    for arguments, message in (
+        (["list", str(broken)], "broken.py does not run: SyntaxError"),
+        (["list", str(plain)], "must define CLAIM"),
+        (["list", str(tmp_path / "none.py")], "there is no file"),
+        (["list", "tyings"], "no claim named 'tyings'; there are: rl-parameters"),
+        (["list", "--folder", str(file)], "records is a file; records lie in a folder"),
+        (["draw", "tying", "--out", str(tmp_path)], "is a folder; --out takes the picture's name"),
+        (["draw", "tying", "size", "--out", str(tmp_path / "x.svg")], "--out is for one claim"),
+        (["run"], "say which claim to run"),
+    ):
+        assert main(["lab", *arguments]) == 1
+        error = capsys.readouterr().err
+        assert message in error, arguments
+        assert error.count("\n") == 1
+    for minutes in ("-3", "nan", "soon"):
+        with pytest.raises(SystemExit):
+            main(["lab", "run", "tying", "--minutes", minutes])
+    assert sorted(tmp_path.iterdir()) == [broken, plain, file]

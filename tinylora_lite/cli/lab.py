@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--folder", type=Path, help="where the records lie (default: those of the book)")
     parser.add_argument("--workers", type=_whole, help="processes, each on one core (default: one for each core)")
-    parser.add_argument("--minutes", type=float, help="after which `run` starts nothing new (default: no limit)")
+    parser.add_argument("--minutes", type=_minutes, help="after which `run` starts nothing new (default: no limit)")
     parser.add_argument("--out", type=Path, help="where `draw` puts its picture (default: CLAIM.svg); .png works too")
 
 
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
     names = arguments.claims
     if arguments.action in ("run", "draw") and not names:
         raise ValueError(f"say which claim to {arguments.action}: {', '.join(claims())}, or all")
-    chosen = list(claims().values()) if names in ([], ["all"]) else [claim_of(name) for name in names]
+    chosen = list(claims().values()) if not names or "all" in names else [claim_of(name) for name in names]
     store = Store(arguments.folder or RESULTS)
     {"list": _list, "run": _run, "draw": _draw, "table": _table}[arguments.action](chosen, store, arguments)
 
@@ -91,6 +91,8 @@ def _run(chosen: list[Claim], store: Store, arguments: argparse.Namespace) -> No
 def _draw(chosen: list[Claim], store: Store, arguments: argparse.Namespace) -> None:
     if arguments.out is not None and len(chosen) > 1:
         raise ValueError("--out is for one claim; without it each picture is named after its claim")
+    if arguments.out is not None and arguments.out.is_dir():
+        raise ValueError(f"{arguments.out} is a folder; --out takes the picture's name, as in {arguments.out}/x.svg")
     written = []
     for claim in chosen:
         path = arguments.out or Path(f"{claim.name}.svg")
@@ -112,6 +114,13 @@ def _table(chosen: list[Claim], store: Store, arguments: argparse.Namespace) -> 
     for row in rows:
         table.add_row(row["title"], row["paper"], row["ours"], row["finding"])
     Console().print(table)
+
+
+def _minutes(text: str) -> float:
+    value = float(text)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, not {text}")
+    return value
 
 
 def _whole(text: str) -> int:

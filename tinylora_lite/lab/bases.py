@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,7 @@ def calibrated_basis(trial: Trial, folder: Path | None = None) -> Basis:
     base = options.pop("base", trial.base)
     task, writer = options.pop("task", "nano"), options.pop("gradients", "")
     name = "-".join([f"r{trial.rank}", trial.sigma, *trial.calibration.replace("=", "").split(", "), str(trial.p_seed)])
-    path = (folder or cache_folder()) / trial.base / f"{name}.safetensors"
+    path = _kept(trial.base, base, folder) / f"{name}.safetensors"
     if not path.exists():
         from tinylora_lite.lab.tasks import task_of  # which needs this module for a base's own answers
 
@@ -75,6 +76,16 @@ def calibrated_basis(trial: Trial, folder: Path | None = None) -> Basis:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_basis(basis, path)
     return load_basis(path)
+
+
+@cache
+def _fingerprint(base: str) -> str:
+    return base_fingerprint(nano.load(base)[0])[:12]
+
+
+def _kept(base: str, looked_at: str, folder: Path | None) -> Path:
+    """The folder of what was made from one base for another: a base that was trained again has another folder."""
+    return (folder or cache_folder()) / f"{base}-{_fingerprint(looked_at)}"
 
 
 def imitated_basis(
@@ -134,7 +145,7 @@ def own_demonstrations(base: str, folder: Path | None = None) -> Task:
     Problems that none of ``SAMPLES`` answers solves are left out. Imitating them is on-policy at the start, and so
     tells whether SFT falls behind because it is SFT, or because it imitates somebody else.
     """
-    path = (folder or cache_folder()) / base / "own-demonstrations.json"
+    path = _kept(base, base, folder) / "own-demonstrations.json"
     plain = nano.task()
     if not path.exists():
         model, tokenizer = nano.load(base)

@@ -15,7 +15,9 @@ from tinylora_lite.lab.trial import Trial
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Finding = Literal["reproduced", "not reproduced", "undecided", "not testable at this size", "not in the paper"]
+Finding = Literal[
+    "reproduced", "reproduced in part", "not reproduced", "undecided", "not testable at this size", "not in the paper"
+]
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Point:
         label: names it in the figure.
         trial: its settings; learning rate, seed and split are filled in.
         rates: the learning rates to start from, in steps of a factor of two. While the best of them is the smallest or
-            the largest, the next one is tried too, up to ``REACH`` beyond. Empty: the trial's own rate, and no sweep.
+            the largest, the next one is tried too, up to ``plan.REACH`` beyond. Empty: the trial's own rate, no sweep.
         seeds: how many the test split sees.
         sweep_seeds: how many the validation split sees for each rate.
         like: another point, whose chosen learning rate this one takes instead of sweeping.
@@ -98,6 +100,10 @@ class Estimate:
     def as_points(self) -> str:
         """A difference and its interval, in percentage points."""
         return f"{100 * self.mean:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}] points"
+
+    def as_times(self) -> str:
+        """A ratio and its interval."""
+        return f"{self.mean:,.3g} [{self.low:,.3g}, {self.high:,.3g}] times"
 
     def __str__(self) -> str:
         return f"{self.mean:.1%} [{self.low:.1%}, {self.high:.1%}], {len(self.values)} seeds"

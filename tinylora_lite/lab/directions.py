@@ -40,7 +40,8 @@ def factors_along(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tr
     ``"activations"`` takes the singular directions of ``W A^½``, with ``A`` the second moment of the module's inputs
     (SVD-LLM, arXiv 2403.07378); ``"Fisher"`` those of ``B^½ W A^½``, with ``B`` the second moment of the policy
     gradient at its outputs. All directions have length 1, and Σ of the leading ones is used with every kind, so that a
-    unit of v moves the weights about equally far.
+    unit of v moves the weights about equally far. Rotated ones, and the answers that weigh the last two kinds, are
+    drawn from ``trial.p_seed``.
 
     Raises:
         ValueError: the kind is not among ``WHICH``, or Fisher information is asked for where no answer of a base earns
@@ -57,7 +58,8 @@ def factors_along(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tr
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
         r, first = trial.rank, {"middle": (len(S) - trial.rank) // 2, "trailing": len(S) - trial.rank}
         if trial.directions == "rotated":
-            U, Vh = _orthonormal(U.shape, name), _orthonormal(Vh.T.shape, name + " right").T
+            U = _orthonormal(U.shape, name, trial.p_seed)
+            Vh = _orthonormal(Vh.T.shape, name + " right", trial.p_seed).T
         elif weighted:
             A, B = moments[name]
             U, Vh = _weighted(W, A, B if trial.directions == "Fisher" else torch.eye(len(B)))
@@ -70,8 +72,8 @@ def factors_along(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tr
     return found
 
 
-def _orthonormal(shape: torch.Size, name: str) -> Tensor:
-    generator = torch.Generator().manual_seed(seed_of("rotated", name))
+def _orthonormal(shape: torch.Size, name: str, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed_of("rotated", name, seed))
     Q: Tensor = torch.linalg.qr(torch.randn(shape, generator=generator))[0]
     return Q
 

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
@@ -42,12 +43,17 @@ def execute(
 
     Returns:
         Whether all runs of all claims are there.
+
+    Raises:
+        RuntimeError: a run failed, or its process was ended from outside. Nothing new is started then, and what else is
+            running is waited for and kept.
     """
     workers = (
         workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else workers or os.cpu_count() or 1
     )
     deadline = None if seconds is None else time.monotonic() + seconds
     running: dict[Future[list[Record]], list[Trial]] = {}
+    failed: tuple[list[Trial], Exception] | None = None
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start, (os.getpid(),)) as pool:
         try:
             while True:
@@ -57,26 +63,41 @@ def execute(
                     wanted = dict.fromkeys(trial for point in claim.points for trial in missing(point, store))
                     queue += jobs(trial for trial in wanted if trial not in taken)
                     taken |= wanted.keys()
-                late = deadline is not None and time.monotonic() > deadline
-                while queue and len(running) < workers and not late:
+                over = failed is not None or (deadline is not None and time.monotonic() > deadline)
+                while queue and len(running) < workers and not over:
                     trials = queue.pop(0)
                     running[pool.submit(run_trials, trials, bases)] = trials
                 if not running:
+                    if failed is not None:
+                        raise RuntimeError(_reason(*failed)) from failed[1]
                     return not queue
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     trials = running.pop(future)
-                    records = future.result()
+                    try:
+                        records = future.result()
+                    except Exception as error:
+                        failed = failed or (trials, error)
+                        continue
                     for trial, record in zip(trials, records, strict=True):
                         store.add(trial, record)
                     if report is not None:
                         left = {t for claim in claims for point in claim.points for t in missing(point, store)}
                         report(trials, records, len(left))
         except BaseException:
+            processes = list((pool._processes or {}).values())  # which shutdown forgets
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in list((pool._processes or {}).values()):
+            for process in processes:
                 process.terminate()
             raise
+
+
+def _reason(trials: list[Trial], error: Exception) -> str:
+    if isinstance(error, BrokenProcessPool):
+        cause = "its process was ended from outside, as happens where memory runs out; try --workers 1"
+    else:
+        cause = f"{type(error).__name__}: {error}"
+    return f"the run {trials[0].key} failed ({cause}); all other runs that had started are kept"
 
 
 def _start(parent: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from scipy import stats
 
 from tinylora_lite.lab.claim import Estimate, Finding, Point
 from tinylora_lite.lab.store import Store
@@ -15,8 +16,8 @@ NEVER = "none of these"
 def share_of_gain(point: Point, full: Point, base: Point, store: Store) -> Estimate:
     """What a shape gains over the base, as a share of what all weights gain.
 
-    The interval is that of the shape's seeds; base and ceiling stand at their means, whose own error is several times
-    smaller.
+    The interval holds the errors of all three, by the delta method, with Student's t at the degrees of freedom of Welch
+    and Satterthwaite.
 
     Raises:
         ValueError: fewer than two seeds of any of the three were run.
@@ -24,11 +25,17 @@ def share_of_gain(point: Point, full: Point, base: Point, store: Store) -> Estim
     found = [p.estimate(store) for p in (point, full, base)]
     if None in found:
         raise ValueError(f"not all runs of {point.label}, {full.label} and {base.label} are there; run the claim first")
-    own, ceiling, floor = (estimate for estimate in found if estimate is not None)
-    gain = ceiling.mean - floor.mean
-    shares = [(value - floor.mean) / gain for value in own.values]
-    mean, half = float(np.mean(shares)), (own.high - own.low) / 2 / gain
-    return Estimate(mean, mean - half, mean + half, tuple(shares))
+    own, ceiling, floor = (np.array(estimate.values) for estimate in found if estimate is not None)
+    gain = ceiling.mean() - floor.mean()
+    shares = (own - floor.mean()) / gain
+    share = float(shares.mean())
+    # How the share moves with each of the three means.
+    slopes = ((own, 1.0), (ceiling, share), (floor, 1.0 - share))
+    errors = [(slope / gain) ** 2 * values.var(ddof=1) / len(values) for values, slope in slopes]
+    total = max(sum(errors), 1e-18)
+    freedom = total**2 / max(sum(e**2 / (len(v) - 1) for e, (v, _) in zip(errors, slopes, strict=True)), 1e-36)
+    half = float(stats.t.ppf(0.975, freedom) * total**0.5)
+    return Estimate(share, share - half, share + half, tuple(map(float, shares)))
 
 
 def smallest_reaching(share: float, ladder: Sequence[Point], full: Point, base: Point, store: Store) -> str:
@@ -39,9 +46,43 @@ def smallest_reaching(share: float, ladder: Sequence[Point], full: Point, base: 
     return NEVER
 
 
-def verdict_on(estimate: Estimate, bar: float) -> Finding:
-    """Whether an interval lies above a bar, below it, or holds both sides of it."""
-    if estimate.low >= bar:
+def times_fewer(
+    share: float,
+    few: tuple[Sequence[Point], Point, Point],
+    many: tuple[Sequence[Point], Point, Point],
+    store: Store,
+    draws: int = 2000,
+) -> Estimate:
+    """How many times fewer numbers recover a share of the full gain on one base than on another.
+
+    Args:
+        share: of the gain of each base's own full training.
+        few: the ladder, ceiling and floor of the base that is said to need fewer.
+        many: those of the other.
+        store: holds all their runs.
+        draws: of the bootstrap over the seeds of every shape.
+
+    Returns:
+        The ratio of the two counts by the means, and its 95 % interval; ``values`` are the bootstrap's.
+
+    Raises:
+        ValueError: fewer than two seeds of any shape were run.
+    """
+    (fewer, drawn_few), (more, drawn_many) = (_smallest(share, *base, store, draws) for base in (few, many))
+    ratios = drawn_many / drawn_few
+    low, high = np.percentile(ratios, (2.5, 97.5), method="nearest")
+    return Estimate(more / fewer, float(low), float(high), tuple(ratios.tolist()))
+
+
+def verdict_on(estimate: Estimate, bar: float, strictly: bool = False) -> Finding:
+    """Whether an interval lies above a bar, below it, or holds both sides of it.
+
+    Args:
+        estimate: what was measured.
+        bar: what it has to reach.
+        strictly: whether to touch the bar is too little, as where 1 is the ratio of equals.
+    """
+    if estimate.low > bar or (estimate.low == bar and not strictly):
         return "reproduced"
     return "not reproduced" if estimate.high < bar else "undecided"
 
@@ -97,6 +138,15 @@ def smallest_count(
     Raises:
         ValueError: fewer than two seeds of any shape were run.
     """
+    count, drawn = _smallest(share, ladder, full, base, store, draws)
+    low, high = np.percentile(drawn, (2.5, 97.5), method="nearest")
+    return count, int(low), int(high)
+
+
+def _smallest(
+    share: float, ladder: Sequence[Point], full: Point, base: Point, store: Store, draws: int
+) -> tuple[int, np.ndarray]:
+    """The smallest count by the means, and in every draw of the bootstrap, ``[draws]`` float64."""
     rungs = [base, *ladder, full]
     found = [point.estimate(store) for point in rungs]
     if None in found:
@@ -108,8 +158,9 @@ def smallest_count(
     def first(means: list[float]) -> int:
         floor, ceiling = means[0], means[-1]
         reached = (mean - floor >= share * (ceiling - floor) for mean in means[1:])
-        return next(count for count, enough in zip(counts, reached, strict=True) if enough)
+        # In a draw whose ceiling is below its floor no rung is a share of the gain; it takes all weights.
+        return next((count for count, enough in zip(counts, reached, strict=True) if enough), counts[-1])
 
-    drawn = [first([rng.choice(v, len(v)).mean() for v in values]) for _ in range(draws)]
-    low, high = np.percentile(drawn, (2.5, 97.5), method="nearest")
-    return first([float(v.mean()) for v in values]), int(low), int(high)
+    # All values of a rung at once: [draws, seeds], drawn with replacement.
+    means = np.stack([rng.choice(v, (draws, len(v))).mean(axis=1) for v in values], axis=1)
+    return first([float(v.mean()) for v in values]), np.array([first(list(row)) for row in means], dtype=float)

@@ -10,8 +10,8 @@ from tinylora_lite.lab.claim import Claim, Point
 from tinylora_lite.lab.store import Store
 from tinylora_lite.lab.trial import Trial
 
-REACH = 2
-"""How many factors of two a sweep goes beyond the rates that it starts from, at either end."""
+REACH = 6
+"""How many factors of two a sweep goes beyond the rates that it starts from, at either end, while the best is there."""
 MEMBERS = 8
 """The most trials that run as one population."""
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from tinylora_lite import nano
 from tinylora_lite.adapter import attach
 from tinylora_lite.config import TinyLoraConfig, lora_xs
+from tinylora_lite.counting import count_parameters
 from tinylora_lite.evaluate import Score, evaluate
 from tinylora_lite.evolution import ESSettings, train_es
 from tinylora_lite.fingerprint import base_fingerprint
@@ -134,7 +135,7 @@ def _together(trials: Sequence[Trial], bases: Path | None) -> list[Record]:
         scores = {n: evaluate(model, tokenizer, population=population, **how) for n, how in _scored(first)}
     except FloatingPointError:
         # One member's numbers ran away, and the others must not go down with it.
-        return [_diverged(trials[0], population)] if len(trials) == 1 else [_together([t], bases)[0] for t in trials]
+        return [_diverged(first, bases)] if len(trials) == 1 else [_together([t], bases)[0] for t in trials]
     return [
         _record(run, v.detach(), {name: found[k] for name, found in scores.items()})
         for k, (run, v) in enumerate(zip(runs, population.vectors, strict=True))
@@ -142,11 +143,18 @@ def _together(trials: Sequence[Trial], bases: Path | None) -> list[Record]:
 
 
 def _alone(trial: Trial, bases: Path | None) -> Record:
+    try:
+        return _trained_alone(trial, bases)
+    except FloatingPointError:
+        return _diverged(trial, bases)
+
+
+def _trained_alone(trial: Trial, bases: Path | None) -> Record:
     model, tokenizer = nano.load(trial.base)
     task = task_of(trial.trained_on or trial.task, trial.base)
     run, v = Run(trial.method, {"seed": trial.seed}, trial.numbers, 0, task.name), torch.zeros(0)
     if trial.method == "noise":
-        adapter = attach(model, config_of(trial))
+        adapter = attach(model, config_of(trial, bases))
         noise = torch.randn(adapter.vectors.shape, generator=torch.Generator().manual_seed(trial.seed))
         with torch.no_grad():
             adapter.vectors.copy_(noise * (trial.learning_rate / noise.norm()))
@@ -194,12 +202,30 @@ def _rounding(population: Population, precision: str) -> Callable[[list[Run]], N
     return rounded
 
 
-def _diverged(trial: Trial, population: Population) -> Record:
+def _diverged(trial: Trial, bases: Path | None) -> Record:
     """The record of a run that ended in NaN: no answer of such a model is right."""
-    worthless = Score(0.0, 0.0, 0.0, 0, 1, ())
-    run = Run(trial.method, {"seed": trial.seed}, trial.numbers, population.vectors[0].numel(), trial.task)
-    record = _record(run, torch.zeros(0), {name: worthless for name, _ in _scored(trial)})
-    return record | {"diverged": True}
+    model, _ = nano.load(trial.base)
+    if trial.numbers == "all weights":
+        numbers = count_parameters(model, "full")
+    elif trial.numbers == "LoRA":
+        numbers = count_parameters(model, "lora", rank=trial.rank)
+    else:
+        numbers = attach(model, config_of(trial, bases)).num_parameters
+    nothing = {"accuracy": 0.0, "low": 0.0, "high": 0.0, "n": 0, "samples": 1, "lenient": 0.0}
+    steps = [0.0] * trial.steps if trial.method in ("grpo", "es") else []
+    return {
+        "parameters": numbers,
+        "scores": {name: nothing for name, _ in _scored(trial)},
+        "curve": steps,
+        "lengths": steps,
+        "loss": [],
+        "evaluations": [],
+        "tokens": 0.0,
+        "training_seconds": 0.0,
+        "norm": 0.0,
+        "vectors": [],
+        "diverged": True,
+    }
 
 
 def _record(run: Run, v: Tensor, scores: dict[str, Score]) -> Record:

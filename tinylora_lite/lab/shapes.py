@@ -85,7 +85,12 @@ def ladder_on(base: str, seeds: int = 5) -> dict[str, Point]:
     }
     if base == BASE:
         return points
-    return {name: replace(point, sweep_seeds=1, seeds=seeds) for name, point in points.items()}
+    return {name: replace(point, seeds=seeds) for name, point in points.items()}
+
+
+def ends(ladder: dict[str, Point]) -> tuple[Point, Point]:
+    """The ceiling and the floor of a ladder: all weights, and the untouched base."""
+    return ladder["all weights"], ladder["base"]
 
 
 RUNGS = (

@@ -28,11 +28,14 @@ class Store:
         folder: holds ``BASE.jsonl`` for each base.
 
     Raises:
-        ValueError: a record has settings that :class:`~tinylora_lite.lab.trial.Trial` does not know.
+        ValueError: ``folder`` is a file, or a record has settings that :class:`~tinylora_lite.lab.trial.Trial` does not
+            know.
     """
 
     def __init__(self, folder: str | Path = RESULTS) -> None:
         self.folder = Path(folder)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"{folder} is a file; records lie in a folder")
         self._records: dict[str, Record] = {}
         for path in sorted(self.folder.glob("*.jsonl")):
             for line in path.read_text(encoding="utf-8").splitlines():
@@ -52,9 +55,10 @@ class Store:
 
     def add(self, trial: Trial, record: Record) -> None:
         """Keeps a record, on disk too."""
-        record = {"trial": trial.settings()} | record
+        # A trial is found again by its settings, which are therefore kept to the last digit.
+        record = {"trial": trial.settings()} | rounded(record)
         self.folder.mkdir(parents=True, exist_ok=True)
-        line = json.dumps(rounded(record)) + "\n"
+        line = json.dumps(record) + "\n"
         path = self.folder / f"{trial.base}.jsonl"
         # One call, so that two programs that write at the same time do not mix their lines.
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -91,9 +95,10 @@ def _trial(record: Record, path: Path) -> Trial:
 
 def _parsed(line: str) -> Record | None:
     try:
-        return dict(json.loads(line))
+        record = json.loads(line)
     except ValueError:
         return None
+    return record if isinstance(record, dict) else None
 
 
 def _ends_with_newline(path: Path) -> bool:

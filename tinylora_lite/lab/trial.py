@@ -11,6 +11,9 @@ from tinylora_lite.config import Sigma
 Method = Literal["grpo", "sft", "es", "none", "noise"]
 Numbers = Literal["random", "calibrated", "LoRA-XS", "LoRA", "all weights"]
 
+DRAWN = ("rotated", "activations", "Fisher")
+"""Directions that depend on a seed; the others depend on the weights alone."""
+
 BASE = "qwen2-0.4m"
 """The base that carries the sweeps: the smallest of the family."""
 
@@ -90,7 +93,8 @@ class Trial:
             numbers="LoRA-XS" if self.numbers == "LoRA-XS" else "random",
             n_tie=0,
             tying="",
-            projection_seed=None,
+            # Drawn directions are the same for all members, and so must be what they are drawn from.
+            projection_seed=self.p_seed if self.directions in DRAWN else None,
             calibration="",
         )
 

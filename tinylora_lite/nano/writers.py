@@ -2,7 +2,7 @@
 
 Each solves the same problem in a way of their own. Only the careful writer both reasons and answers in the
 checked format, so a model that has read all of them *can* solve most problems, and mostly does not: the
-paper's own hypothesis about Qwen ("the knowledge is already there, the style must change", section 7 of
+paper's own hypothesis about Qwen ("the knowledge is already there, the style must change", section 8 of
 arXiv 2602.04118), true here by construction.
 """
 

@@ -13,7 +13,7 @@ from tinylora_lite.lab.claim import Claim
 
 @cache
 def claims() -> dict[str, Claim]:
-    """All claims of the lab by name, in the order of their files."""
+    """All claims of the lab by name, in the order of the table."""
     found = [importlib.import_module(f"{__name__}.{m.name}").CLAIM for m in pkgutil.iter_modules(__path__)]
     return {claim.name: claim for claim in sorted(found, key=lambda claim: claim.order)}
 
@@ -30,7 +30,10 @@ def claim_of(name: str) -> Claim:
         if spec is None or spec.loader is None or not path.is_file():
             raise ValueError(f"there is no file {path}")
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            raise ValueError(f"{path} does not run: {type(error).__name__}: {error}") from error
         claim = getattr(module, "CLAIM", None)
         if not isinstance(claim, Claim):
             raise ValueError(f"{path} must define CLAIM, a tinylora_lite.lab.claim.Claim")

@@ -14,8 +14,8 @@ from tinylora_lite.lab.shapes import untouched
 from tinylora_lite.lab.store import Store
 
 TRAINED = {"random": THIRTEEN, "calibrated": CALIBRATED[-1]}
-NORMS = (1.0, 2.0, 4.0)
-"""Of random v; the norms that training ends at lie among them."""
+NORMS = (0.5, 0.75, 1.0, 2.0, 4.0)
+"""Of random v; training ends at norms between the first and a little above the third."""
 NOISE = {
     kind: tuple(
         replace(
@@ -82,7 +82,7 @@ def judge(store: Store) -> Verdict:
 CLAIM = Claim(
     name="controls",
     order=15,
-    title="The gain is of training on right answers, and of nothing else.",
+    title="The gain is of training on right answers.",
     paper="No controls.",
     where="left open",
     points=(

@@ -6,8 +6,8 @@ from matplotlib.figure import Figure
 
 from tinylora_lite.lab.claim import Claim, Verdict
 from tinylora_lite.lab.figures import share_against_numbers
-from tinylora_lite.lab.gain import share_of_gain, smallest_count, verdict_between
-from tinylora_lite.lab.shapes import RUNGS, ladder_on
+from tinylora_lite.lab.gain import share_of_gain, smallest_count, times_fewer, verdict_on
+from tinylora_lite.lab.shapes import RUNGS, ends, ladder_on
 from tinylora_lite.lab.store import Store
 from tinylora_lite.lab.trial import BASE
 
@@ -24,25 +24,31 @@ def draw(store: Store) -> Figure:
 
 
 def judge(store: Store) -> Verdict:
-    """The smallest update for 90 % of the gain in each family, and thirteen numbers' share in both."""
-    parts, shares = [], []
+    """The smallest update for 90 % of the gain in each family; the claim holds if the first needs fewer."""
+    rungs = {base: ([ladder[name] for name in RUNGS], *ends(ladder)) for base, ladder in LADDERS.items()}
+    parts = []
     for base, ladder in LADDERS.items():
-        rungs, full, floor = [ladder[name] for name in RUNGS], ladder["all weights"], ladder["base"]
-        count, low, high = smallest_count(SHARE, rungs, full, floor, store)
-        shares.append(share_of_gain(ladder["13 random"], full, floor, store))
+        count, low, high = smallest_count(SHARE, *rungs[base], store)
+        thirteen = share_of_gain(ladder["13 random"], *ends(ladder), store)
         parts.append(
             f"{FAMILIES[base]}: {count:,} numbers [{low:,}, {high:,}] for {SHARE:.0%}, "
-            f"13 recover {shares[-1].as_percent()}"
+            f"13 recover {thirteen.as_percent()}"
         )
-    return Verdict("; ".join(parts) + ".", verdict_between(*shares))
+    qwen, llama = rungs.values()
+    fewer = times_fewer(SHARE, qwen, llama, store)
+    ours = f"{'; '.join(parts)}. The first needs {fewer.as_times()} fewer."
+    return Verdict(ours, verdict_on(fewer, 1.0, strictly=True))
 
 
 CLAIM = Claim(
     name="family",
     order=11,
     title="Qwen needs about ten times fewer numbers than Llama.",
-    paper="Llama-3.2-3B and 3.1-8B behind Qwen2.5 at every size of the update; with few numbers hardly above the base.",
-    where="Figure 4 and section 7",
+    paper=(
+        "Llama-3.2-3B behind Qwen2.5-3B at nearly every size of the update: 60 against 74 % with 100 numbers, and "
+        "nothing gained below 5."
+    ),
+    where="Figures 7 to 9 and the text beside them",
     points=tuple(point for ladder in LADDERS.values() for point in ladder.values()),
     draw=draw,
     judge=judge,

@@ -48,7 +48,7 @@ CLAIM = Claim(
     name="rank",
     order=4,
     title="The frozen rank should be small: two directions are better than many.",
-    paper="Qwen2.5-3B, u = 1: 80, 82, 81, 78, 75 % at r = 1, 2, 4, 16, 64; one run each.",
+    paper="Qwen2.5-3B, u = 1: 80, 82, 81, 78, 75 % at r = 1, 2, 4, 16, 64, without intervals.",
     where="Figure 7 and section 6.4",
     points=(BASE, FULL, *THIRTEEN.values(), *FORTY_NINE.values()),
     draw=draw,

@@ -105,8 +105,8 @@ def judge(store: Store) -> Verdict:
 CLAIM = Claim(
     name="seeds",
     order=9,
-    title="The draw of P matters, and the fewer the numbers the more.",
-    paper="Means over three seeds without intervals; whether P's seed is among what they move is not said.",
+    title="The draw of P matters, and more than everything else that a seed moves.",
+    paper="Means over three seeds; whether P's seed is among what they move is not said.",
     where="left open",
     points=(BASE, FULL, *COUNTS.values(), *(point for points in POINTS.values() for point in points)),
     draw=draw,

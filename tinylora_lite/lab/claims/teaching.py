@@ -113,7 +113,7 @@ CLAIM = Claim(
     order=16,
     title="Few numbers elicit what a model knows and cannot teach it what it does not.",
     paper="Conjectured: the knowledge may already be there, and only the style of the answer changes.",
-    where="section 7",
+    where="section 8",
     points=(
         rl.BASE,
         rl.FULL,

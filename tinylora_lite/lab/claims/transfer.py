@@ -50,7 +50,7 @@ GROUPS = {
         aimed("of the other format", "", "worded"),
     ),
 }
-NAMES = {"nano": "plain:", "multiplying": "with products:", "worded": "answer in words:"}
+NAMES = {"nano": "plain:", "multiplying": "with products:", "worded": "chatty format:"}
 
 
 def draw(store: Store) -> Figure:
@@ -64,7 +64,7 @@ def judge(store: Store) -> Verdict:
     parts = []
     plain, own, *borrowed = GROUPS["nano"]
     compared = [(point.label, plain, own, point) for point in borrowed]
-    for label, task in (("problems without products", "multiplying"), ("the other format", "worded")):
+    for label, task in (("problems without products", "multiplying"), ("the chatty writer's format", "worded")):
         _, drawn, aimed_here, elsewhere = GROUPS[task]
         compared.append((label, drawn, aimed_here, elsewhere))
     for label, drawn, aimed_here, elsewhere in compared:
@@ -78,7 +78,7 @@ def judge(store: Store) -> Verdict:
 CLAIM = Claim(
     name="transfer",
     order=14,
-    title="A calibration is of a task and a base, and is worth less on another.",
+    title="A calibration is of one task and one base.",
     paper="Nothing: its directions are random.",
     where="an idea of this book",
     points=(BASE, FULL, *(point for points in GROUPS.values() for point in points)),
