@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 from tinylora_lite import nano
 from tinylora_lite.lab.bases import own_demonstrations
 from tinylora_lite.nano import variants
+from tinylora_lite.nano.writers import WRITERS
 from tinylora_lite.tasks import Task
 
 TASKS: dict[str, Callable[[], Task]] = {
@@ -18,7 +19,7 @@ TASKS: dict[str, Callable[[], Task]] = {
     "doubling": variants.doubling,
     "format only": variants.format_only,
     "unrelated": variants.unrelated,
-    "header: careful": lambda: variants.header("careful"),
+    **{f"header: {name}": partial(variants.header, name) for name in WRITERS},
     "adding": variants.adding,
     "multiplying": variants.multiplying,
     "worded": variants.worded,

@@ -10,11 +10,15 @@ from matplotlib.figure import Figure
 
 from tinylora_lite import plot
 from tinylora_lite.lab.claim import Claim, Estimate, Point, Verdict
+from tinylora_lite.lab.claims import family, seeds, size
 from tinylora_lite.lab.claims import rl_parameters as rl
-from tinylora_lite.lab.claims import seeds
+from tinylora_lite.lab.claims.family import FAMILIES
+from tinylora_lite.lab.claims.size import SIZES
 from tinylora_lite.lab.figures import base_line, percent
-from tinylora_lite.lab.shapes import calibrated_numbers
+from tinylora_lite.lab.gain import share_of_gain
+from tinylora_lite.lab.shapes import calibrated_numbers, ends
 from tinylora_lite.lab.store import Store
+from tinylora_lite.lab.trial import BASE
 
 BITS = 16
 """Of a stored number, of a basis too."""
@@ -34,6 +38,13 @@ def looked_at(problems: int) -> Point:
 
 
 FEWER = tuple(looked_at(problems) for problems in (24, 48, 96, 192))
+
+
+ELSEWHERE = {base: calibrated_numbers(13, base, rank=1) for base in (*SIZES, *FAMILIES) if base != BASE}
+"""The narrow basis on every size and family: is aim worth as much there?"""
+LADDERS = {base: ladder for base, ladder in (size.LADDERS | family.LADDERS).items() if base != BASE}
+BESIDE = ("base", "13 random", "13 calibrated", "49 LoRA-XS", "all weights")
+"""What it is compared with on each of them, of :func:`~tinylora_lite.lab.shapes.ladder_on`."""
 
 
 def own_bits(point: Point) -> int:
@@ -92,7 +103,12 @@ def judge(store: Store) -> Verdict:
     ours = f"13 numbers on the best of {seeds.DRAWS} draws of P ({log2(seeds.DRAWS):.0f} more bits): {best:.0%}; "
     ours += "; ".join(f"{label} {estimate.as_percent()}" for label, estimate in points.items() if estimate is not None)
     narrow = ", ".join(f"{own_bits(p) + basis_bits(p):,} at r = {p.trial.rank}" for p in CALIBRATED)
-    return Verdict(f"{ours}. All bits of 13 calibrated numbers: {narrow}.", "not in the paper")
+    shares = {
+        (SIZES | FAMILIES)[base]: share_of_gain(point, *ends(LADDERS[base]), store) for base, point in ELSEWHERE.items()
+    }
+    there = ", ".join(f"{name} {share.as_percent()}" for name, share in shares.items())
+    ours += f". All bits of 13 calibrated numbers: {narrow}. At r = 1 they recover on other bases: {there} of the gain."
+    return Verdict(ours, "not in the paper")
 
 
 CLAIM = Claim(
@@ -110,6 +126,8 @@ CLAIM = Claim(
         rl.LADDER[-2],
         *NARROW,
         *FEWER,
+        *ELSEWHERE.values(),
+        *(LADDERS[base][name] for base in ELSEWHERE for name in BESIDE),
         *seeds.POINTS[13],
     ),
     draw=draw,

@@ -12,6 +12,7 @@ from tinylora_lite.lab.figures import side_by_side
 from tinylora_lite.lab.gain import difference
 from tinylora_lite.lab.shapes import untouched
 from tinylora_lite.lab.store import Store
+from tinylora_lite.nano.writers import WRITERS
 
 TRAINED = {"random": THIRTEEN, "calibrated": CALIBRATED[-1]}
 NORMS = (0.5, 0.75, 1.0, 2.0, 4.0)
@@ -43,7 +44,11 @@ OTHERS = {
     )
     for kind, point in TRAINED.items()
 }
-HEADER = replace(untouched(task="header: careful"), label="base, told to be the careful writer")
+HEADERS = {
+    name: replace(untouched(task=f"header: {name}"), label=f"base, told to be the {name} writer") for name in WRITERS
+}
+"""Prompts that the base knows, one for each writer whom it read."""
+HEADER = HEADERS["careful"]
 SHOWN = {kind: replace(point, label="trained, right answers rewarded") for kind, point in TRAINED.items()}
 
 
@@ -54,7 +59,7 @@ def lenient(point: Point, store: Store) -> Estimate:
 
 def draw(store: Store) -> Figure:
     """Trained numbers above what should not reach them."""
-    groups: list[tuple[str, tuple[Point, ...]]] = [("", (BASE, HEADER))]
+    groups: list[tuple[str, tuple[Point, ...]]] = [("", (BASE, *HEADERS.values()))]
     groups += [(f"13 {kind}:", (SHOWN[kind], *OTHERS[kind], *NOISE[kind])) for kind in TRAINED]
     return side_by_side(groups, store, BASE, full=FULL)
 
@@ -72,9 +77,9 @@ def judge(store: Store) -> Verdict:
         ]
         parts.append(f"13 {kind} (their norm {norm:.1f}) over the base {difference(point, BASE, store).as_points()}; ")
         parts[-1] += ", ".join(gaps)
-    header = HEADER.estimate(store)
-    assert header is not None
-    parts.append(f"the base under the careful writer's header {header.as_percent()}")
+    told = {name: point.estimate(store) for name, point in HEADERS.items()}
+    under = ", ".join(f"{name} {estimate.as_percent()}" for name, estimate in told.items() if estimate is not None)
+    parts.append(f"the base under each writer's header: {under}")
     read = ", ".join(f"{point.label} {lenient(point, store).as_percent()}" for point in (BASE, *TRAINED.values(), FULL))
     return Verdict("; ".join(parts) + f"; read leniently: {read}.", "not in the paper")
 
@@ -88,7 +93,7 @@ CLAIM = Claim(
     points=(
         BASE,
         FULL,
-        HEADER,
+        *HEADERS.values(),
         *TRAINED.values(),
         *(point for kind in TRAINED for point in (*OTHERS[kind], *NOISE[kind])),
     ),
