@@ -12,6 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
+from transformers.utils import logging
 
 from tinylora_lite.lab.claim import Claim
 from tinylora_lite.lab.plan import jobs, missing
@@ -103,6 +104,7 @@ def _reason(trials: list[Trial], error: Exception) -> str:
 def _start(parent: int) -> None:
     """A worker's first act: one thread, and an eye on the program that started it, without which its work is lost."""
     torch.set_num_threads(1)
+    logging.disable_progress_bar()  # of loading a model, once for each job
 
     def watch() -> None:
         while os.getppid() == parent:
