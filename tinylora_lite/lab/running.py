@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,9 @@ def _together(trials: Sequence[Trial], bases: Path | None) -> list[Record]:
         else:
             shown = [sft_settings(trial) for trial in trials]
             runs = train_sft(model, tokenizer, population, task, shown, on_step=after, progress=False)
-        scores = {n: evaluate(model, tokenizer, population=population, **how) for n, how in _scored(first)}
+        # Answers of one seed for all: what a member scores must not depend on who else is in the batch.
+        scored = _scored(replace(first, seed=0))
+        scores = {n: evaluate(model, tokenizer, population=population, **how) for n, how in scored}
     except FloatingPointError:
         # One member's numbers ran away, and the others must not go down with it.
         return [_diverged(first, bases)] if len(trials) == 1 else [_together([t], bases)[0] for t in trials]
