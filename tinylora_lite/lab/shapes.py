@@ -60,7 +60,12 @@ def untouched(base: str = BASE, task: str = "nano") -> Point:
 def by_imitation(point: Point, demonstrations: str) -> Point:
     """The same numbers, trained by SFT on demonstrations of a kind: ``"stranger"``, ``"careful"`` or ``"own"``."""
     trial = replace(point.trial, method="sft", trained_on=f"demonstrations: {demonstrations}", steps=60)
-    return replace(point, trial=trial)
+    rates = point.rates
+    if demonstrations == "stranger":
+        # Where imitation only harms, the best rate is one that hardly moves, with a valley before those that learn: a
+        # sweep that climbs from one side alone would miss the other.
+        rates = (*(rates[0] / factor for factor in (64, 16, 4)), *rates)
+    return replace(point, trial=trial, rates=rates)
 
 
 def ladder_on(base: str, seeds: int = 5) -> dict[str, Point]:
