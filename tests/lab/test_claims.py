@@ -151,12 +151,12 @@ def test_imitation_that_falls_behind_in_one_kind_only_is_a_claim_in_part(tmp_pat
     claim = claims()["sft-parameters"]
 
     def found(behind: tuple[str, ...]) -> str:
-        accuracy = shifted(lambda trial: trial.trained_on.removeprefix("demonstrations: ") in behind, -0.2)
+        accuracy = shifted(lambda trial: trial.trained_on.removeprefix("demonstrations: ") in behind, -0.4)
         return claim.judge(filled(claim, Store(tmp_path / "-".join(behind)), accuracy)).finding
 
     assert found(("stranger", "careful", "own")) == "reproduced"
     assert found(("stranger", "own")) == "reproduced in part"
-    assert found(("careful", "own")) == "undecided"
+    assert found(("careful", "own")) == "not reproduced"
 
 
 def test_demonstrations_that_carry_far_more_bits_in_one_kind_only_are_a_claim_in_part(tmp_path):

@@ -62,9 +62,9 @@ def by_imitation(point: Point, demonstrations: str) -> Point:
     trial = replace(point.trial, method="sft", trained_on=f"demonstrations: {demonstrations}", steps=60)
     rates = point.rates
     if demonstrations == "stranger":
-        # Where imitation only harms, the best rate is one that hardly moves, with a valley before those that learn: a
-        # sweep that climbs from one side alone would miss the other.
-        rates = (*(rates[0] / factor for factor in (64, 16, 4)), *rates)
+        # Where imitation harms at first, the best rates are those that hardly move and those that learn it all, with a
+        # valley between them: a sweep that climbs from one side alone would miss the other.
+        rates = (*(rates[0] / factor for factor in (64, 16, 4)), *rates, rates[-1] * 2, rates[-1] * 4)
     return replace(point, trial=trial, rates=rates)
 
 

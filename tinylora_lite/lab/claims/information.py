@@ -93,7 +93,7 @@ def judge(store: Store) -> Verdict:
     )
     ours += ", ".join(f"{n:,.0f} ({kind}; {each[kind]:.0f} an answer under the base)" for kind, n in shown.items())
     times = {kind: bits / rewards for kind, bits in shown.items()}
-    ours += f": {', '.join(f'{factor:.2g}' for factor in times.values())} times as many."
+    ours += f": {', '.join(f'{factor:,.1f}' for factor in times.values())} times as many."
     far = [factor >= FAR for factor in times.values()]
     return Verdict(ours, "reproduced" if all(far) else "reproduced in part" if any(far) else "not reproduced")
 
