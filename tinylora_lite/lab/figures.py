@@ -167,9 +167,10 @@ def share_beside(
         store: the records.
         marks: shares that get a line across.
     """
-    rows = -(-len(ladders) // 2)
-    drawn = Figure(figsize=(plot.WIDTH, 0.6 + 2.1 * rows))
-    panels = drawn.subplots(rows, 2, sharex=True, sharey=True, squeeze=False)
+    columns = min(2, len(ladders))
+    rows = -(-len(ladders) // columns)
+    drawn = Figure(figsize=(plot.WIDTH, 0.6 + (2.1 if columns > 1 else 3.0) * rows))
+    panels = drawn.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for axes, (label, ladder) in zip(panels.flat, ladders.items(), strict=False):
         _draw_ladder(axes, reference[1], rungs, store, LOOKS[1], reference[0], shift=1 / 1.12)
         _draw_ladder(axes, ladder, rungs, store, LOOKS[0], "what the panel says", shift=1.12)

@@ -36,7 +36,7 @@ def judge(store: Store) -> Verdict:
         )
     qwen, llama = rungs.values()
     fewer = times_fewer(SHARE, qwen, llama, store)
-    ours = f"{'; '.join(parts)}. The first needs {fewer.as_times()} fewer."
+    ours = f"{'; '.join(parts)}. Llama needs {fewer.as_times()} as many."
     return Verdict(ours, verdict_on(fewer, 1.0, strictly=True))
 
 

@@ -11,7 +11,7 @@ from tinylora_lite.lab.shapes import RUNGS, ends, ladder_on
 from tinylora_lite.lab.store import Store
 from tinylora_lite.lab.trial import BASE
 
-SIZES = {BASE: "0.4M", "qwen2-1m": "1.2M", "qwen2-5m": "5.2M"}
+SIZES = {BASE: "0.4M", "qwen2-1m": "1.2M"}
 """Bases by one recipe, from small to large."""
 LADDERS = {base: ladder_on(base) for base in SIZES}
 SHARE = 0.95
@@ -35,7 +35,7 @@ def judge(store: Store) -> Verdict:
         )
     smallest, *_, largest = SIZES
     fewer = times_fewer(SHARE, rungs[largest], rungs[smallest], store)
-    ours = f"{'; '.join(parts)}. {SIZES[largest]} needs {fewer.as_times()} fewer than {SIZES[smallest]}."
+    ours = f"{'; '.join(parts)}. {SIZES[smallest]} needs {fewer.as_times()} as many as {SIZES[largest]}."
     return Verdict(ours, verdict_on(fewer, 1.0, strictly=True))
 
 
