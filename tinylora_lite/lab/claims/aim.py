@@ -16,7 +16,8 @@ from tinylora_lite.lab.claims.family import FAMILIES
 from tinylora_lite.lab.claims.size import SIZES
 from tinylora_lite.lab.figures import base_line, percent
 from tinylora_lite.lab.gain import share_of_gain
-from tinylora_lite.lab.shapes import calibrated_numbers, ends
+from tinylora_lite.lab.ladder import ends
+from tinylora_lite.lab.shapes import calibrated_numbers
 from tinylora_lite.lab.store import Store
 from tinylora_lite.lab.trial import BASE
 
@@ -44,7 +45,7 @@ ELSEWHERE = {base: calibrated_numbers(13, base, rank=1) for base in (*SIZES, *FA
 """The narrow basis on every size and family: is aim worth as much there?"""
 LADDERS = {base: ladder for base, ladder in (size.LADDERS | family.LADDERS).items() if base != BASE}
 BESIDE = ("base", "13 random", "13 calibrated", "49 LoRA-XS", "all weights")
-"""What it is compared with on each of them, of :func:`~tinylora_lite.lab.shapes.ladder_on`."""
+"""What it is compared with on each of them, of :func:`~tinylora_lite.lab.ladder.ladder_on`."""
 
 
 def own_bits(point: Point) -> int:

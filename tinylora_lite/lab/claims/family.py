@@ -6,8 +6,8 @@ from matplotlib.figure import Figure
 
 from tinylora_lite.lab.claim import Claim, Verdict
 from tinylora_lite.lab.figures import share_against_numbers
-from tinylora_lite.lab.gain import share_of_gain, smallest_count, times_fewer, verdict_on
-from tinylora_lite.lab.shapes import RUNGS, ends, ladder_on
+from tinylora_lite.lab.gain import times_fewer, verdict_on
+from tinylora_lite.lab.ladder import RUNGS, climb, counts_on, ladder_on
 from tinylora_lite.lab.store import Store
 from tinylora_lite.lab.trial import BASE
 
@@ -25,18 +25,9 @@ def draw(store: Store) -> Figure:
 
 def judge(store: Store) -> Verdict:
     """The smallest update for 90 % of the gain in each family; the claim holds if the first needs fewer."""
-    rungs = {base: ([ladder[name] for name in RUNGS], *ends(ladder)) for base, ladder in LADDERS.items()}
-    parts = []
-    for base, ladder in LADDERS.items():
-        count, low, high = smallest_count(SHARE, *rungs[base], store)
-        thirteen = share_of_gain(ladder["13 random"], *ends(ladder), store)
-        parts.append(
-            f"{FAMILIES[base]}: {count:,} numbers [{low:,}, {high:,}] for {SHARE:.0%}, "
-            f"13 recover {thirteen.as_percent()}"
-        )
-    qwen, llama = rungs.values()
-    fewer = times_fewer(SHARE, qwen, llama, store)
-    ours = f"{'; '.join(parts)}. Llama needs {fewer.as_times()} as many."
+    qwen, llama = LADDERS.values()
+    fewer = times_fewer(SHARE, climb(qwen), climb(llama), store)
+    ours = f"{counts_on(LADDERS, FAMILIES, SHARE, store)}. Llama needs {fewer.as_times()} as many."
     return Verdict(ours, verdict_on(fewer, 1.0, strictly=True))
 
 

@@ -6,8 +6,8 @@ from matplotlib.figure import Figure
 
 from tinylora_lite.lab.claim import Claim, Verdict
 from tinylora_lite.lab.figures import share_against_numbers
-from tinylora_lite.lab.gain import share_of_gain, smallest_count, times_fewer, verdict_on
-from tinylora_lite.lab.shapes import RUNGS, ends, ladder_on
+from tinylora_lite.lab.gain import times_fewer, verdict_on
+from tinylora_lite.lab.ladder import RUNGS, climb, counts_on, ladder_on
 from tinylora_lite.lab.store import Store
 from tinylora_lite.lab.trial import BASE
 
@@ -25,17 +25,10 @@ def draw(store: Store) -> Figure:
 
 def judge(store: Store) -> Verdict:
     """The smallest update for 95 % at each size; the claim holds if the largest base needs fewer than the smallest."""
-    rungs = {base: ([ladder[name] for name in RUNGS], *ends(ladder)) for base, ladder in LADDERS.items()}
-    parts = []
-    for base, ladder in LADDERS.items():
-        count, low, high = smallest_count(SHARE, *rungs[base], store)
-        thirteen = share_of_gain(ladder["13 random"], *ends(ladder), store)
-        parts.append(
-            f"{SIZES[base]}: {count:,} numbers [{low:,}, {high:,}] for {SHARE:.0%}, 13 recover {thirteen.as_percent()}"
-        )
-    smallest, *_, largest = SIZES
-    fewer = times_fewer(SHARE, rungs[largest], rungs[smallest], store)
-    ours = f"{'; '.join(parts)}. {SIZES[smallest]} needs {fewer.as_times()} as many as {SIZES[largest]}."
+    smallest, *_, largest = LADDERS
+    fewer = times_fewer(SHARE, climb(LADDERS[largest]), climb(LADDERS[smallest]), store)
+    ours = f"{counts_on(LADDERS, SIZES, SHARE, store)}. "
+    ours += f"{SIZES[smallest]} needs {fewer.as_times()} as many as {SIZES[largest]}."
     return Verdict(ours, verdict_on(fewer, 1.0, strictly=True))
 
 

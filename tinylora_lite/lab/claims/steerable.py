@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from tinylora_lite.lab.claim import Claim, Point, Verdict
 from tinylora_lite.lab.figures import share_beside
 from tinylora_lite.lab.gain import share_of_gain, smallest_count
-from tinylora_lite.lab.shapes import RUNGS, ends, ladder_on
+from tinylora_lite.lab.ladder import RUNGS, climb, ends, ladder_on
 from tinylora_lite.lab.store import Store
 from tinylora_lite.lab.trial import BASE
 
@@ -36,7 +36,7 @@ def judge(store: Store) -> Verdict:
     parts = []
     for base, ladder in LADDERS.items():
         count, low, high = smallest_count(SHARES[0], drawn(ladder), *ends(ladder), store)
-        most, most_low, most_high = smallest_count(SHARES[1], [ladder[name] for name in RUNGS], *ends(ladder), store)
+        most, most_low, most_high = smallest_count(SHARES[1], *climb(ladder), store)
         thirteen = share_of_gain(ladder["13 random"], *ends(ladder), store)
         parts.append(
             f"{TWINS[base]}: {count:,} random numbers [{low:,}, {high:,}] for {SHARES[0]:.0%}, {most:,} of any kind "
