@@ -102,8 +102,9 @@ class Estimate:
         return f"{100 * self.mean:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}] points"
 
     def as_times(self) -> str:
-        """A ratio and its interval."""
-        return f"{self.mean:,.3g} [{self.low:,.3g}, {self.high:,.3g}] times"
+        """A ratio and its interval, in three digits or in whole numbers."""
+        mean, low, high = (f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in (self.mean, self.low, self.high))
+        return f"{mean} [{low}, {high}] times"
 
     def __str__(self) -> str:
         return f"{self.mean:.1%} [{self.low:.1%}, {self.high:.1%}], {len(self.values)} seeds"
