@@ -49,7 +49,7 @@ def against_numbers(series: Sequence[Series], store: Store, base: Point, score: 
 
     Points that have not run yet are left out.
     """
-    drawn, axes = plot.figure(3.6)
+    drawn, axes = plot.figure(3.9)
     largest = 1.0
     for method, points, label in series:
         look = plot.METHODS[method]
@@ -74,7 +74,10 @@ def against_numbers(series: Sequence[Series], store: Store, base: Point, score: 
     base_line(axes, base, store, score)
     percent(axes, "accuracy on the test set")
     axes.set_xlabel("numbers trained")
-    legend(axes, "lower right")
+    named = axes.get_legend_handles_labels()[0]
+    if named:
+        # Below the panel: inside, lines would run through it.
+        drawn.legend(handles=named, loc="outside lower center", ncols=2 if len(named) == 4 else 3, fontsize=8)
     return drawn
 
 
@@ -235,7 +238,7 @@ def base_line(axes: Axes, base: Point, store: Store, score: str = "sampled") -> 
                       xycoords=("axes fraction", "data"), ha="left", va="top", fontsize=8)  # fmt: skip
 
 
-def legend(axes: Axes, place: Literal["lower right", "upper right", "upper left"]) -> None:
+def legend(axes: Axes, place: Literal["upper right", "upper left"]) -> None:
     """The legend, where anything was drawn that it could name."""
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc=place, fontsize=8)
