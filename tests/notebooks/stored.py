@@ -43,6 +43,7 @@ def outputs(paths: list[Path]) -> list[list[list[dict[str, Any]]]]:
         kernel_name="python3",
         resources={"metadata": {"path": str(paths[0].parent)}},
         record_timing=False,
+        coalesce_streams=True,  # how many pieces a stream arrives in is a matter of time
     ).execute(env=os.environ | QUIET)
     done = iter(joined.cells)
     found = []
