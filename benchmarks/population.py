@@ -20,6 +20,7 @@ def population() -> dict[str, Any]:
     torch.set_num_threads(1)
     try:
         return {
+            "threads": torch.get_num_threads(),
             "steps": STEPS,
             "batches": [
                 {"name": name, "prompts": prompts, "completions": completions}

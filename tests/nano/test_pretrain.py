@@ -174,6 +174,7 @@ def test_in_bf16_products_are_rounded_and_weights_are_not(base, tmp_path):
 ONE_THING = {
     "qwen2-0.4m-unnamed": {"named": 0.0},
     "qwen2-0.4m-often": {"named": 0.9},
+    "qwen2-0.4m-undecayed": {"weight_decay": 0.0},
     "qwen2-0.4m-short": {"steps": 2500},
     "qwen2-0.4m-seed1": {"seed": 1},
     "qwen2-1m": {"width": 128, "mlp": 320},
