@@ -135,7 +135,7 @@ def test_a_verdict_turns_when_the_records_do(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "few", "many"), [("size", "qwen2-1m", "qwen2-0.4m"), ("family", "qwen2-0.4m", "llama-0.4m")]
+    ("name", "few", "many"), [("size", "qwen2-5m", "qwen2-0.4m"), ("family", "qwen2-0.4m", "llama-0.4m")]
 )
 def test_a_base_needs_fewer_numbers_where_the_other_falls_short_with_few(name, few, many, tmp_path):
     claim = claims()[name]

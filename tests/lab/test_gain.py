@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from tinylora_lite.lab.claim import Estimate, Point
-from tinylora_lite.lab.gain import difference, smallest_count, verdict_on_difference
+from tinylora_lite.lab.gain import difference, smallest_count, smallest_reaching, verdict_on_difference, verdict_over
 from tinylora_lite.lab.store import Store
 from tinylora_lite.lab.trial import Trial
 
@@ -50,7 +50,30 @@ def test_the_smallest_count_and_its_interval(store):
     sure = {BASE: (0.2,) * 3, FULL: (0.8,) * 3, LADDER[0]: (0.3,) * 3, LADDER[1]: (0.6,) * 3, LADDER[2]: (0.78,) * 3}
     found = store(sure)
     for share, count in ((0.1, 1), (0.5, 7), (0.9, 49), (0.99, 400_000)):
-        assert smallest_count(share, LADDER, FULL, BASE, found) == (count, count, count)
+        for ladder in (LADDER, LADDER[::-1]):
+            assert smallest_count(share, ladder, FULL, BASE, found) == (count, count, count)
+    assert smallest_reaching(0.1, LADDER[::-1], FULL, BASE, found) == LADDER[0].label
+
+
+def test_points_are_compared_by_the_score_that_the_store_says_and_rates_chosen_by_sampled_answers(tmp_path):
+    store = Store(tmp_path)
+    point = Point("swept", Trial(), rates=(0.1, 0.2), seeds=2)
+    for trial in point.sweep((0.1, 0.2, 0.4)):
+        store.add(trial, {"scores": {"sampled": {"accuracy": 1 - abs(trial.learning_rate - 0.2)}}})
+    for seed, trial in enumerate(point.tests(0.2)):
+        store.add(trial, {"scores": {"sampled": {"accuracy": 0.1 * seed}, "greedy": {"accuracy": 0.5 + 0.1 * seed}}})
+    assert point.estimate(store).mean == pytest.approx(0.05)
+    assert point.estimate(store.scored("greedy")).mean == pytest.approx(0.55)
+    assert point.estimate(store.scored("greedy"), "sampled").mean == pytest.approx(0.05)
+    assert store.score == "sampled"
+
+
+def test_a_verdict_over_several_settings():
+    yes, no, open_ = "reproduced", "not reproduced", "undecided"
+    assert verdict_over([yes, yes]) == yes
+    assert verdict_over([yes, open_]) == verdict_over([yes, no]) == "reproduced in part"
+    assert verdict_over([no, open_]) == no
+    assert verdict_over([open_, open_]) == verdict_over([]) == open_
 
 
 def test_a_rung_that_is_not_sure_widens_the_interval(store):

@@ -207,6 +207,14 @@ def test_an_empty_lab_says_not_yet_run(tmp_path, capsys):
     assert "say which claim to run" in capsys.readouterr().err
 
 
+def test_the_table_compares_by_the_score_asked_for(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("tinylora_lite.lab.table.rows_of", lambda chosen, store: seen.append(store.score) or [])
+    for words in ([], ["--score", "greedy"]):
+        assert main(["lab", "table", "--folder", str(tmp_path), *words]) == 0
+    assert seen == ["sampled", "greedy"]
+
+
 def test_a_claim_runs_to_its_end_and_is_not_run_twice(tmp_path, monkeypatch):
     """With real runs of the smallest kind: one step, few problems."""
     monkeypatch.setattr(running, "SWEEP_PROBLEMS", 4)

@@ -35,6 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", type=Path, help="where the records lie (default: those of the book)")
     parser.add_argument("--workers", type=_whole, help="processes, each on one core (default: one for each core)")
     parser.add_argument("--minutes", type=_minutes, help="after which `run` starts nothing new (default: no limit)")
+    parser.add_argument(
+        "--score",
+        choices=("sampled", "greedy"),
+        default="sampled",
+        help="by which answers `draw` and `table` compare: one sampled at temperature 1, or the greedy one "
+        "(default: sampled)",
+    )
     parser.add_argument("--out", type=Path, help="where `draw` puts its picture (default: CLAIM.svg); .png works too")
 
 
@@ -47,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.action in ("run", "draw") and not names:
         raise ValueError(f"say which claim to {arguments.action}: {', '.join(claims())}, or all")
     chosen = list(claims().values()) if not names or "all" in names else [claim_of(name) for name in names]
-    store = Store(arguments.folder or RESULTS)
+    store = Store(arguments.folder or RESULTS).scored(arguments.score)
     {"list": _list, "run": _run, "draw": _draw, "table": _table}[arguments.action](chosen, store, arguments)
 
 

@@ -60,9 +60,14 @@ class Point:
         rate = chosen_rate(self, store)
         return [] if rate is None else store.of(self.tests(rate))
 
-    def estimate(self, store: Store, score: str = "sampled") -> Estimate | None:
-        """The mean accuracy over seeds and its interval; ``None`` with fewer than two records."""
-        accuracies = [record["scores"][score]["accuracy"] for record in self.records(store)]
+    def estimate(self, store: Store, score: str | None = None) -> Estimate | None:
+        """The mean accuracy over seeds and its interval; ``None`` with fewer than two records.
+
+        Args:
+            store: the records.
+            score: of theirs; ``None`` is the one that the store compares by.
+        """
+        accuracies = [record["scores"][score or store.score]["accuracy"] for record in self.records(store)]
         return Estimate.of(accuracies) if len(accuracies) > 1 else None
 
 

@@ -44,7 +44,7 @@ class Series(NamedTuple):
 
 
 @plot.style()
-def against_numbers(series: Sequence[Series], store: Store, base: Point, score: str = "sampled") -> Figure:
+def against_numbers(series: Sequence[Series], store: Store, base: Point) -> Figure:
     """Accuracy against how many numbers were trained: every seed a dot, the mean with its interval, a line a method.
 
     Points that have not run yet are left out.
@@ -55,7 +55,7 @@ def against_numbers(series: Sequence[Series], store: Store, base: Point, score: 
         look = plot.METHODS[method]
         rows = []
         for point in points:
-            estimate = point.estimate(store, score)
+            estimate = point.estimate(store)
             if estimate is not None:
                 rows.append((point.records(store)[0]["parameters"], estimate))
         if not rows:
@@ -71,8 +71,8 @@ def against_numbers(series: Sequence[Series], store: Store, base: Point, score: 
             label=label or look.label,
         )  # fmt: skip
     plot.count_axis(axes, 1, largest)
-    base_line(axes, base, store, score)
-    percent(axes, "accuracy on the test set")
+    base_line(axes, base, store)
+    percent(axes, score_label(store))
     axes.set_xlabel("numbers trained")
     named = axes.get_legend_handles_labels()[0]
     if named:
@@ -89,7 +89,6 @@ def side_by_side(
     *,
     full: Point | None = None,
     method: str = "tinylora",
-    score: str = "sampled",
 ) -> Figure:
     """Accuracy of named settings, one below the other: every seed a dot, the mean with its interval.
 
@@ -99,13 +98,12 @@ def side_by_side(
         base: the untouched base, a dashed line.
         full: the ceiling, a line of its own.
         method: gives the colour.
-        score: ``"sampled"`` or ``"greedy"``.
     """
     points = [(heading, point) for heading, members in groups for point in members]
     drawn, axes = plot.figure(0.9 + 0.3 * len(points))
     look = plot.METHODS[method]
     for place, (_, point) in enumerate(points):
-        estimate = point.estimate(store, score)
+        estimate = point.estimate(store)
         if estimate is None:
             continue
         axes.plot(estimate.values, [place] * len(estimate.values), ".", color=look.colour, ms=4, alpha=0.5)
@@ -116,13 +114,13 @@ def side_by_side(
     axes.set_yticks(range(len(points)), [f"{heading}  {point.label}".strip() for heading, point in points])
     axes.set_ylim(len(points) - 0.4, -0.6)
     for line, style, name in ((base, "--", "untrained base"), (full, ":", "all weights")):
-        estimate = line.estimate(store, score) if line is not None else None
+        estimate = line.estimate(store) if line is not None else None
         if estimate is not None:
             axes.axvline(estimate.mean, ls=style, lw=1.2, color=plot.INK)
             axes.annotate(name, (estimate.mean, 1), xycoords=("data", "axes fraction"), xytext=(0, 3),
                           textcoords="offset points", ha="center", va="bottom", fontsize=8)  # fmt: skip
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
-    axes.set_xlabel("accuracy on the test set")
+    axes.set_xlabel(score_label(store))
     axes.grid(True, axis="x")
     axes.grid(False, axis="y")
     return drawn
@@ -147,7 +145,7 @@ def share_against_numbers(
         _draw_ladder(axes, ladder, rungs, store, look, label, shift=1.09 ** (place - (len(ladders) - 1) / 2))
     _share_axes(axes, marks)
     axes.set_xlabel("numbers trained")
-    percent(axes, "share of all weights' gain")
+    percent(axes, share_label(store))
     named = axes.get_legend_handles_labels()[0]
     drawn.legend(handles=[*named, *_kinds()], loc="outside lower center", ncols=3, fontsize=8)
     return drawn
@@ -183,7 +181,7 @@ def share_beside(
     for axes in panels.flat[len(ladders) :]:
         axes.set_axis_off()
     drawn.supxlabel("numbers trained", fontsize=10)
-    drawn.supylabel("share of all weights' gain", fontsize=10)
+    drawn.supylabel(share_label(store), fontsize=10)
     named = panels[0, 0].get_legend_handles_labels()[0]
     drawn.legend(handles=[*named, *_kinds()], loc="outside upper center", ncols=3, fontsize=8)
     return drawn
@@ -229,9 +227,9 @@ def _share_axes(axes: Axes, marks: Sequence[float]) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
 
 
-def base_line(axes: Axes, base: Point, store: Store, score: str = "sampled") -> None:
+def base_line(axes: Axes, base: Point, store: Store) -> None:
     """The untouched base, a dashed line across, where it was run."""
-    estimate = base.estimate(store, score)
+    estimate = base.estimate(store)
     if estimate is not None:
         axes.axhline(estimate.mean, ls="--", lw=1.2, color=plot.INK)
         axes.annotate(plot.METHODS["base"].label, (0.01, estimate.mean), xytext=(0, -4), textcoords="offset points",
@@ -242,6 +240,16 @@ def legend(axes: Axes, place: Literal["upper right", "upper left"]) -> None:
     """The legend, where anything was drawn that it could name."""
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc=place, fontsize=8)
+
+
+def score_label(store: Store) -> str:
+    """What the accuracies of a store's figures are of, for an axis."""
+    return f"accuracy of {store.score} answers, test set"
+
+
+def share_label(store: Store) -> str:
+    """As :func:`score_label`, of shares."""
+    return f"share of all weights' gain, {store.score} answers"
 
 
 def percent(axes: Axes, label: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from scipy import stats
@@ -39,8 +39,8 @@ def share_of_gain(point: Point, full: Point, base: Point, store: Store) -> Estim
 
 
 def smallest_reaching(share: float, ladder: Sequence[Point], full: Point, base: Point, store: Store) -> str:
-    """The label of the first shape of a ladder, from small to large, whose mean recovers a share of the full gain."""
-    for point in ladder:
+    """The label of the shape of fewest numbers whose mean recovers a share of the full gain."""
+    for point in sorted(ladder, key=lambda point: _count(point, store)):
         if share_of_gain(point, full, base, store).mean >= share:
             return point.label
     return NEVER
@@ -87,6 +87,19 @@ def verdict_on(estimate: Estimate, bar: float, strictly: bool = False) -> Findin
     return "not reproduced" if estimate.high < bar else "undecided"
 
 
+def verdict_over(findings: Iterable[Finding]) -> Finding:
+    """One verdict on a claim that is of several settings.
+
+    All of them is *reproduced*, some *reproduced in part*; with none, one that speaks against it is enough.
+    """
+    found = set(findings)
+    if found == {"reproduced"}:
+        return "reproduced"
+    if "reproduced" in found:
+        return "reproduced in part"
+    return "not reproduced" if "not reproduced" in found else "undecided"
+
+
 def verdict_between(claimed_higher: Estimate, claimed_lower: Estimate) -> Finding:
     """Whether two intervals lie apart, and the way round that the paper says."""
     if claimed_higher.low > claimed_lower.high:
@@ -126,7 +139,7 @@ def smallest_count(
 
     Args:
         share: of the gain of all weights.
-        ladder: shapes from few numbers to many.
+        ladder: shapes, in any order.
         full: the ceiling.
         base: the floor.
         store: holds all their runs.
@@ -147,12 +160,12 @@ def _smallest(
     share: float, ladder: Sequence[Point], full: Point, base: Point, store: Store, draws: int
 ) -> tuple[int, np.ndarray]:
     """The smallest count by the means, and in every draw of the bootstrap, ``[draws]`` float64."""
-    rungs = [base, *ladder, full]
+    rungs = [base, *sorted(ladder, key=lambda point: _count(point, store)), full]
     found = [point.estimate(store) for point in rungs]
     if None in found:
         raise ValueError("not all runs of the ladder are there; run the claim first")
     values = [np.array(estimate.values) for estimate in found if estimate is not None]
-    counts = [int(point.records(store)[0]["parameters"]) for point in rungs[1:]]
+    counts = [_count(point, store) for point in rungs[1:]]
     rng = np.random.default_rng(0)
 
     def first(means: list[float]) -> int:
@@ -164,3 +177,9 @@ def _smallest(
     # All values of a rung at once: [draws, seeds], drawn with replacement.
     means = np.stack([rng.choice(v, (draws, len(v))).mean(axis=1) for v in values], axis=1)
     return first([float(v.mean()) for v in values]), np.array([first(list(row)) for row in means], dtype=float)
+
+
+def _count(point: Point, store: Store) -> int:
+    """How many numbers a shape trains; 0 before it was run."""
+    records = point.records(store)
+    return int(records[0]["parameters"]) if records else 0

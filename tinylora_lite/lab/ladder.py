@@ -61,11 +61,18 @@ def climb(ladder: Mapping[str, Point]) -> tuple[Sequence[Point], Point, Point]:
     return [ladder[name] for name in RUNGS], *ends(ladder)
 
 
+def as_count(count: int, ladder: Mapping[str, Point], store: Store) -> str:
+    """A smallest count in words: that of all weights says no more than that the largest rung falls short."""
+    largest = ladder[RUNGS[-1]].records(store)[0]["parameters"]
+    return f"{count:,}" if count <= largest else f"more than {largest:,}"
+
+
 def counts_on(ladders: Mapping[str, Mapping[str, Point]], names: Mapping[str, str], share: float, store: Store) -> str:
     """In words, on each base: the smallest count for a share of the gain, and what 13 random numbers recover."""
     parts = []
     for base, ladder in ladders.items():
         count, low, high = smallest_count(share, *climb(ladder), store)
         thirteen = share_of_gain(ladder["13 random"], *ends(ladder), store).as_percent()
-        parts.append(f"{names[base]}: {count:,} numbers [{low:,}, {high:,}] for {share:.0%}, 13 recover {thirteen}")
+        few, least, most = (as_count(n, ladder, store) for n in (count, low, high))
+        parts.append(f"{names[base]}: {few} numbers [{least} to {most}] for {share:.0%}, 13 recover {thirteen}")
     return "; ".join(parts)

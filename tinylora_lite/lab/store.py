@@ -6,6 +6,7 @@ again. Nothing is ever changed in place.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -26,6 +27,8 @@ class Store:
 
     Attributes:
         folder: holds ``BASE.jsonl`` for each base.
+        score: by which of a test record's scores points are compared: ``"sampled"`` (one answer at temperature 1) or
+            ``"greedy"``. Learning rates are chosen by sampled answers in both cases.
 
     Raises:
         ValueError: ``folder`` is a file, or a record has settings that :class:`~tinylora_lite.lab.trial.Trial` does not
@@ -36,6 +39,7 @@ class Store:
         self.folder = Path(folder)
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{folder} is a file; records lie in a folder")
+        self.score = "sampled"
         self._records: dict[str, Record] = {}
         for path in sorted(self.folder.glob("*.jsonl")):
             for line in path.read_text(encoding="utf-8").splitlines():
@@ -68,6 +72,12 @@ class Store:
         finally:
             os.close(handle)
         self._records[trial.key] = json.loads(line)
+
+    def scored(self, score: str) -> Store:
+        """The same records, for points to be compared by another of their scores."""
+        other = copy.copy(self)
+        other.score = score
+        return other
 
     def of(self, trials: Iterable[Trial]) -> list[Record]:
         """The records of those trials that were run."""

@@ -14,7 +14,7 @@ from tinylora_lite.lab.claims import family, seeds, size
 from tinylora_lite.lab.claims import rl_parameters as rl
 from tinylora_lite.lab.claims.family import FAMILIES
 from tinylora_lite.lab.claims.size import SIZES
-from tinylora_lite.lab.figures import base_line, percent
+from tinylora_lite.lab.figures import base_line, percent, score_label
 from tinylora_lite.lab.gain import share_of_gain
 from tinylora_lite.lab.ladder import ends
 from tinylora_lite.lab.shapes import calibrated_numbers
@@ -80,7 +80,7 @@ def draw(store: Store) -> Figure:
         axes.set_xscale("log")
         axes.set_xlabel("bits, with basis and seed" if everything else "bits of the trained numbers")
         base_line(axes, rl.BASE, store)
-    percent(panels[0], "accuracy on the test set")
+    percent(panels[0], score_label(store))
     drawn.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return drawn
 
@@ -115,7 +115,7 @@ def judge(store: Store) -> Verdict:
 CLAIM = Claim(
     name="aim",
     order=13,
-    title="Directions that are calibrated on the task make the same 13 numbers worth more.",
+    title="Are 13 numbers worth more on directions that are calibrated on the task?",
     paper="Takes random directions; 26 bytes count the numbers and neither P's seed nor the base.",
     where="section 4; an idea of this book",
     points=(

@@ -54,7 +54,7 @@ SHOWN = {kind: replace(point, label="trained, right answers rewarded") for kind,
 
 def lenient(point: Point, store: Store) -> Estimate:
     """Accuracy when the answer may stand anywhere in the text."""
-    return Estimate.of([record["scores"]["sampled"]["lenient"] for record in point.records(store)])
+    return Estimate.of([record["scores"][store.score]["lenient"] for record in point.records(store)])
 
 
 def draw(store: Store) -> Figure:
@@ -87,7 +87,7 @@ def judge(store: Store) -> Verdict:
 CLAIM = Claim(
     name="controls",
     order=15,
-    title="The gain is of training on right answers.",
+    title="Does the gain come from training on right answers?",
     paper="No controls.",
     where="left open",
     points=(

@@ -33,7 +33,7 @@ def judge(store: Store) -> Verdict:
 CLAIM = Claim(
     name="directions",
     order=7,
-    title="The leading singular directions are the ones to stand on.",
+    title="Are the leading singular directions the ones to stand on?",
     paper="Takes the leading directions throughout and tests no others.",
     where="section 4; assumed",
     points=(BASE, FULL, *POINTS.values()),

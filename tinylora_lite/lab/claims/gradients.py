@@ -98,7 +98,7 @@ def judge(store: Store) -> Verdict:
 CLAIM = Claim(
     name="gradients",
     order=17,
-    title="Few numbers can be trained without gradients.",
+    title="Can few numbers be trained without gradients?",
     paper="Nothing: every run of the paper follows a gradient.",
     where="left open",
     points=(BASE, *(point for pair in PAIRS.values() for point in pair)),

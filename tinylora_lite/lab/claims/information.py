@@ -72,7 +72,7 @@ def draw(store: Store) -> Figure:
     axes.set_xscale("log")
     axes.set_xlabel("bits seen in training")
     base_line(axes, rl.BASE, store)
-    percent(axes, "accuracy on the test set")
+    percent(axes, "accuracy of sampled answers, test set")
     legend(axes, "upper right")
     return drawn
 

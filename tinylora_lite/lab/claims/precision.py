@@ -11,13 +11,15 @@ from matplotlib.ticker import FuncFormatter
 from tinylora_lite import plot
 from tinylora_lite.lab.claim import Claim, Verdict
 from tinylora_lite.lab.claims.rl_parameters import BASE, FULL, RANDOM
-from tinylora_lite.lab.figures import base_line, legend, percent
-from tinylora_lite.lab.gain import difference, verdict_on_difference
+from tinylora_lite.lab.figures import base_line, legend, percent, score_label
+from tinylora_lite.lab.gain import difference, verdict_on_difference, verdict_over
 from tinylora_lite.lab.store import Store
 
 SEEDS = 3
 """The same for every precision: a seed moves P, and P moves the accuracy far more than a precision can."""
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+EQUAL_BYTES = ((13, 25), (25, 49), (49, 98))
+"""Numbers of 32 bits, and as many bytes of numbers of 16, to within 4 %."""
 COUNTS = {13: RANDOM[4], 25: RANDOM[5], 49: RANDOM[6], 98: RANDOM[7]}
 POINTS = {
     precision: {
@@ -56,18 +58,24 @@ def draw(store: Store) -> Figure:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.set_xlabel(unit)
         base_line(axes, BASE, store)
-    percent(panels[0], "accuracy on the test set")
+    percent(panels[0], score_label(store))
     legend(panels[0], "upper left")
     return drawn
 
 
 def judge(store: Store) -> Verdict:
-    """fp32 against bf16 where both have as many bytes: 49 numbers against 98."""
+    """fp32 against the 16-bit formats where both have as many bytes; the claim needs every such pair."""
     by_count = {n: difference(POINTS["fp32"][n], POINTS["bf16"][n], store) for n in COUNTS}
-    by_bytes = difference(POINTS["fp32"][49], POINTS["bf16"][98], store)
+    by_bytes = {
+        (few, many, narrow): difference(POINTS["fp32"][few], POINTS[narrow][many], store)
+        for narrow in ("bf16", "fp16")
+        for few, many in EQUAL_BYTES
+    }
     ours = "; ".join(f"fp32 over bf16 at {n} numbers by {gap.as_points()}" for n, gap in by_count.items())
-    ours += f"; at 196 bytes (49 in fp32, 98 in bf16) by {by_bytes.as_points()}."
-    return Verdict(ours, verdict_on_difference(by_bytes))
+    ours += ". At equal bytes: " + "; ".join(
+        f"{few} in fp32 over {many} in {narrow} by {gap.as_points()}" for (few, many, narrow), gap in by_bytes.items()
+    )
+    return Verdict(f"{ours}.", verdict_over(map(verdict_on_difference, by_bytes.values())))
 
 
 CLAIM = Claim(

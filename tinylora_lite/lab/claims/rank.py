@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from tinylora_lite.lab.claim import Claim, Point, Verdict
 from tinylora_lite.lab.claims.rl_parameters import BASE, FULL
 from tinylora_lite.lab.figures import side_by_side
-from tinylora_lite.lab.gain import difference, verdict_on_difference
+from tinylora_lite.lab.gain import difference, verdict_on_difference, verdict_over
 from tinylora_lite.lab.shapes import around, random_numbers
 from tinylora_lite.lab.store import Store
 
@@ -35,13 +35,12 @@ def draw(store: Store) -> Figure:
 
 
 def judge(store: Store) -> Verdict:
-    """Rank 2 against rank 16, at both counts; the claim needs both."""
+    """Rank 2 against rank 16, at both counts; the claim is of both."""
     found = {n: difference(points[2], points[16], store) for n, points in ((13, THIRTEEN), (49, FORTY_NINE))}
     to_one = difference(FORTY_NINE[2], FORTY_NINE[1], store)
     ours = "; ".join(f"{n} numbers: r = 2 over r = 16 by {e.as_points()}" for n, e in found.items())
-    verdicts = {verdict_on_difference(estimate) for estimate in found.values()}
     ours += f". With 49 numbers r = 2 over r = 1 by {to_one.as_points()}."
-    return Verdict(ours, verdicts.pop() if len(verdicts) == 1 else "undecided")
+    return Verdict(ours, verdict_over(map(verdict_on_difference, found.values())))
 
 
 CLAIM = Claim(

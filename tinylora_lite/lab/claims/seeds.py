@@ -11,7 +11,7 @@ from scipy import stats
 from tinylora_lite import plot
 from tinylora_lite.lab.claim import Claim, Point, Verdict
 from tinylora_lite.lab.claims.rl_parameters import BASE, FULL, RANDOM, THIRTEEN
-from tinylora_lite.lab.figures import base_line, percent
+from tinylora_lite.lab.figures import base_line, percent, score_label
 from tinylora_lite.lab.store import Store
 
 DRAWS = 8
@@ -38,7 +38,7 @@ def table(points: list[Point], store: Store) -> np.ndarray:
     """Test accuracies, ``[seeds of P, seeds of data]`` float64; NaN where a run is missing."""
     found = np.full((len(points), REPEATS), np.nan)
     for row, point in enumerate(points):
-        accuracies = [record["scores"]["sampled"]["accuracy"] for record in point.records(store)]
+        accuracies = [record["scores"][store.score]["accuracy"] for record in point.records(store)]
         found[row, : len(accuracies)] = accuracies
     return found
 
@@ -67,7 +67,7 @@ def best_of(points: list[Point], store: Store, count: int) -> float:
         by_reward = sorted(records, key=lambda record: float(np.mean(record["curve"][-5:])))
         ranks = np.arange(len(records))
         chance = stats.hypergeom.pmf(count - 1, len(records) - 1, ranks, count - 1) * count / len(records)
-        means.append(float(chance @ [record["scores"]["sampled"]["accuracy"] for record in by_reward]))
+        means.append(float(chance @ [record["scores"][store.score]["accuracy"] for record in by_reward]))
     return float(np.mean(means))
 
 
@@ -83,7 +83,7 @@ def draw(store: Store) -> Figure:
             axes.plot([column] * REPEATS, row, ".", color=look.colour, ms=6, alpha=0.7)
         axes.set(title=f"{count} number{'s' if count > 1 else ''}", xlabel="seeds of P, sorted", xticks=[])
         base_line(axes, BASE, store)
-    percent(panels[0], "accuracy on the test set")
+    percent(panels[0], score_label(store))
     return drawn
 
 
@@ -105,7 +105,7 @@ def judge(store: Store) -> Verdict:
 CLAIM = Claim(
     name="seeds",
     order=9,
-    title="The draw of P matters, and more than everything else that a seed moves.",
+    title="How much does the draw of P matter?",
     paper="Means over three seeds; whether P's seed is among what they move is not said.",
     where="left open",
     points=(BASE, FULL, *COUNTS.values(), *(point for points in POINTS.values() for point in points)),

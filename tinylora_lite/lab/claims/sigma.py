@@ -34,7 +34,7 @@ def judge(store: Store) -> Verdict:
 CLAIM = Claim(
     name="sigma",
     order=6,
-    title="Where Σ stands is a choice that the paper does not discuss.",
+    title="Does it matter where Σ stands?",
     paper="Σ stands beside U; PEFT splits it, and LoRA-XS's code has it beside V.",
     where="section 4; the side is left open",
     points=(BASE, FULL, *POINTS.values()),

@@ -11,7 +11,7 @@ from tinylora_lite.lab.ladder import RUNGS, climb, counts_on, ladder_on
 from tinylora_lite.lab.store import Store
 from tinylora_lite.lab.trial import BASE
 
-SIZES = {BASE: "0.4M", "qwen2-1m": "1.2M"}
+SIZES = {BASE: "0.4M", "qwen2-1m": "1.2M", "qwen2-5m": "5.2M"}
 """Bases by one recipe, from small to large."""
 LADDERS = {base: ladder_on(base) for base in SIZES}
 SHARE = 0.95

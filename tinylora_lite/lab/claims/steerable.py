@@ -14,8 +14,15 @@ from tinylora_lite.lab.trial import BASE
 TWINS = {
     BASE: "writers named in half",
     "qwen2-0.4m-unnamed": "writers never named",
+    "qwen2-0.4m-often": "writers named in nine of ten",
+    "qwen2-0.4m-undecayed": "no weight decay",
+    "qwen2-0.4m-short": "half as long",
+    "qwen2-0.4m-seed1": "another seed",
 }
-"""What the header of a pretraining document says about its writer; all else is the same, the seed too."""
+"""What each base has that the first has not; all else is the same, the seed too.
+
+Only the last differs in nothing that was chosen: it tells how far apart two bases of one recipe are.
+"""
 SHARES = (0.5, 0.9)
 LADDERS = {base: ladder_on(base, seeds=3) for base in TWINS}
 
@@ -48,7 +55,7 @@ def judge(store: Store) -> Verdict:
 CLAIM = Claim(
     name="steerable",
     order=12,
-    title="A model that was told who writes is steered by fewer numbers.",
+    title="What makes a model steerable by few numbers?",
     paper="Finds that Qwen needs ten times fewer numbers than Llama, and leaves the reason open.",
     where="section 7; a hypothesis of this book",
     points=tuple(point for ladder in LADDERS.values() for point in ladder.values()),

@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 from tinylora_lite import plot
 from tinylora_lite.lab.claim import Claim, Estimate, Finding, Point, Verdict
 from tinylora_lite.lab.claims import rl_parameters as rl
+from tinylora_lite.lab.claims import sft_parameters as sft
 from tinylora_lite.lab.figures import percent
-from tinylora_lite.lab.gain import difference, share_of_gain, verdict_between
+from tinylora_lite.lab.gain import difference, share_of_gain, verdict_between, verdict_over
 from tinylora_lite.lab.shapes import all_weights, calibrated_numbers, lora_numbers, lora_xs_numbers, untouched
 from tinylora_lite.lab.store import Store
 
@@ -49,6 +50,8 @@ def taught(name: str, skill: str, way: str) -> Point:
 
 POINTS = {skill: {way: {name: taught(name, skill, way) for name in SHAPES} for way in WAYS} for skill in SKILLS}
 BASES = {skill: untouched(task=skill) for skill in SKILLS}
+OLD = {"13 calibrated": sft.CALIBRATED["careful"], "all": sft.LADDERS["careful"][-1]}
+"""On the old task by its own demonstrations."""
 
 
 def kept(point: Point, store: Store) -> Estimate | None:
@@ -88,10 +91,14 @@ def judge(store: Store) -> Verdict:
     """What 13 calibrated numbers and all weights gain on each new skill, beside the share on the old task.
 
     The claim holds where all weights learn a skill from demonstrations and 13 numbers recover less of that gain than
-    of the old task's; where all weights learn nothing either, there is no gain to compare.
+    of the old task's, by demonstrations too; where all weights learn nothing either, there is no gain to compare.
     """
-    old = share_of_gain(rl.CALIBRATED[-1], rl.FULL, rl.BASE, store)
-    parts = [f"13 calibrated numbers recover {old.as_percent()} of all weights' gain on what the base can do"]
+    by_rewards = share_of_gain(rl.CALIBRATED[-1], rl.FULL, rl.BASE, store)
+    old = share_of_gain(OLD["13 calibrated"], OLD["all"], rl.BASE, store)
+    parts = [
+        f"13 calibrated numbers recover {by_rewards.as_percent()} by rewards and {old.as_percent()} by demonstrations "
+        "of all weights' gain on what the base can do"
+    ]
     findings: set[Finding] = set()
     for skill, title in SKILLS.items():
         base, gains = BASES[skill], []
@@ -105,7 +112,7 @@ def judge(store: Store) -> Verdict:
         if full.low > 0:
             findings.add(verdict_between(old, share_of_gain(points["13 calibrated"], points["all"], base, store)))
         parts.append(f"on {title}, {'; '.join(gains)}")
-    return Verdict("; ".join(parts) + ".", findings.pop() if len(findings) == 1 else "undecided")
+    return Verdict("; ".join(parts) + ".", verdict_over(findings))
 
 
 CLAIM = Claim(
@@ -118,6 +125,7 @@ CLAIM = Claim(
         rl.BASE,
         rl.FULL,
         rl.CALIBRATED[-1],
+        *OLD.values(),
         *BASES.values(),
         *(point for ways in POINTS.values() for points in ways.values() for point in points.values()),
     ),

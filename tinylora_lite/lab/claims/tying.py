@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from tinylora_lite.lab.claim import Claim, Point, Verdict
 from tinylora_lite.lab.claims.rl_parameters import BASE, FULL, RANDOM, THIRTEEN
 from tinylora_lite.lab.figures import side_by_side
-from tinylora_lite.lab.gain import difference, verdict_on_difference
+from tinylora_lite.lab.gain import difference, verdict_on_difference, verdict_over
 from tinylora_lite.lab.shapes import random_numbers
 from tinylora_lite.lab.store import Store
 
@@ -61,8 +61,7 @@ def judge(store: Store) -> Verdict:
     ours = "; ".join(f"{n} numbers: groups over one vector by {e.as_points()}" for n, e in wide.items())
     ours += "; " + "; ".join(f"tiled over structured at {n} by {e.as_points()}" for n, e in tiled.items())
     ours += f"; one vector each for attention and MLP over one for both by {halves.as_points()}."
-    verdicts = {verdict_on_difference(estimate) for estimate in wide.values()}
-    return Verdict(ours, verdicts.pop() if len(verdicts) == 1 else "undecided")
+    return Verdict(ours, verdict_over(map(verdict_on_difference, wide.values())))
 
 
 CLAIM = Claim(
