@@ -221,7 +221,7 @@ def _kinds() -> list[Line2D]:
 def _share_axes(axes: Axes, marks: Sequence[float]) -> None:
     for mark in marks:
         axes.axhline(mark, ls=":", lw=1.0, color=plot.INK)
-    plot.count_axis(axes, 1, 20_000)
+    plot.count_axis(axes, 1, 40_000)
     low, high = axes.get_ylim()
     axes.set_ylim(max(low, -0.3), min(high, 1.3))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
@@ -249,7 +249,7 @@ def score_label(store: Store) -> str:
 
 def share_label(store: Store) -> str:
     """As :func:`score_label`, of shares."""
-    return f"share of all weights' gain, {store.score} answers"
+    return f"share of full gain, {store.score} answers"
 
 
 def percent(axes: Axes, label: str) -> None:
