@@ -101,8 +101,18 @@ def side_by_side(
     """
     points = [(heading, point) for heading, members in groups for point in members]
     drawn, axes = plot.figure(0.9 + 0.3 * len(points))
+    draw_rows(axes, [point for _, point in points], store, base, full, method)
+    axes.set_yticks(range(len(points)), [f"{heading}  {point.label}".strip() for heading, point in points])
+    axes.set_xlabel(score_label(store))
+    return drawn
+
+
+def draw_rows(
+    axes: Axes, points: Sequence[Point], store: Store, base: Point, full: Point | None = None, method: str = "tinylora"
+) -> None:
+    """The rows of :func:`side_by_side`, named by their labels, and its lines across, into axes that are there."""
     look = plot.METHODS[method]
-    for place, (_, point) in enumerate(points):
+    for place, point in enumerate(points):
         estimate = point.estimate(store)
         if estimate is None:
             continue
@@ -111,7 +121,7 @@ def side_by_side(
             [estimate.mean], [place], xerr=[[estimate.mean - estimate.low], [estimate.high - estimate.mean]],
             fmt=look.marker, color=look.colour, elinewidth=1.4, capsize=3,
         )  # fmt: skip
-    axes.set_yticks(range(len(points)), [f"{heading}  {point.label}".strip() for heading, point in points])
+    axes.set_yticks(range(len(points)), [point.label for point in points])
     axes.set_ylim(len(points) - 0.4, -0.6)
     for line, style, name in ((base, "--", "untrained base"), (full, ":", "all weights")):
         estimate = line.estimate(store) if line is not None else None
@@ -120,10 +130,8 @@ def side_by_side(
             axes.annotate(name, (estimate.mean, 1), xycoords=("data", "axes fraction"), xytext=(0, 3),
                           textcoords="offset points", ha="center", va="bottom", fontsize=8)  # fmt: skip
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
-    axes.set_xlabel(score_label(store))
     axes.grid(True, axis="x")
     axes.grid(False, axis="y")
-    return drawn
 
 
 @plot.style()

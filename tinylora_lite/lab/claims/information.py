@@ -11,7 +11,7 @@ from tinylora_lite import plot
 from tinylora_lite.lab.claim import Claim, Point, Verdict
 from tinylora_lite.lab.claims import rl_parameters as rl
 from tinylora_lite.lab.claims import sft_parameters as sft
-from tinylora_lite.lab.figures import base_line, legend, percent
+from tinylora_lite.lab.figures import base_line, legend, percent, score_label
 from tinylora_lite.lab.running import grpo_settings, sft_settings
 from tinylora_lite.lab.store import Record, Store
 
@@ -61,7 +61,7 @@ def draw(store: Store) -> Figure:
     for method, label, points, bits in kinds:
         look = plot.METHODS[method]
         rows = [
-            (bits(record), record["scores"]["sampled"]["accuracy"], record["parameters"])
+            (bits(record), record["scores"][store.score]["accuracy"], record["parameters"])
             for point in points
             for record in point.records(store)
         ]
@@ -72,7 +72,7 @@ def draw(store: Store) -> Figure:
     axes.set_xscale("log")
     axes.set_xlabel("bits seen in training")
     base_line(axes, rl.BASE, store)
-    percent(axes, "accuracy of sampled answers, test set")
+    percent(axes, score_label(store))
     legend(axes, "upper right")
     return drawn
 

@@ -69,7 +69,7 @@ def draw(store: Store) -> Figure:
         for way, points in POINTS[skill].items():
             for name, point in points.items():
                 look, records = plot.METHODS[LOOKS[name]], point.records(store)
-                x = [record["scores"]["sampled"]["accuracy"] for record in records]
+                x = [record["scores"][store.score]["accuracy"] for record in records]
                 y = [record["scores"]["old skill"]["accuracy"] for record in records]
                 fill = "none" if way == "demonstrations" else look.colour
                 axes.plot(x, y, ".", color=look.colour, ms=5, alpha=0.6)

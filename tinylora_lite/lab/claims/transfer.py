@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 
 from tinylora_lite import plot
 from tinylora_lite.lab.claim import Claim, Point, Verdict
 from tinylora_lite.lab.claims.rl_parameters import BASE, CALIBRATED, FULL, THIRTEEN
-from tinylora_lite.lab.figures import score_label
+from tinylora_lite.lab.figures import draw_rows, score_label
 from tinylora_lite.lab.gain import difference
 from tinylora_lite.lab.shapes import untouched
 from tinylora_lite.lab.store import Store
@@ -52,41 +51,20 @@ GROUPS = {
         aimed("of the other format", "", "worded"),
     ),
 }
-NAMES = {"nano": "plain:", "multiplying": "with products:", "worded": "chatty format:"}
+NAMES = {"nano": "plain", "multiplying": "with products", "worded": "chatty format"}
 
 
 @plot.style()
 def draw(store: Store) -> Figure:
     """Accuracy by where the directions come from, a panel for each task, with lines of that task's own."""
-    look, rows = plot.METHODS["calibrated"], [len(points) for points in GROUPS.values()]
+    rows = [len(points) for points in GROUPS.values()]
     drawn = Figure(figsize=(plot.WIDTH, 1.7 + 0.27 * sum(rows)))
     panels = drawn.subplots(len(rows), 1, sharex=True, height_ratios=rows)
-    # All weights were trained on the plain task alone.
-    lines = {task: {"untrained base": points[0]} for task, points in GROUPS.items()}
-    lines["nano"] = {"untrained base": BASE, "all weights": FULL}
     for axes, (task, points) in zip(panels, GROUPS.items(), strict=True):
-        for place, point in enumerate(points):
-            estimate = point.estimate(store)
-            if estimate is None:
-                continue
-            axes.plot(estimate.values, [place] * len(estimate.values), ".", color=look.colour, ms=4, alpha=0.5)
-            axes.errorbar(
-                [estimate.mean], [place], xerr=[[estimate.mean - estimate.low], [estimate.high - estimate.mean]],
-                fmt=look.marker, color=look.colour, elinewidth=1.4, capsize=3,
-            )  # fmt: skip
-        for (name, line), style in zip(lines[task].items(), ("--", ":"), strict=False):
-            estimate = line.estimate(store)
-            if estimate is None:
-                continue
-            axes.axvline(estimate.mean, ls=style, lw=1.2, color=plot.INK)
-            axes.annotate(name, (estimate.mean, 1), xycoords=("data", "axes fraction"), xytext=(0, 3),
-                          textcoords="offset points", ha="center", va="bottom", fontsize=8)  # fmt: skip
-        axes.set_yticks(range(len(points)), [point.label for point in points])
-        axes.set_ylim(len(points) - 0.4, -0.6)
-        axes.set_ylabel(NAMES[task].rstrip(":"), fontweight="bold")
-        axes.grid(True, axis="x")
-        axes.grid(False, axis="y")
-    panels[-1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+        # All weights were trained on the plain task alone, whose base is not among its rows.
+        base, full = (BASE, FULL) if task == "nano" else (points[0], None)
+        draw_rows(axes, points, store, base, full, method="calibrated")
+        axes.set_ylabel(NAMES[task], fontweight="bold")
     panels[-1].set_xlabel(score_label(store))
     drawn.align_ylabels()
     return drawn
