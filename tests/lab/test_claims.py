@@ -11,7 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from tinylora_lite.lab.claim import Claim, Finding
-from tinylora_lite.lab.claims import claims, controls, information, seeds
+from tinylora_lite.lab.claims import claims, controls, information, seeds, size
 from tinylora_lite.lab.plan import missing, progress_of
 from tinylora_lite.lab.store import Store
 from tinylora_lite.lab.trial import Trial
@@ -135,16 +135,26 @@ def test_a_verdict_turns_when_the_records_do(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "few", "many"), [("size", "qwen2-5m", "qwen2-0.4m"), ("family", "qwen2-0.4m", "llama-0.4m")]
+    ("name", "few", "many"),
+    [("size", (size.LARGEST,), tuple(size.SMALLEST)), ("family", ("qwen2-0.4m",), ("llama-0.4m",))],
 )
 def test_a_base_needs_fewer_numbers_where_the_other_falls_short_with_few(name, few, many, tmp_path):
     claim = claims()[name]
     found = {
-        behind: claim.judge(filled(claim, Store(tmp_path / behind), shifted(lambda t, b=behind: t.base == b, -0.2)))
-        for behind in (many, few, "neither")
+        behind: claim.judge(
+            filled(claim, Store(tmp_path / "-".join(behind)), shifted(lambda t, b=behind: t.base in b, -0.2))
+        )
+        for behind in (many, few, ())
     }
     assert [verdict.finding for verdict in found.values()] == ["reproduced", "not reproduced", "undecided"]
-    assert "1 [1, 1] times as many" in found["neither"].ours
+    assert "1 [1, 1] times as many" in found[()].ours
+
+
+def test_a_size_that_needs_fewer_numbers_than_one_of_two_bases_is_a_claim_in_part(tmp_path):
+    claim = claims()["size"]
+    behind = list(size.SMALLEST)[1]
+    store = filled(claim, Store(tmp_path), shifted(lambda trial: trial.base == behind, -0.2))
+    assert claim.judge(store).finding == "reproduced in part"
 
 
 def test_imitation_that_falls_behind_in_one_kind_only_is_a_claim_in_part(tmp_path):

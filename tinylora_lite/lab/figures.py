@@ -28,7 +28,7 @@ class Look(NamedTuple):
     filled: bool = True
 
 
-LOOKS = (Look("o", "-"), Look("s", "--", filled=False), Look("D", ":"))
+LOOKS = (Look("o", "-"), Look("s", "--", filled=False), Look("D", ":"), Look("^", "-.", filled=False))
 """Of the bases in a figure, in their order."""
 
 Ladder = Mapping[str, Point]

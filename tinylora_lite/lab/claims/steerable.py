@@ -16,8 +16,13 @@ TWINS = {
     "qwen2-0.4m-unnamed": "writers never named",
     "qwen2-0.4m-often": "writers named in nine of ten",
     "qwen2-0.4m-short": "half as long",
+    "qwen2-0.4m-undecayed": "no weight decay",
+    "qwen2-0.4m-seed1": "another seed",
 }
-"""What each base has that the first has not; all else is the same, the seed too."""
+"""What each base has that the first has not; all else is the same, the seed too.
+
+Only the last differs in nothing that was chosen: it tells how far apart two bases of one recipe are.
+"""
 SHARES = (0.5, 0.9)
 LADDERS = {base: ladder_on(base, seeds=3) for base in TWINS}
 
