@@ -11,7 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from tinylora_lite.lab.claim import Claim, Finding
-from tinylora_lite.lab.claims import claims, controls, information, seeds, size
+from tinylora_lite.lab.claims import claims, controls, family, information, seeds, size
 from tinylora_lite.lab.plan import missing, progress_of
 from tinylora_lite.lab.store import Store
 from tinylora_lite.lab.trial import Trial
@@ -136,7 +136,7 @@ def test_a_verdict_turns_when_the_records_do(name, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "few", "many"),
-    [("size", (size.LARGEST,), tuple(size.SMALLEST)), ("family", ("qwen2-0.4m",), ("llama-0.4m",))],
+    [("size", (size.LARGEST,), tuple(size.SMALLEST)), ("family", tuple(family.QWEN), tuple(family.LLAMA))],
 )
 def test_a_base_needs_fewer_numbers_where_the_other_falls_short_with_few(name, few, many, tmp_path):
     claim = claims()[name]
@@ -150,9 +150,9 @@ def test_a_base_needs_fewer_numbers_where_the_other_falls_short_with_few(name, f
     assert "1 [1, 1] times as many" in found[()].ours
 
 
-def test_a_size_that_needs_fewer_numbers_than_one_of_two_bases_is_a_claim_in_part(tmp_path):
-    claim = claims()["size"]
-    behind = list(size.SMALLEST)[1]
+@pytest.mark.parametrize(("name", "behind"), [("size", list(size.SMALLEST)[1]), ("family", list(family.LLAMA)[1])])
+def test_a_base_that_needs_fewer_numbers_than_one_of_two_others_is_a_claim_in_part(name, behind, tmp_path):
+    claim = claims()[name]
     store = filled(claim, Store(tmp_path), shifted(lambda trial: trial.base == behind, -0.2))
     assert claim.judge(store).finding == "reproduced in part"
 

@@ -180,6 +180,7 @@ ONE_THING = {
     "qwen2-1m": {"width": 128, "mlp": 320},
     "qwen2-5m": {"width": 256, "mlp": 704, "heads": 8, "kv_heads": 4, "precision": "bf16"},
     "llama-0.4m": {"architecture": "llama", "mixture": "other"},
+    "llama-0.4m-default": {"architecture": "llama"},
 }
 
 

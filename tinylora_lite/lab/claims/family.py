@@ -6,13 +6,19 @@ from matplotlib.figure import Figure
 
 from tinylora_lite.lab.claim import Claim, Verdict
 from tinylora_lite.lab.figures import share_against_numbers
-from tinylora_lite.lab.gain import times_fewer, verdict_on
+from tinylora_lite.lab.gain import times_fewer, verdict_on, verdict_over
 from tinylora_lite.lab.ladder import RUNGS, climb, counts_on, ladder_on
 from tinylora_lite.lab.store import Store
 from tinylora_lite.lab.trial import BASE
 
-FAMILIES = {BASE: "Qwen2", "llama-0.4m": "Llama"}
-"""Bases of one size: another architecture in transformers, and other shares of the writers in what it read."""
+QWEN = {BASE: "Qwen2", "qwen2-0.4m-seed1": "Qwen2, another seed"}
+LLAMA = {"llama-0.4m": "Llama, other texts", "llama-0.4m-default": "Llama, the same texts"}
+FAMILIES = QWEN | LLAMA
+"""Bases of one size.
+
+Another architecture in transformers with other shares of the writers in what it read, which is how families differ, and
+with the same ones, which tells the two apart.
+"""
 LADDERS = {base: ladder_on(base) for base in FAMILIES}
 SHARE = 0.9
 LESS = 0.5
@@ -26,15 +32,18 @@ def draw(store: Store) -> Figure:
 
 
 def judge(store: Store) -> Verdict:
-    """The smallest update for 90 % of the gain in each family; the claim holds if the first needs fewer."""
-    qwen, llama = LADDERS.values()
-    fewer = times_fewer(SHARE, climb(qwen), climb(llama), store)
-    half = times_fewer(LESS, climb(qwen), climb(llama), store)
-    ours = (
-        f"{counts_on(LADDERS, FAMILIES, SHARE, store)}. For {LESS:.0%} Llama needs {half.as_times()} as many as Qwen2, "
-        "on rungs that grow by factors of two to twelve."
+    """The smallest update for 90 % of the gain; the claim holds if Qwen2 needs fewer than Llama in every pair."""
+    pairs = {(qwen, llama): (climb(LADDERS[qwen]), climb(LADDERS[llama])) for qwen in QWEN for llama in LLAMA}
+    fewer = {pair: times_fewer(SHARE, *ladders, store) for pair, ladders in pairs.items()}
+    half = times_fewer(LESS, *pairs[BASE, "llama-0.4m"], store)
+    times = "; ".join(
+        f"{LLAMA[llama]}, needs {found.as_times()} as many as {QWEN[qwen]}" for (qwen, llama), found in fewer.items()
     )
-    return Verdict(ours, verdict_on(fewer, 1.0, strictly=True))
+    ours = (
+        f"{counts_on(LADDERS, FAMILIES, SHARE, store)}. {times}. For {LESS:.0%} the first of these is "
+        f"{half.as_times()}, on rungs that grow by factors of two to twelve."
+    )
+    return Verdict(ours, verdict_over(verdict_on(found, 1.0, strictly=True) for found in fewer.values()))
 
 
 CLAIM = Claim(
