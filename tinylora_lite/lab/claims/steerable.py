@@ -5,6 +5,7 @@ from __future__ import annotations
 from matplotlib.figure import Figure
 
 from tinylora_lite.lab.claim import Claim, Point, Verdict
+from tinylora_lite.lab.claims.size import SMALLEST
 from tinylora_lite.lab.figures import share_beside
 from tinylora_lite.lab.gain import share_of_gain, smallest_count
 from tinylora_lite.lab.ladder import RUNGS, climb, ends, ladder_on
@@ -24,7 +25,7 @@ TWINS = {
 Only the last differs in nothing that was chosen: it tells how far apart two bases of one recipe are.
 """
 SHARES = (0.5, 0.9)
-LADDERS = {base: ladder_on(base, seeds=3) for base in TWINS}
+LADDERS = {base: ladder_on(base, seeds=5 if base in SMALLEST else 3) for base in TWINS}
 
 
 def drawn(ladder: dict[str, Point]) -> list[Point]:
