@@ -60,7 +60,7 @@ HEADERS = {
 }
 """Prompts that the base knows, one for each writer whom it read."""
 HEADER = HEADERS["careful"]
-SHOWN = {kind: replace(point, label="trained, right answers rewarded") for kind, point in TRAINED.items()}
+SHOWN = {kind: replace(point, label=f"{kind}: right answers") for kind, point in TRAINED.items()}
 
 
 def lenient(point: Point, store: Store) -> Estimate:
@@ -70,9 +70,10 @@ def lenient(point: Point, store: Store) -> Estimate:
 
 def draw(store: Store) -> Figure:
     """Trained numbers above what should not reach them."""
-    groups: list[tuple[str, tuple[Point, ...]]] = [("", (BASE, *HEADERS.values()))]
-    groups += [(f"{kind}:", (SHOWN[kind], *OTHERS[kind], *NOISE.get(kind, ()))) for kind in TRAINED]
-    return side_by_side(groups, store, BASE, full=FULL)
+    rows = [BASE, *HEADERS.values()]
+    for kind, point in SHOWN.items():
+        rows += [point, *OTHERS[kind], *NOISE.get(kind, ())]
+    return side_by_side([("", rows)], store, BASE, full=FULL)
 
 
 def judge(store: Store) -> Verdict:

@@ -22,7 +22,7 @@ SHARE = 0.95
 
 def draw(store: Store) -> Figure:
     """The share of the full gain against the numbers trained, a line for each size."""
-    ladders = {f"{SIZES[base]} weights": ladder for base, ladder in LADDERS.items()}
+    ladders = {SIZES[base]: ladder for base, ladder in LADDERS.items()}
     return share_against_numbers(ladders, RUNGS, store, (SHARE,))
 
 
