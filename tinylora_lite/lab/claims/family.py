@@ -40,7 +40,7 @@ def judge(store: Store) -> Verdict:
         f"{LLAMA[llama]}, needs {found.as_times()} as many as {QWEN[qwen]}" for (qwen, llama), found in fewer.items()
     )
     ours = (
-        f"{counts_on(LADDERS, FAMILIES, SHARE, store)}. {times}. For {LESS:.0%} the first of these is "
+        f"{counts_on(LADDERS, FAMILIES, SHARE, store)}. {times}. For {LESS:.0%} the first pair stands at "
         f"{half.as_times()}, on rungs that grow by factors of two to twelve."
     )
     return Verdict(ours, verdict_over(verdict_on(found, 1.0, strictly=True) for found in fewer.values()))
