@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from tinylora_lite.lab.claim import Claim, Finding
+from tinylora_lite.lab.claim import Claim, Finding, Verdict
 from tinylora_lite.lab.claims import claims, controls, family, information, seeds, size
 from tinylora_lite.lab.plan import missing, progress_of
 from tinylora_lite.lab.store import Store
@@ -150,11 +150,25 @@ def test_a_base_needs_fewer_numbers_where_the_other_falls_short_with_few(name, f
     assert "1 [1, 1] times as many" in found[()].ours
 
 
-@pytest.mark.parametrize(("name", "behind"), [("size", list(size.SMALLEST)[1]), ("family", list(family.LLAMA)[1])])
-def test_a_base_that_needs_fewer_numbers_than_one_of_two_others_is_a_claim_in_part(name, behind, tmp_path):
-    claim = claims()[name]
-    store = filled(claim, Store(tmp_path), shifted(lambda trial: trial.base == behind, -0.2))
-    assert claim.judge(store).finding == "reproduced in part"
+def test_one_of_two_bases_of_the_smallest_size_does_not_decide(tmp_path):
+    claim = claims()["size"]
+    for behind in size.SMALLEST:
+        store = filled(claim, Store(tmp_path / behind), shifted(lambda trial, b=behind: trial.base == b, -0.2))
+        assert claim.judge(store).finding == "undecided"
+
+
+def test_a_family_is_judged_by_each_of_its_bases(tmp_path):
+    claim = claims()["family"]
+
+    def judged(*behind: str) -> Verdict:
+        return claim.judge(filled(claim, Store(tmp_path / "-".join(behind)), shifted(lambda t: t.base in behind, -0.2)))
+
+    for name, label in family.LLAMA.items():
+        assert judged(name).finding == "reproduced in part"
+        assert f"{label}, needs 1 [1, 1] times as many as Qwen2;" not in judged(name).ours
+    for name in family.QWEN:
+        assert judged(name).finding == "undecided"
+    assert judged(*family.QWEN).finding == "not reproduced"
 
 
 def test_imitation_that_falls_behind_in_one_kind_only_is_a_claim_in_part(tmp_path):

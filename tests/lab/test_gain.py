@@ -5,7 +5,14 @@ import pytest
 from scipy import stats
 
 from tinylora_lite.lab.claim import Estimate, Point
-from tinylora_lite.lab.gain import difference, smallest_count, smallest_reaching, verdict_on_difference, verdict_over
+from tinylora_lite.lab.gain import (
+    difference,
+    smallest_count,
+    smallest_reaching,
+    verdict_of_replicates,
+    verdict_on_difference,
+    verdict_over,
+)
 from tinylora_lite.lab.store import Store
 from tinylora_lite.lab.trial import Trial
 
@@ -74,6 +81,12 @@ def test_a_verdict_over_several_settings():
     assert verdict_over([yes, open_]) == verdict_over([yes, no]) == "reproduced in part"
     assert verdict_over([no, open_]) == no
     assert verdict_over([open_, open_]) == verdict_over([]) == open_
+
+
+def test_replicates_of_one_setting_must_agree():
+    yes, no, open_ = "reproduced", "not reproduced", "undecided"
+    assert [verdict_of_replicates([one, one]) for one in (yes, no, open_)] == [yes, no, open_]
+    assert {verdict_of_replicates(two) for two in ([yes, no], [no, open_], [yes, open_])} == {open_}
 
 
 def test_a_rung_that_is_not_sure_widens_the_interval(store):

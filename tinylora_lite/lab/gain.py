@@ -100,6 +100,12 @@ def verdict_over(findings: Iterable[Finding]) -> Finding:
     return "not reproduced" if "not reproduced" in found else "undecided"
 
 
+def verdict_of_replicates(findings: Iterable[Finding]) -> Finding:
+    """One verdict on one setting that was tried more than once, on bases of one recipe: theirs if all agree."""
+    found = set(findings)
+    return found.pop() if len(found) == 1 else "undecided"
+
+
 def verdict_between(claimed_higher: Estimate, claimed_lower: Estimate) -> Finding:
     """Whether two intervals lie apart, and the way round that the paper says."""
     if claimed_higher.low > claimed_lower.high:

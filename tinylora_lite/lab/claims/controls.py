@@ -54,7 +54,7 @@ ELSEWHERE = {
     for base in ("qwen2-1m", "qwen2-5m", "llama-0.4m")
     for ladder in (ladder_on(base),)
 }
-"""On other bases: untouched, the strongest small update of the ladder by rewards, and its two controls."""
+"""On other bases: untouched, 49 numbers of LoRA-XS by rewards for right answers, and by the two other rewards."""
 HEADERS = {
     name: replace(untouched(task=f"header: {name}"), label=f"base, told to be the {name} writer") for name in WRITERS
 }

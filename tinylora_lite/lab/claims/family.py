@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from tinylora_lite.lab.claim import Claim, Verdict
 from tinylora_lite.lab.figures import share_against_numbers
-from tinylora_lite.lab.gain import times_fewer, verdict_on, verdict_over
+from tinylora_lite.lab.gain import times_fewer, verdict_of_replicates, verdict_on, verdict_over
 from tinylora_lite.lab.ladder import RUNGS, climb, counts_on, ladder_on
 from tinylora_lite.lab.store import Store
 from tinylora_lite.lab.trial import BASE
@@ -32,18 +32,29 @@ def draw(store: Store) -> Figure:
 
 
 def judge(store: Store) -> Verdict:
-    """The smallest update for 90 % of the gain; the claim holds if Qwen2 needs fewer than Llama in every pair."""
-    pairs = {(qwen, llama): (climb(LADDERS[qwen]), climb(LADDERS[llama])) for qwen in QWEN for llama in LLAMA}
-    fewer = {pair: times_fewer(SHARE, *ladders, store) for pair, ladders in pairs.items()}
-    half = times_fewer(LESS, *pairs[BASE, "llama-0.4m"], store)
+    """The smallest update for 90 % of the gain.
+
+    The claim holds for a Llama if both Qwen2 need fewer numbers than it; if it holds for one Llama, it holds in part.
+    """
+    found = {
+        llama: {qwen: times_fewer(SHARE, climb(LADDERS[qwen]), climb(LADDERS[llama]), store) for qwen in QWEN}
+        for llama in LLAMA
+    }
+    half = times_fewer(LESS, climb(LADDERS[BASE]), climb(LADDERS["llama-0.4m"]), store)
     times = "; ".join(
-        f"{LLAMA[llama]}, needs {found.as_times()} as many as {QWEN[qwen]}" for (qwen, llama), found in fewer.items()
+        f"{LLAMA[llama]}, needs {ratio.as_times()} as many as {QWEN[qwen]}"
+        for llama, ratios in found.items()
+        for qwen, ratio in ratios.items()
     )
     ours = (
-        f"{counts_on(LADDERS, FAMILIES, SHARE, store)}. {times}. For {LESS:.0%} the first pair stands at "
-        f"{half.as_times()}, on rungs that grow by factors of two to twelve."
+        f"{counts_on(LADDERS, FAMILIES, SHARE, store)}. {times}. For {LESS:.0%} {LLAMA['llama-0.4m']}, needs "
+        f"{half.as_times()} as many as {QWEN[BASE]}, on rungs that grow by factors of two to twelve."
     )
-    return Verdict(ours, verdict_over(verdict_on(found, 1.0, strictly=True) for found in fewer.values()))
+    verdicts = (
+        verdict_of_replicates(verdict_on(ratio, 1.0, strictly=True) for ratio in ratios.values())
+        for ratios in found.values()
+    )
+    return Verdict(ours, verdict_over(verdicts))
 
 
 CLAIM = Claim(

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from tinylora_lite.lab.claim import Claim, Verdict
 from tinylora_lite.lab.figures import share_against_numbers
-from tinylora_lite.lab.gain import times_fewer, verdict_on, verdict_over
+from tinylora_lite.lab.gain import times_fewer, verdict_of_replicates, verdict_on
 from tinylora_lite.lab.ladder import RUNGS, climb, counts_on, ladder_on
 from tinylora_lite.lab.store import Store
 from tinylora_lite.lab.trial import BASE
@@ -27,13 +27,13 @@ def draw(store: Store) -> Figure:
 
 
 def judge(store: Store) -> Verdict:
-    """The smallest update for 95 %; the claim holds if the largest base needs fewer than both of the smallest."""
+    """The smallest update for 95 %; judged by the largest base against each of the smallest, which must agree."""
     fewer = {base: times_fewer(SHARE, climb(LADDERS[LARGEST]), climb(LADDERS[base]), store) for base in SMALLEST}
     ours = f"{counts_on(LADDERS, SIZES, SHARE, store)}. "
     ours += "; ".join(
         f"{SIZES[base]} needs {found.as_times()} as many as {SIZES[LARGEST]}" for base, found in fewer.items()
     )
-    return Verdict(f"{ours}.", verdict_over(verdict_on(found, 1.0, strictly=True) for found in fewer.values()))
+    return Verdict(f"{ours}.", verdict_of_replicates(verdict_on(found, 1.0, strictly=True) for found in fewer.values()))
 
 
 CLAIM = Claim(
