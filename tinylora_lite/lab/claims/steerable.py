@@ -20,9 +20,9 @@ TWINS = {
     "qwen2-0.4m-undecayed": "no weight decay",
     "qwen2-0.4m-seed1": "another seed",
 }
-"""What each base has that the first has not; all else is the same, the seed too.
+"""What each base has that the first has not; all else is the same, the seed too but for the last.
 
-Only the last differs in nothing that was chosen: it tells how far apart two bases of one recipe are.
+That one differs in nothing that was chosen: it tells how far apart two bases of one recipe are.
 """
 SHARES = (0.5, 0.9)
 LADDERS = {base: ladder_on(base, seeds=5 if base in SMALLEST else 3) for base in TWINS}
