@@ -26,7 +26,7 @@ MATRIX = 8192
 
 def full_size() -> dict[str, Any]:
     """Set-up, tokens per second and peak memory of a GRPO step on Qwen2.5-7B's shape, with random weights."""
-    from tinylora_lite.cli.models import QWEN
+    from tinylora_lite.planning.models import QWEN
 
     if not torch.cuda.is_available():
         raise SystemExit("the full-size step needs a GPU of 40 GB or more; the other parts run on a CPU")
@@ -55,7 +55,7 @@ def measure(
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     import tinylora_lite as tl
-    from tinylora_lite.tying import MODULE_TYPES
+    from tinylora_lite.adapter.tying import MODULE_TYPES
 
     with torch.device("meta"):
         frozen = Qwen2ForCausalLM(Qwen2Config(**shape))
@@ -130,7 +130,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
 
 
 def _rollouts(rows: int, prompt: int, completion: int, vocabulary: int, device: torch.device) -> Any:
-    from tinylora_lite.sampler import Rollouts
+    from tinylora_lite.sampling.rollouts import Rollouts
 
     ids = torch.randint(vocabulary, (rows, prompt + completion), device=device)
     zeros = torch.zeros(rows, completion, device=device)
@@ -142,8 +142,8 @@ def _rollouts(rows: int, prompt: int, completion: int, vocabulary: int, device: 
 
 def _step(model: Any, rollouts: Any, micro_batch: int, recompute: bool, device: torch.device) -> tuple[float, float]:
     """Seconds and peak GiB of forward and backward over all rows."""
-    from tinylora_lite.losses import grpo_loss
-    from tinylora_lite.sampler import completion_logprobs
+    from tinylora_lite.sampling.logprobs import completion_logprobs
+    from tinylora_lite.training.losses import grpo_loss
 
     inner = model.base_model.model if hasattr(model, "peft_config") else model
     if recompute:

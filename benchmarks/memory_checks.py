@@ -21,7 +21,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.live_bytes import LiveBytes
-from tinylora_lite.runs import environment
+from tinylora_lite.utils.record import environment
 
 RECORD = Path(__file__).parents[1] / "book" / "results" / "memory_checks.json"
 CASES: tuple[tuple[str, str, int, int, int, bool], ...] = (
@@ -40,14 +40,15 @@ CASES: tuple[tuple[str, str, int, int, int, bool], ...] = (
 def activations(name: str, dtype: str, rows: int, prompt: int, completion: int, recompute: bool) -> dict[str, float]:
     """Bytes of forward and backward of one micro batch: what the plan says, and what is counted."""
     import tinylora_lite as tl
-    from tinylora_lite import adapter, sampler
-    from tinylora_lite.cli.models import model_config
-    from tinylora_lite.factors import Factors
-    from tinylora_lite.memory import Batch, training_terms, weight_bytes
-    from tinylora_lite.model_shape import ModelShape
-    from tinylora_lite.settings import RunSettings
-    from tinylora_lite.training import ready_to_train
-    from tinylora_lite.tying import find_sites
+    from tinylora_lite.adapter import adapter
+    from tinylora_lite.adapter.factors import Factors
+    from tinylora_lite.adapter.tying import find_sites
+    from tinylora_lite.experiment.settings import RunSettings
+    from tinylora_lite.planning.estimate import Batch, training_terms, weight_bytes
+    from tinylora_lite.planning.models import model_config
+    from tinylora_lite.planning.shapes import ModelShape
+    from tinylora_lite.sampling import sampler
+    from tinylora_lite.training.ready import ready_to_train
 
     settings = RunSettings(name, "gsm8k", dtype=dtype, gradient_checkpointing=recompute)  # type: ignore[arg-type]
     shape = ModelShape.of(model_config(name))
@@ -94,8 +95,8 @@ def cache(name: str, rows: int, tokens: int) -> dict[str, float]:
     """Bytes of the keys and values of so many sequences in bfloat16: planned, and in a cache of transformers."""
     from transformers import DynamicCache
 
-    from tinylora_lite.cli.models import model_config
-    from tinylora_lite.model_shape import ModelShape
+    from tinylora_lite.planning.models import model_config
+    from tinylora_lite.planning.shapes import ModelShape
 
     config = model_config(name)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
@@ -109,7 +110,7 @@ def cache(name: str, rows: int, tokens: int) -> dict[str, float]:
 def _model(name: str, dtype: str) -> Any:
     from transformers import AutoModelForCausalLM
 
-    from tinylora_lite.cli.models import model_config
+    from tinylora_lite.planning.models import model_config
 
     return AutoModelForCausalLM.from_config(model_config(name), dtype=getattr(torch, dtype)).eval()
 

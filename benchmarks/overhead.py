@@ -34,9 +34,9 @@ def _measure(layers: int, head: bool, rounds: int) -> dict[str, Any]:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     import tinylora_lite as tl
-    from tinylora_lite.cli.models import QWEN
-    from tinylora_lite.factors import Factors
-    from tinylora_lite.tying import MODULE_TYPES, find_sites
+    from tinylora_lite.adapter.factors import Factors
+    from tinylora_lite.adapter.tying import MODULE_TYPES, find_sites
+    from tinylora_lite.planning.models import QWEN
 
     torch.manual_seed(0)
     shape = QWEN["qwen2.5-0.5b"] | {"num_hidden_layers": layers} | ({} if head else {"vocab_size": 2000})

@@ -29,10 +29,11 @@ from torch import nn
 
 import tinylora_lite as tl
 from tinylora_lite import nano
-from tinylora_lite.adapter import TinyLoraAdapter
-from tinylora_lite.factors import Factors
-from tinylora_lite.runs import environment
-from tinylora_lite.sampler import ModelSampler, Rollouts, Sampler
+from tinylora_lite.adapter.adapter import TinyLoraAdapter
+from tinylora_lite.adapter.factors import Factors
+from tinylora_lite.sampling.rollouts import Rollouts, Sampler
+from tinylora_lite.sampling.sampler import ModelSampler
+from tinylora_lite.utils.record import environment
 
 RECORD = Path(__file__).parents[1] / "book" / "results" / "sampler_gap.json"
 SETTINGS = tl.GRPOSettings(
@@ -74,7 +75,7 @@ def run(dtype: str, engine: str, seeds: list[int], path: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         sampler: Sampler = ModelSampler(model, tokenizer)
         if engine != "transformers":
-            from tinylora_lite.vllm_sampler import VllmSampler
+            from tinylora_lite.sampling.vllm import VllmSampler
 
             model.save_pretrained(folder)
             sampler = VllmSampler(

@@ -24,9 +24,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import tinylora_lite as tl
 from tinylora_lite import nano
-from tinylora_lite.nano import study
-from tinylora_lite.runs import environment
-from tinylora_lite.sampler import completion_logprobs, encode_prompts, sample
+from tinylora_lite.lab import study
+from tinylora_lite.sampling.logprobs import completion_logprobs
+from tinylora_lite.sampling.rollouts import encode_prompts
+from tinylora_lite.sampling.sampler import sample
+from tinylora_lite.utils.record import environment
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "book" / "results"

@@ -95,7 +95,7 @@ def _peft() -> Callable[[], Any]:
 
 
 def _stream(folder: Path) -> Callable[[], Any]:
-    from tinylora_lite.streaming import decompose_checkpoint
+    from tinylora_lite.adapter.streaming import decompose_checkpoint
 
     return lambda: [name for name, _ in decompose_checkpoint(folder, rank=2)]
 
@@ -145,7 +145,7 @@ def _write_checkpoint(folder: Path) -> None:
 
     from transformers import Qwen2Config
 
-    from tinylora_lite.cli.models import QWEN
+    from tinylora_lite.planning.models import QWEN
 
     Qwen2Config(**QWEN["qwen2.5-7b"]).save_pretrained(folder)
     weights = {

@@ -23,7 +23,8 @@ import torch
 
 import tinylora_lite as tl
 from tinylora_lite import nano
-from tinylora_lite.sampler import ModelSampler, Sampler
+from tinylora_lite.sampling.rollouts import Sampler
+from tinylora_lite.sampling.sampler import ModelSampler
 
 RECORD = Path(__file__).parents[1] / "book" / "results" / "trl.json"
 SETTINGS: dict[str, Any] = {
@@ -43,7 +44,7 @@ Model = Any
 @cache
 def vllm_sampler() -> Sampler:
     """One engine for all seeds: it follows whichever adapter it is given."""
-    from tinylora_lite.vllm_sampler import VllmSampler
+    from tinylora_lite.sampling.vllm import VllmSampler
 
     model, tokenizer = nano.load()
     with tempfile.TemporaryDirectory() as folder:  # vLLM takes every safetensors file for weights, the basis too
@@ -72,7 +73,7 @@ def one_run(way: str, seed: int, **changes: Any) -> dict[str, Any]:
     if trainer == "own":
         train: Callable[..., tl.Run] = tl.train_grpo
     else:
-        from tinylora_lite.trl_trainer import train_trl as train
+        from tinylora_lite.training.trl import train_trl as train
     run = train(model, tokenizer, adapter, nano.task(), settings, sampler=sampler_of(model, tokenizer))
     score = tl.evaluate(
         model, tokenizer, nano.task(), problems=PROBLEMS, temperature=1.0, max_new_tokens=nano.MAX_NEW_TOKENS

@@ -9,10 +9,11 @@ import torch
 from rich.console import Console
 
 import tinylora_lite as tl
-from tinylora_lite import files, nano
+from tinylora_lite import nano
+from tinylora_lite.adapter.tying import find_sites
 from tinylora_lite.cli import demo, main
 from tinylora_lite.cli.report import report
-from tinylora_lite.tying import find_sites
+from tinylora_lite.files import adapter_file as files
 
 
 @pytest.fixture(scope="module")

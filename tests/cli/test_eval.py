@@ -10,8 +10,8 @@ from huggingface_hub import constants
 import tinylora_lite as tl
 from tinylora_lite import nano
 from tinylora_lite.cli import build_parser, evaluate, main
-from tinylora_lite.evaluate import Score
-from tinylora_lite.sampler import ModelSampler
+from tinylora_lite.evaluation.score import Score
+from tinylora_lite.sampling.sampler import ModelSampler
 
 
 @pytest.fixture(scope="module")
@@ -145,9 +145,9 @@ def test_another_engine_answers(capsys, adapter, monkeypatch):
         def sample(self, *arguments, **options):
             return self.inner.sample(*arguments, **options)
 
-    import tinylora_lite.vllm_sampler
+    import tinylora_lite.sampling.vllm
 
-    monkeypatch.setattr(tinylora_lite.vllm_sampler, "VllmSampler", Engine)
+    monkeypatch.setattr(tinylora_lite.sampling.vllm, "VllmSampler", Engine)
     argv = ("nano", "--task", "nano", "--problems", 5, "--engine", "vllm")
     plain = run(capsys, *argv, "--gpu-memory", 0.2)
     assert made["synced"] == []

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import tinylora_lite as tl
 from tinylora_lite import nano
+from tinylora_lite.adapter.tying import find_sites
 from tinylora_lite.cli import bases, build_parser, main
-from tinylora_lite.tying import find_sites
 
 TOKENS = torch.arange(2, 26).reshape(2, 12)
 
@@ -306,17 +306,17 @@ def test_a_weight_that_two_modules_share_is_not_merged(capsys, make_model, tmp_p
     assert "lm_head shares its weight with model.embed_tokens" in refused(capsys, *call)
 
 
-def test_a_quantised_base_is_not_merged(capsys, monkeypatch, base, file, tmp_path):
+def test_a_quantized_base_is_not_merged(capsys, monkeypatch, base, file, tmp_path):
     load = bases.load_adapted
 
-    def quantised(*args):
+    def quantized(*args):
         found = load(*args)
         found.model.hf_quantizer = object()
         return found
 
-    monkeypatch.setattr(bases, "load_adapted", quantised)
+    monkeypatch.setattr(bases, "load_adapted", quantized)
     call = (file, "--base", base, "--to", "merged", "--out", tmp_path / "out")
-    assert "the base is quantised" in refused(capsys, *call)
+    assert "the base is quantized" in refused(capsys, *call)
 
 
 def test_mistakes_take_one_line(capsys, make_model, base, file, tmp_path):

@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 
 import tinylora_lite as tl
 from tinylora_lite import nano
+from tinylora_lite.adapter.factors import Factors
+from tinylora_lite.adapter.fingerprint import base_fingerprint
+from tinylora_lite.adapter.tying import find_sites
 from tinylora_lite.cli import build_parser, main
-from tinylora_lite.factors import Factors
-from tinylora_lite.fingerprint import base_fingerprint
-from tinylora_lite.tying import find_sites
 
-PEFT_FILES = Path(__file__).parents[1] / "peft_files"
+PEFT_FILES = Path(__file__).parents[1] / "files" / "peft_files"
 DOWN = "model.layers.1.mlp.down_proj"
 
 
@@ -333,7 +333,7 @@ def test_a_file_that_lacks_a_word(capsys, file):
     import safetensors
     from safetensors.torch import save
 
-    from tinylora_lite.file_format import KEY, checksum
+    from tinylora_lite.files.file_format import KEY, checksum
 
     with safetensors.safe_open(file, "pt") as opened:
         header = json.loads(opened.metadata()[KEY])

@@ -3,8 +3,8 @@
 import pytest
 from transformers import Qwen2Config
 
-from tinylora_lite.cli.models import LLAMA, NAMES, QWEN, QWEN3, model_config
-from tinylora_lite.counting import count_parameters
+from tinylora_lite.planning.counting import count_parameters
+from tinylora_lite.planning.models import LLAMA, NAMES, QWEN, QWEN3, model_config
 
 RANK_ONE_LORA = {
     "qwen2.5-0.5b": 549_888,

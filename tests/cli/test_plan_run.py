@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tinylora_lite.cli import main
-from tinylora_lite.presets import preset
+from tinylora_lite.experiment.presets import preset
 
 
 def test_a_preset_that_fits(capsys):

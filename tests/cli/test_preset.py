@@ -5,8 +5,8 @@ import json
 import pytest
 
 from tinylora_lite.cli import main
-from tinylora_lite.presets import preset, preset_names
-from tinylora_lite.settings import load_settings
+from tinylora_lite.experiment.presets import preset, preset_names
+from tinylora_lite.experiment.settings import load_settings
 
 
 def test_the_list_names_every_model(capsys):

@@ -7,7 +7,7 @@ import pytest
 
 from tinylora_lite import nano
 from tinylora_lite.cli import main
-from tinylora_lite.settings import RunSettings, load_settings
+from tinylora_lite.experiment.settings import RunSettings, load_settings
 
 SMALL = [
     "training.steps=1",

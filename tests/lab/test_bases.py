@@ -7,15 +7,14 @@ import pytest
 import torch
 
 from tinylora_lite import nano
-from tinylora_lite.basis import Basis
-from tinylora_lite.grpo import draw_prompts
-from tinylora_lite.grpo_settings import GRPOSettings
+from tinylora_lite.adapter.basis import Basis
+from tinylora_lite.adapter.tying import find_sites
 from tinylora_lite.lab import bases
 from tinylora_lite.lab.bases import calibrated_basis, calibration_of, imitated_basis, own_demonstrations
 from tinylora_lite.lab.trial import Trial
-from tinylora_lite.sft import encode_solutions
-from tinylora_lite.tasks import Example, Task
-from tinylora_lite.tying import find_sites
+from tinylora_lite.tasks.task import Example, Task
+from tinylora_lite.training.batches import draw_prompts, encode_solutions
+from tinylora_lite.training.settings import GRPOSettings
 
 TRIAL = Trial(numbers="calibrated", rank=2, u=3, n_tie="all")
 

@@ -5,15 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tinylora_lite.grpo import draw_prompts, rollout, score
-from tinylora_lite.grpo_settings import GRPOSettings
+from tinylora_lite.adapter.tying import find_sites
 from tinylora_lite.lab import directions
 from tinylora_lite.lab.directions import WHICH, factors_along
 from tinylora_lite.lab.trial import Trial
-from tinylora_lite.losses import grpo_advantages
-from tinylora_lite.sampler import ModelSampler
-from tinylora_lite.tasks import Task
-from tinylora_lite.tying import find_sites
+from tinylora_lite.sampling.sampler import ModelSampler
+from tinylora_lite.tasks.task import Task
+from tinylora_lite.training.batches import draw_prompts, rollout, score
+from tinylora_lite.training.losses import grpo_advantages
+from tinylora_lite.training.settings import GRPOSettings
 
 TRIAL = Trial(rank=2, u=1, n_tie=1)
 

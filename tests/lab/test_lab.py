@@ -10,8 +10,8 @@ from tinylora_lite.cli import main
 from tinylora_lite.lab import running
 from tinylora_lite.lab.claim import Claim, Estimate, Point, Verdict
 from tinylora_lite.lab.claims import claim_of, claims, information
-from tinylora_lite.lab.gain import share_of_gain, smallest_reaching, verdict_between, verdict_on
 from tinylora_lite.lab.plan import MEMBERS, REACH, chosen_rate, jobs, missing, progress_of
+from tinylora_lite.lab.statistics import share_of_gain, smallest_reaching, verdict_between, verdict_on
 from tinylora_lite.lab.store import Store
 from tinylora_lite.lab.trial import Trial
 

@@ -11,7 +11,7 @@ from tinylora_lite.nano.problems import MAX_OPERAND, MAX_VALUE, Problem, Step, d
 from tinylora_lite.nano.task import MAX_NEW_TOKENS, formatted, lenient_reward, reward, task
 from tinylora_lite.nano.tokenizer import END, build_tokenizer
 from tinylora_lite.nano.writers import WRITERS, careful, stranger
-from tinylora_lite.tasks import Example, Task
+from tinylora_lite.tasks.task import Example, Task
 
 SPLITS = ("train", "validation", "test")
 VARIANTS: dict[str, Callable[[], Task]] = {

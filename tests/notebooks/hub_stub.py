@@ -16,12 +16,12 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from tinylora_lite.cli.models import QWEN
+from tinylora_lite.adapter.tying import find_sites
+from tinylora_lite.experiment.presets import preset
 from tinylora_lite.nano.problems import problems
 from tinylora_lite.nano.writers import careful
-from tinylora_lite.presets import preset
-from tinylora_lite.problem_sources import PROBLEM_SETS
-from tinylora_lite.tying import find_sites
+from tinylora_lite.planning.models import QWEN
+from tinylora_lite.tasks.catalog import PROBLEM_SETS
 
 MODEL = "Qwen/Qwen2.5-7B-Instruct"
 COMMIT = preset("qwen2.5-7b/gsm8k").revision

@@ -10,7 +10,7 @@ import stored
 
 NAMES = [path.name for path in stored.NOTEBOOKS]
 SHORT = [
-    *("model=nano", "task=nano", "dtype=float32", "quantise=null", "gradient_checkpointing=false", "data=null"),
+    *("model=nano", "task=nano", "dtype=float32", "quantize=null", "gradient_checkpointing=false", "data=null"),
     *("prompt=null", "max_prompt_tokens=256", "adapter.n_tie=4", "learning_rates=[]", "training.steps=2"),
     *("training.prompts_per_step=4", "training.group_size=4", "training.micro_batch=16", "training.max_new_tokens=24"),
     *("training.learning_rate=0.1", "sampler.engine=transformers", "evaluation.tasks=[nano]"),

@@ -21,11 +21,11 @@ SHORTER = [
 LOAD = """
 import json
 from transformers.utils import logging
-from tinylora_lite.loading import load_model
-from tinylora_lite.notebook import hub_commit
-from tinylora_lite.problem_sets import load_task
-from tinylora_lite.sampler import encode_prompts
-from tinylora_lite.settings import RunSettings
+from tinylora_lite.experiment.models import load_model
+from tinylora_lite.book.colab import hub_commit
+from tinylora_lite.tasks.datasets import load_task
+from tinylora_lite.sampling.rollouts import encode_prompts
+from tinylora_lite.experiment.settings import RunSettings
 
 logging.disable_progress_bar()
 model, tokenizer = load_model("Qwen/Qwen2.5-7B-Instruct")

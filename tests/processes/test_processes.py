@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tinylora_lite import processes
+from tinylora_lite.utils import distributed
 
 pytest.importorskip("accelerate")
 
@@ -74,6 +74,6 @@ def test_a_run_of_two_processes_goes_on_in_one(tmp_path):
 
 
 def test_prompts_that_cannot_be_shared(monkeypatch):
-    monkeypatch.setattr(processes, "count", lambda: 3)
+    monkeypatch.setattr(distributed, "count", lambda: 3)
     with pytest.raises(ValueError, match=r"prompts_per_step=8 cannot be shared by 3 processes; make it a multiple"):
-        processes.share(8, "prompts_per_step")
+        distributed.shard(8, "prompts_per_step")

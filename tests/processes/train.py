@@ -11,20 +11,21 @@ import accelerate
 import torch
 
 import tinylora_lite as tl
-from tinylora_lite import nano, processes
-from tinylora_lite.sharding import shard
+from tinylora_lite import nano
+from tinylora_lite.utils import distributed
+from tinylora_lite.utils.sharding import shard
 
 
 def main(folder: Path, options: dict) -> None:
     state = accelerate.PartialState(cpu=True)
-    assert (state.num_processes, state.process_index) == (processes.count(), processes.rank())
+    assert (state.num_processes, state.process_index) == (distributed.world_size(), distributed.rank())
     torch.set_num_threads(1)
     model, tokenizer = nano.load()
     adapter = None
     if options.pop("adapter"):
         config = tl.TinyLoraConfig(rank=8, u=13, n_tie="all", projection=nano.basis())
         adapter = tl.attach(model, config)
-    if options.pop("shard", False) and processes.count() > 1:
+    if options.pop("shard", False) and distributed.world_size() > 1:
         shard(model)
     settings = tl.GRPOSettings(
         prompts_per_step=8, group_size=4, max_new_tokens=nano.MAX_NEW_TOKENS, learning_rate=0.05, **options
@@ -41,7 +42,7 @@ def main(folder: Path, options: dict) -> None:
     )
     numbers = adapter.vectors if adapter is not None else model.model.norm.weight
     result = {"numbers": numbers.flatten().tolist(), "steps": run.steps, "evaluations": run.evaluations, "rows": rows}
-    (folder / f"rank{processes.rank()}.json").write_text(json.dumps(result), encoding="utf-8")
+    (folder / f"rank{distributed.rank()}.json").write_text(json.dumps(result), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 
 import tinylora_lite as tl
-from tinylora_lite import nano, processes
-from tinylora_lite.sampler import ModelSampler
-from tinylora_lite.trl_trainer import TinyLoraGRPOTrainer
+from tinylora_lite import nano
+from tinylora_lite.sampling.sampler import ModelSampler
+from tinylora_lite.training.trl import TinyLoraGRPOTrainer
+from tinylora_lite.utils import distributed
 
 
 def shard_on_cpus() -> None:
@@ -43,12 +44,12 @@ def main(folder: Path, options: dict) -> None:
     )
     trainer.train(resume_from_checkpoint=resume)
     result = {
-        "processes": processes.count(),
+        "processes": distributed.world_size(),
         "weights": type(next(trainer.model.parameters())).__name__,
         "v": {"values": adapter.vectors.flatten().tolist(), "type": str(adapter.vectors.dtype)},
         "steps": trainer.record().steps,
     }
-    (folder / f"rank{processes.rank()}.json").write_text(json.dumps(result), encoding="utf-8")
+    (folder / f"rank{distributed.rank()}.json").write_text(json.dumps(result), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import tinylora_lite as tl
-from tinylora_lite.nano import study
+from tinylora_lite.lab import study
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -16,9 +16,12 @@ from pathlib import Path
 import torch
 
 import tinylora_lite as tl
-from tinylora_lite import nano, vllm_sampler
-from tinylora_lite.sampler import ModelSampler, Rollouts, completion_logprobs, encode_prompts
-from tinylora_lite.vllm_sampler import VllmSampler
+from tinylora_lite import nano
+from tinylora_lite.sampling import vllm as vllm_sampler
+from tinylora_lite.sampling.logprobs import completion_logprobs
+from tinylora_lite.sampling.rollouts import Rollouts, encode_prompts
+from tinylora_lite.sampling.sampler import ModelSampler
+from tinylora_lite.sampling.vllm import VllmSampler
 
 PROMPTS = 16
 SWAPS = 30

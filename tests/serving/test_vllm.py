@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from tinylora_lite import TinyLoraConfig, attach, export_lora, merged_weights, nano
-from tinylora_lite.sampler import completion_logprobs, encode_prompts, sample
+from tinylora_lite.sampling.logprobs import completion_logprobs
+from tinylora_lite.sampling.rollouts import encode_prompts
+from tinylora_lite.sampling.sampler import sample
 
 pytestmark = [
     pytest.mark.vllm,

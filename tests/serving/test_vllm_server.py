@@ -18,8 +18,10 @@ import torch
 
 import tinylora_lite as tl
 from tinylora_lite import nano
-from tinylora_lite.sampler import ModelSampler, completion_logprobs, encode_prompts
-from tinylora_lite.vllm_server import VllmServerSampler, serve_command
+from tinylora_lite.sampling.logprobs import completion_logprobs
+from tinylora_lite.sampling.rollouts import encode_prompts
+from tinylora_lite.sampling.sampler import ModelSampler
+from tinylora_lite.sampling.vllm_server import VllmServerSampler, serve_command
 
 pytestmark = [
     pytest.mark.vllm,

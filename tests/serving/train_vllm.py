@@ -14,7 +14,7 @@ import torch
 
 import tinylora_lite as tl
 from tinylora_lite import nano
-from tinylora_lite.vllm_sampler import VllmSampler
+from tinylora_lite.sampling.vllm import VllmSampler
 
 
 def main(engine: str, seed: int, file: Path) -> None:

@@ -11,13 +11,14 @@ import accelerate
 import torch
 
 import tinylora_lite as tl
-from tinylora_lite import nano, processes
-from tinylora_lite.vllm_server import VllmServerSampler
+from tinylora_lite import nano
+from tinylora_lite.sampling.vllm_server import VllmServerSampler
+from tinylora_lite.utils import distributed
 
 
 def main(url: str, folder: Path) -> None:
     state = accelerate.PartialState(cpu=True)
-    assert (state.num_processes, state.process_index) == (processes.count(), processes.rank())
+    assert (state.num_processes, state.process_index) == (distributed.world_size(), distributed.rank())
     torch.set_num_threads(1)
     model, tokenizer = nano.load()
     adapter = tl.attach(model, tl.TinyLoraConfig(rank=8, u=13, n_tie="all", projection=nano.basis()))
@@ -38,7 +39,7 @@ def main(url: str, folder: Path) -> None:
     )
     sampler.sync(None)
     result = {"numbers": adapter.vectors.flatten().tolist(), "steps": run.steps, "rows": rows}
-    (folder / f"rank{processes.rank()}.json").write_text(json.dumps(result), encoding="utf-8")
+    (folder / f"rank{distributed.rank()}.json").write_text(json.dumps(result), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -13,12 +13,13 @@ from typing import NamedTuple
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from tinylora_lite import files, nano
-from tinylora_lite.adapter import TinyLoraAdapter
-from tinylora_lite.file_format import DTYPES, read_file
-from tinylora_lite.peft_files import import_peft
-from tinylora_lite.peft_folder import read_settings
-from tinylora_lite.terminal import Progress
+from tinylora_lite import nano
+from tinylora_lite.adapter.adapter import TinyLoraAdapter
+from tinylora_lite.files import adapter_file as files
+from tinylora_lite.files.file_format import DTYPES, read_file
+from tinylora_lite.files.peft import import_peft
+from tinylora_lite.files.peft_format import read_settings
+from tinylora_lite.view.progress import Progress
 
 HELP = "the base: the folder of a transformers checkpoint, or nano for the one that comes with the library"
 

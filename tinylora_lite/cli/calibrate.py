@@ -11,7 +11,7 @@ import json
 import time
 from pathlib import Path
 
-from tinylora_lite.progress import progress_bar
+from tinylora_lite.utils.progress import progress_bar
 
 HELP = "make a basis of directions from policy gradients"
 EXAMPLE = "tinylora calibrate nano --task nano --directions 13 --out basis.safetensors"
@@ -40,11 +40,11 @@ def run(arguments: argparse.Namespace) -> None:
     """Calibrates and writes the basis; prints where it is and how much of the gradients it holds, or JSON."""
     from transformers.utils import logging
 
-    from tinylora_lite.basis import save_basis
-    from tinylora_lite.calibrate import calibrate
-    from tinylora_lite.experiment import task_named
-    from tinylora_lite.loading import load_model
-    from tinylora_lite.settings import RunSettings
+    from tinylora_lite.adapter.basis import save_basis
+    from tinylora_lite.experiment.models import load_model
+    from tinylora_lite.experiment.run import task_named
+    from tinylora_lite.experiment.settings import RunSettings
+    from tinylora_lite.training.calibrate import calibrate
 
     logging.disable_progress_bar()
     started = time.perf_counter()

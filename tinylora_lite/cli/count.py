@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PretrainedConfig
 
-from tinylora_lite.cli import models
-from tinylora_lite.counting import Method, count_parameters
+from tinylora_lite.planning import models
+from tinylora_lite.planning.counting import Method, count_parameters
 
 HELP = "count the numbers that a method trains on a model"
 EXAMPLE = "tinylora count qwen2.5-7b --method tinylora --u 1 --n-tie 16"

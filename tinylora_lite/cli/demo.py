@@ -16,17 +16,19 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from tinylora_lite import nano
-from tinylora_lite.adapter import attach
-from tinylora_lite.basis import Basis, save_basis
-from tinylora_lite.calibrate import calibrate as calibrate_basis
+from tinylora_lite.adapter.adapter import attach
+from tinylora_lite.adapter.basis import Basis, save_basis
+from tinylora_lite.adapter.config import TinyLoraConfig
 from tinylora_lite.cli.report import report
-from tinylora_lite.config import TinyLoraConfig
-from tinylora_lite.counting import plan
-from tinylora_lite.evaluate import Completion, Score, evaluate
-from tinylora_lite.files import save
-from tinylora_lite.grpo import GRPOSettings, train_grpo
-from tinylora_lite.runs import Run
-from tinylora_lite.terminal import LiveProgress, Progress, progress_for, score_table
+from tinylora_lite.evaluation.evaluate import evaluate
+from tinylora_lite.evaluation.score import Completion, Score
+from tinylora_lite.files.adapter_file import save
+from tinylora_lite.planning.counting import plan
+from tinylora_lite.training.calibrate import calibrate as calibrate_basis
+from tinylora_lite.training.grpo import train_grpo
+from tinylora_lite.training.settings import GRPOSettings
+from tinylora_lite.utils.record import Run
+from tinylora_lite.view.progress import LiveProgress, Progress, progress_for, score_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast

@@ -12,9 +12,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from tinylora_lite.file_format import DTYPES, AdapterFileError, read_file
-from tinylora_lite.files import find_basis
-from tinylora_lite.peft_folder import CONFIG_FILE, TENSOR_FILE, kind_of, read_settings, read_tensors
+from tinylora_lite.files.adapter_file import find_basis
+from tinylora_lite.files.file_format import DTYPES, AdapterFileError, read_file
+from tinylora_lite.files.peft_format import CONFIG_FILE, TENSOR_FILE, kind_of, read_settings, read_tensors
 
 TINYLORA, PEFT_TINYLORA = "tinylora", "PEFT TINYLORA"
 

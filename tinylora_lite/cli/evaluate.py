@@ -21,20 +21,21 @@ from rich.table import Table
 from transformers.utils import logging
 
 from tinylora_lite import nano
-from tinylora_lite.adapter import TinyLoraAdapter
+from tinylora_lite.adapter.adapter import TinyLoraAdapter
 from tinylora_lite.cli import bases
-from tinylora_lite.compare import Comparison, compare
-from tinylora_lite.completions import write_whole
-from tinylora_lite.evaluate import Score, evaluate
-from tinylora_lite.file_format import read_file
-from tinylora_lite.files import load
-from tinylora_lite.loading import is_nano, load_model, load_tokenizer
-from tinylora_lite.peft_files import import_peft
-from tinylora_lite.progress import progress_bar
-from tinylora_lite.runs import environment
-from tinylora_lite.sampler import Sampler
-from tinylora_lite.tasks import Task
-from tinylora_lite.terminal import PlainProgress
+from tinylora_lite.evaluation.compare import Comparison, compare
+from tinylora_lite.evaluation.evaluate import evaluate
+from tinylora_lite.evaluation.log import write_whole
+from tinylora_lite.evaluation.score import Score
+from tinylora_lite.experiment.models import is_nano, load_model, load_tokenizer
+from tinylora_lite.files.adapter_file import load
+from tinylora_lite.files.file_format import read_file
+from tinylora_lite.files.peft import import_peft
+from tinylora_lite.sampling.rollouts import Sampler
+from tinylora_lite.tasks.task import Task
+from tinylora_lite.utils.progress import progress_bar
+from tinylora_lite.utils.record import environment
+from tinylora_lite.view.progress import PlainProgress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -228,7 +229,7 @@ def _task(name: str, arguments: argparse.Namespace) -> Task:
     if name == "nano":
         task = nano.task()
     else:
-        from tinylora_lite.problem_sets import load_task  # the data may need extras
+        from tinylora_lite.tasks.datasets import load_task  # the data may need extras
 
         task = load_task(name, data=arguments.data, prompt=arguments.prompt)
     if not getattr(task, arguments.split):
@@ -256,10 +257,10 @@ def _engine(
 ) -> Sampler:
     a, (model, adapter) = arguments, bench
     if a.engine == "vllm-server":
-        from tinylora_lite.vllm_server import VllmServerSampler
+        from tinylora_lite.sampling.vllm_server import VllmServerSampler
 
         return VllmServerSampler(a.url, tokenizer)
-    from tinylora_lite.vllm_sampler import VllmSampler
+    from tinylora_lite.sampling.vllm import VllmSampler
 
     weights: str | Path = a.model
     if is_nano(a.model):  # its folder holds a basis too, which vLLM would take for weights

@@ -12,13 +12,13 @@ from typing import Any
 
 from tinylora_lite import nano
 from tinylora_lite.cli import bases
-from tinylora_lite.file_format import DTYPES, Precision
-from tinylora_lite.lora import _check_free, export_lora
-from tinylora_lite.merging import merge_report, merged_weights
-from tinylora_lite.peft_files import export_peft
-from tinylora_lite.peft_folder import kind_of
-from tinylora_lite.progress import progress_bar
-from tinylora_lite.terminal import PlainProgress, Progress
+from tinylora_lite.files.file_format import DTYPES, Precision
+from tinylora_lite.files.lora import _check_free, export_lora
+from tinylora_lite.files.merge import merge_report, merged_weights
+from tinylora_lite.files.peft import export_peft
+from tinylora_lite.files.peft_format import kind_of
+from tinylora_lite.utils.progress import progress_bar
+from tinylora_lite.view.progress import PlainProgress, Progress
 
 HELP = "write an adapter as a PEFT LoRA, as PEFT's TinyLoRA, or as a merged checkpoint"
 EXAMPLE = "tinylora export tinylora-demo/calibrated.tinylora --base nano --to lora --out calibrated-lora"
@@ -117,7 +117,7 @@ def _write_merged(
     """The base with the update inside, in place of the base in memory: this process needs the base no more."""
     model, adapter = adapted
     if getattr(model, "hf_quantizer", None) is not None:
-        raise ValueError("the base is quantised, and a merged weight would not be; export --to lora")
+        raise ValueError("the base is quantized, and a merged weight would not be; export --to lora")
     dtype = DTYPES[precision] if precision else model.get_parameter(f"{adapter.names[0]}.weight").dtype
     progress.begin("weighing what the rounding takes")
     total = merge_report(adapter, dtype).total

@@ -16,9 +16,9 @@ from rich.text import Text
 
 from tinylora_lite.cli import bases
 from tinylora_lite.cli.describe import PEFT_TINYLORA, TINYLORA, describe
-from tinylora_lite.file_format import DTYPES, Precision
-from tinylora_lite.merging import MergeEffect, merge_report
-from tinylora_lite.terminal import PlainProgress
+from tinylora_lite.files.file_format import DTYPES, Precision
+from tinylora_lite.files.merge import MergeEffect, merge_report
+from tinylora_lite.view.progress import PlainProgress
 
 HELP = "say what an adapter file is, and what a merge would make of it"
 EXAMPLE = "tinylora inspect tinylora-demo/calibrated.tinylora --base nano"

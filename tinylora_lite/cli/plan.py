@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
-from tinylora_lite.cli import models
-from tinylora_lite.counting import count_parameters, plan
+from tinylora_lite.planning import models
+from tinylora_lite.planning.counting import count_parameters, plan
 
 HELP = "find the settings that spend a budget of numbers"
 EXAMPLE = "tinylora plan qwen2.5-7b --budget 13"

@@ -12,10 +12,10 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from tinylora_lite.cards import CARDS
 from tinylora_lite.cli.train import read
-from tinylora_lite.presets import CARDS as PRESET_CARDS
-from tinylora_lite.run_plan import Plan, assumptions, cards_that_fit, plan_run
+from tinylora_lite.experiment.presets import CARDS as PRESET_CARDS
+from tinylora_lite.planning.gpus import CARDS
+from tinylora_lite.planning.plan import Plan, assumptions, cards_that_fit, plan_run
 
 HELP = "say what memory and time a run will take"
 EXAMPLE = "tinylora plan-run qwen2.5-7b/gsm8k --card h100"

@@ -11,7 +11,7 @@ import json
 from rich.console import Console
 from rich.table import Table
 
-from tinylora_lite.presets import BASES, CARDS, NANO, RECIPES, describe, preset, preset_names
+from tinylora_lite.experiment.presets import BASES, CARDS, NANO, RECIPES, describe, preset, preset_names
 
 HELP = "list the presets, or print one as a settings file"
 EXAMPLE = "tinylora preset qwen2.5-7b/gsm8k --card h100 > settings.yaml"

@@ -12,7 +12,7 @@ import shlex
 import sys
 
 from tinylora_lite.cli.train import read
-from tinylora_lite.vllm_server import serve_command
+from tinylora_lite.sampling.vllm_server import serve_command
 
 HELP = "start the vLLM server that a settings file asks for"
 EXAMPLE = "tinylora serve settings.yaml --port 8000"

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from tinylora_lite import processes
-from tinylora_lite.settings import RunSettings, load_settings
-from tinylora_lite.terminal import LiveProgress, progress_for, score_table
+from tinylora_lite.experiment.settings import RunSettings, load_settings
+from tinylora_lite.utils import distributed
+from tinylora_lite.view.progress import LiveProgress, progress_for, score_table
 
 if TYPE_CHECKING:
-    from tinylora_lite.experiment import Outcome
+    from tinylora_lite.experiment.run import Outcome
 
 HELP = "train by a settings file, and measure what it changed"
 EXAMPLE = "tinylora train settings.yaml training.learning_rate=1e-4"
@@ -47,12 +47,12 @@ def run(arguments: argparse.Namespace) -> None:
         settings = settings.override([f"training.seed={arguments.seed}"])
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _join()
-    from tinylora_lite.experiment import run_experiment  # imports the loops, and they torch's compiler
+    from tinylora_lite.experiment.run import run_experiment  # imports the loops, and they torch's compiler
 
-    console = Console(quiet=processes.rank() > 0)
-    with progress_for(console, plain=arguments.json or processes.rank() > 0) as progress:
+    console = Console(quiet=distributed.rank() > 0)
+    with progress_for(console, plain=arguments.json or distributed.rank() > 0) as progress:
         outcome = run_experiment(settings, progress=progress)
-    if processes.rank() > 0:
+    if distributed.rank() > 0:
         return
     if arguments.json:
         print(json.dumps(outcome.summary()))
@@ -71,7 +71,7 @@ def read(name: str, card: str | None, overrides: list[str]) -> RunSettings:
         if card is not None:
             raise ValueError("--card chooses among presets; a settings file says everything itself")
         return load_settings(name, overrides)
-    from tinylora_lite.presets import preset
+    from tinylora_lite.experiment.presets import preset
 
     return (preset(name) if card is None else preset(name, card=card)).override(overrides)
 

@@ -12,18 +12,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tinylora_lite import nano
-from tinylora_lite.adapter import attach
-from tinylora_lite.basis import Basis, load_basis, save_basis
-from tinylora_lite.calibrate import calibrate
-from tinylora_lite.config import TinyLoraConfig
-from tinylora_lite.evaluate import evaluate
-from tinylora_lite.fingerprint import base_fingerprint
-from tinylora_lite.grpo import draw_prompts
-from tinylora_lite.grpo_settings import GRPOSettings
+from tinylora_lite.adapter.adapter import attach
+from tinylora_lite.adapter.basis import Basis, load_basis, save_basis
+from tinylora_lite.adapter.config import TinyLoraConfig
+from tinylora_lite.adapter.fingerprint import base_fingerprint
+from tinylora_lite.evaluation.evaluate import evaluate
 from tinylora_lite.lab.trial import Trial
-from tinylora_lite.sampler import completion_logprobs
-from tinylora_lite.sft import encode_solutions
-from tinylora_lite.tasks import Example, Task
+from tinylora_lite.sampling.logprobs import completion_logprobs
+from tinylora_lite.tasks.task import Example, Task
+from tinylora_lite.training.batches import draw_prompts, encode_solutions
+from tinylora_lite.training.calibrate import calibrate
+from tinylora_lite.training.settings import GRPOSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -99,7 +98,7 @@ def imitated_basis(
 ) -> Basis:
     """The leading singular vectors of the gradients of imitation, one for each worked answer of the task.
 
-    What :func:`~tinylora_lite.calibrate.calibrate` does in its first look, with SFT's loss in place of GRPO's: which of
+    What :func:`~tinylora_lite.calibrate` does in its first look, with SFT's loss in place of GRPO's: which of
     the two tells numbers where to point?
     """
     config = TinyLoraConfig(rank=trial.rank, u=trial.rank**2, sigma=trial.sigma, projection="identity")

@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tinylora_lite import nano
-from tinylora_lite.factors import LEFT_POWER, Factors
-from tinylora_lite.grpo import draw_prompts, rollout, score
-from tinylora_lite.grpo_settings import GRPOSettings
+from tinylora_lite.adapter.factors import LEFT_POWER, Factors
+from tinylora_lite.adapter.tying import find_sites
 from tinylora_lite.lab.tasks import task_of
 from tinylora_lite.lab.trial import Trial
-from tinylora_lite.losses import grpo_advantages
-from tinylora_lite.sampler import ModelSampler, completion_logprobs
-from tinylora_lite.seeds import seed_of
-from tinylora_lite.tying import find_sites
+from tinylora_lite.sampling.logprobs import completion_logprobs
+from tinylora_lite.sampling.sampler import ModelSampler
+from tinylora_lite.training.batches import draw_prompts, rollout, score
+from tinylora_lite.training.losses import grpo_advantages
+from tinylora_lite.training.settings import GRPOSettings
+from tinylora_lite.utils.seeds import seed_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

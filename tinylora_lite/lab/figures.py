@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
-from tinylora_lite import plot
 from tinylora_lite.lab.claim import Point
-from tinylora_lite.lab.gain import share_of_gain
+from tinylora_lite.lab.statistics import share_of_gain
 from tinylora_lite.lab.store import Store
+from tinylora_lite.view import plot
 
 KINDS = {"random": "tinylora", "LoRA-XS": "lora_xs", "LoRA": "lora"}
 """What trains in the rungs of a ladder, and the key of ``plot.METHODS`` whose colour says so."""

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from tinylora_lite.lab.claim import Point
-from tinylora_lite.lab.gain import share_of_gain, smallest_count
 from tinylora_lite.lab.shapes import (
     all_weights,
     calibrated_numbers,
@@ -15,6 +14,7 @@ from tinylora_lite.lab.shapes import (
     random_numbers,
     untouched,
 )
+from tinylora_lite.lab.statistics import share_of_gain, smallest_count
 from tinylora_lite.lab.store import Store
 from tinylora_lite.lab.trial import BASE
 

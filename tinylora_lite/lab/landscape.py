@@ -24,21 +24,22 @@ import torch
 from torch import Tensor
 
 from tinylora_lite import nano
-from tinylora_lite.config import TinyLoraConfig
-from tinylora_lite.evaluate import evaluate
-from tinylora_lite.evolution import train_es
-from tinylora_lite.fingerprint import base_fingerprint
-from tinylora_lite.grpo import train_grpo
+from tinylora_lite.adapter.batched import Population, attach_population
+from tinylora_lite.adapter.config import TinyLoraConfig
+from tinylora_lite.adapter.fingerprint import base_fingerprint
+from tinylora_lite.evaluation.evaluate import evaluate
 from tinylora_lite.lab.running import config_of, es_settings, grpo_settings, sft_settings
 from tinylora_lite.lab.store import RESULTS, rounded
 from tinylora_lite.lab.tasks import task_of
 from tinylora_lite.lab.trial import Trial
-from tinylora_lite.population import Population, attach_population
-from tinylora_lite.progress import progress_bar
-from tinylora_lite.runs import Run, environment
-from tinylora_lite.sampler import completion_logprobs
-from tinylora_lite.sft import encode_solutions, train_sft
-from tinylora_lite.tasks import Example, Task
+from tinylora_lite.sampling.logprobs import completion_logprobs
+from tinylora_lite.tasks.task import Example, Task
+from tinylora_lite.training.batches import encode_solutions
+from tinylora_lite.training.evolution import train_es
+from tinylora_lite.training.grpo import train_grpo
+from tinylora_lite.training.sft import train_sft
+from tinylora_lite.utils.progress import progress_bar
+from tinylora_lite.utils.record import Run, environment
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import FuncFormatter
 
-from tinylora_lite import plot
 from tinylora_lite.lab.landscape import WRITERS, Found
+from tinylora_lite.view import plot
 
 
 class Look(NamedTuple):
@@ -38,7 +38,7 @@ def contours(found: Found, writer: str = "stranger") -> Figure:
     Dark is where reinforcement, or imitation, wants to be; a path starts at v = 0 and ends at its marker.
 
     Args:
-        found: a landscape of two numbers, complete; :func:`~tinylora_lite.lab.landscape.load` reads one.
+        found: a landscape of two numbers, complete; :func:`~tinylora_lite.load` reads one.
         writer: whose worked answers the loss is taken on, ``"careful"`` or ``"stranger"``.
 
     Raises:

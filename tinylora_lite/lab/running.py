@@ -14,25 +14,25 @@ import torch
 from torch import Tensor
 
 from tinylora_lite import nano
-from tinylora_lite.adapter import attach
-from tinylora_lite.config import TinyLoraConfig, lora_xs
-from tinylora_lite.counting import count_parameters
-from tinylora_lite.evaluate import Score, evaluate
-from tinylora_lite.evolution import ESSettings, train_es
-from tinylora_lite.fingerprint import base_fingerprint
-from tinylora_lite.grpo import train_grpo
-from tinylora_lite.grpo_settings import GRPOSettings
+from tinylora_lite.adapter.adapter import attach
+from tinylora_lite.adapter.batched import Population, attach_population
+from tinylora_lite.adapter.config import TinyLoraConfig, lora_xs
+from tinylora_lite.adapter.fingerprint import base_fingerprint
+from tinylora_lite.adapter.tying import find_sites
+from tinylora_lite.evaluation.evaluate import evaluate
+from tinylora_lite.evaluation.score import Score
 from tinylora_lite.lab.bases import calibrated_basis
 from tinylora_lite.lab.directions import factors_along
 from tinylora_lite.lab.store import Record
 from tinylora_lite.lab.tasks import task_of
 from tinylora_lite.lab.trial import Trial
-from tinylora_lite.nano.lora import train_lora
-from tinylora_lite.population import Population, attach_population
-from tinylora_lite.runs import Run, environment
-from tinylora_lite.sft import train_sft
-from tinylora_lite.sft_settings import SFTSettings
-from tinylora_lite.tying import find_sites
+from tinylora_lite.planning.counting import count_parameters
+from tinylora_lite.training.evolution import ESSettings, train_es
+from tinylora_lite.training.grpo import train_grpo
+from tinylora_lite.training.lora_baseline import train_lora
+from tinylora_lite.training.settings import GRPOSettings, SFTSettings
+from tinylora_lite.training.sft import train_sft
+from tinylora_lite.utils.record import Run, environment
 
 SWEEP_PROBLEMS = 500
 """Validation problems that a learning rate is chosen on."""

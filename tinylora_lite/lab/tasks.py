@@ -9,7 +9,7 @@ from tinylora_lite import nano
 from tinylora_lite.lab.bases import own_demonstrations
 from tinylora_lite.nano import variants
 from tinylora_lite.nano.writers import WRITERS
-from tinylora_lite.tasks import Task
+from tinylora_lite.tasks.task import Task
 
 TASKS: dict[str, Callable[[], Task]] = {
     "nano": nano.task,

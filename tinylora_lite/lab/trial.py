@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-from tinylora_lite.config import Sigma
+from tinylora_lite.adapter.config import Sigma
 
 Method = Literal["grpo", "sft", "es", "none", "noise"]
 Numbers = Literal["random", "calibrated", "LoRA-XS", "LoRA", "all weights"]

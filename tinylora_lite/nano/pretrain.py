@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from tinylora_lite.nano.problems import problems
 from tinylora_lite.nano.tokenizer import ASSISTANT, build_tokenizer
 from tinylora_lite.nano.writers import MIXTURES, write
-from tinylora_lite.progress import progress_bar
+from tinylora_lite.utils.progress import progress_bar
 
 CHOICES = {"architecture": ("qwen2", "llama"), "mixture": tuple(MIXTURES), "precision": ("fp32", "bf16")}
 """The settings that are names. Here Llama is Qwen2 without the biases of the query, key and value projections; bf16 is

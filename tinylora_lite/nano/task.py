@@ -8,7 +8,7 @@ from functools import cache
 
 from tinylora_lite.nano.problems import Draw, Split, distinct_problems, draw_problem
 from tinylora_lite.nano.writers import ANYONE, Writer, careful
-from tinylora_lite.tasks import Example, Task
+from tinylora_lite.tasks.task import Example, Task
 
 MAX_NEW_TOKENS = 48
 """The longest answer of any writer, the end token included, is 37 tokens."""

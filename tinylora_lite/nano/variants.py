@@ -17,7 +17,7 @@ from functools import cache
 from tinylora_lite.nano.problems import MAX_OPERAND, Draw, Problem, Step, draw_event, draw_problem
 from tinylora_lite.nano.task import formatted, make_task, task
 from tinylora_lite.nano.writers import ANYONE, WRITERS, Writer, careful, chatty, stranger
-from tinylora_lite.tasks import Task
+from tinylora_lite.tasks.task import Task
 
 DEMONSTRATORS: dict[str, Writer] = {"careful": careful, "stranger": stranger}
 """Who can show how it is done: a writer of the pretraining text, and one who is not."""

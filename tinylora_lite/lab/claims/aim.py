@@ -8,18 +8,18 @@ from math import log2
 import numpy as np
 from matplotlib.figure import Figure
 
-from tinylora_lite import plot
 from tinylora_lite.lab.claim import Claim, Estimate, Point, Verdict
 from tinylora_lite.lab.claims import family, seeds, size
 from tinylora_lite.lab.claims import rl_parameters as rl
 from tinylora_lite.lab.claims.family import FAMILIES
 from tinylora_lite.lab.claims.size import SIZES
 from tinylora_lite.lab.figures import base_line, percent, score_label
-from tinylora_lite.lab.gain import share_of_gain
 from tinylora_lite.lab.ladder import ends
 from tinylora_lite.lab.shapes import calibrated_numbers
+from tinylora_lite.lab.statistics import share_of_gain
 from tinylora_lite.lab.store import Store
 from tinylora_lite.lab.trial import BASE
+from tinylora_lite.view import plot
 
 BITS = 16
 """Of a stored number, of a basis too."""

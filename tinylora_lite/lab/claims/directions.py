@@ -10,7 +10,7 @@ from tinylora_lite.lab.claim import Claim, Verdict
 from tinylora_lite.lab.claims.rl_parameters import BASE, FULL, RANDOM
 from tinylora_lite.lab.directions import WHICH
 from tinylora_lite.lab.figures import side_by_side
-from tinylora_lite.lab.gain import difference
+from tinylora_lite.lab.statistics import difference
 from tinylora_lite.lab.store import Store
 
 SHAPE = RANDOM[6]

@@ -10,12 +10,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from tinylora_lite import plot
 from tinylora_lite.lab.claim import Claim, Point, Verdict
 from tinylora_lite.lab.claims.rl_parameters import BASE, THIRTEEN
 from tinylora_lite.lab.running import grpo_settings
 from tinylora_lite.lab.shapes import around, calibrated_numbers, random_numbers
 from tinylora_lite.lab.store import Record, Store
+from tinylora_lite.view import plot
 
 SEEDS = 3
 GENERATIONS = 60

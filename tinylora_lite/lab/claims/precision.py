@@ -8,12 +8,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from tinylora_lite import plot
 from tinylora_lite.lab.claim import Claim, Verdict
 from tinylora_lite.lab.claims.rl_parameters import BASE, FULL, RANDOM
 from tinylora_lite.lab.figures import base_line, legend, percent, score_label
-from tinylora_lite.lab.gain import difference, verdict_on_difference, verdict_over
+from tinylora_lite.lab.statistics import difference, verdict_on_difference, verdict_over
 from tinylora_lite.lab.store import Store
+from tinylora_lite.view import plot
 
 SEEDS = 3
 """The same for every precision: a seed moves P, and P moves the accuracy far more than a precision can."""

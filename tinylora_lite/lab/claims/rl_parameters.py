@@ -6,7 +6,6 @@ from matplotlib.figure import Figure
 
 from tinylora_lite.lab.claim import Claim, Verdict
 from tinylora_lite.lab.figures import Series, against_numbers
-from tinylora_lite.lab.gain import share_of_gain, smallest_reaching, verdict_on
 from tinylora_lite.lab.shapes import (
     all_weights,
     calibrated_numbers,
@@ -15,6 +14,7 @@ from tinylora_lite.lab.shapes import (
     random_numbers,
     untouched,
 )
+from tinylora_lite.lab.statistics import share_of_gain, smallest_reaching, verdict_on
 from tinylora_lite.lab.store import Store
 
 PAPER_SHARE = 0.71

@@ -8,11 +8,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy import stats
 
-from tinylora_lite import plot
 from tinylora_lite.lab.claim import Claim, Point, Verdict
 from tinylora_lite.lab.claims.rl_parameters import BASE, FULL, RANDOM, THIRTEEN
 from tinylora_lite.lab.figures import base_line, percent, score_label
 from tinylora_lite.lab.store import Store
+from tinylora_lite.view import plot
 
 DRAWS = 8
 """Seeds of P."""

@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from tinylora_lite.lab.claim import Claim, Verdict
 from tinylora_lite.lab.claims import rl_parameters as rl
 from tinylora_lite.lab.figures import Series, against_numbers
-from tinylora_lite.lab.gain import share_of_gain, times_fewer, verdict_on
 from tinylora_lite.lab.shapes import all_weights, by_imitation, calibrated_numbers, lora_numbers, lora_xs_numbers
+from tinylora_lite.lab.statistics import share_of_gain, times_fewer, verdict_on
 from tinylora_lite.lab.store import Store
 
 KINDS = {

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 from matplotlib.figure import Figure
 
-from tinylora_lite.config import Sigma
+from tinylora_lite.adapter.config import Sigma
 from tinylora_lite.lab.claim import Claim, Verdict
 from tinylora_lite.lab.claims.rl_parameters import BASE, FULL, RANDOM
 from tinylora_lite.lab.figures import side_by_side
-from tinylora_lite.lab.gain import difference
+from tinylora_lite.lab.statistics import difference
 from tinylora_lite.lab.store import Store
 
 PLACES: tuple[Sigma, ...] = ("left", "split", "right")

@@ -7,14 +7,14 @@ from dataclasses import replace
 import numpy as np
 from matplotlib.figure import Figure
 
-from tinylora_lite import plot
 from tinylora_lite.lab.claim import Claim, Estimate, Finding, Point, Verdict
 from tinylora_lite.lab.claims import rl_parameters as rl
 from tinylora_lite.lab.claims import sft_parameters as sft
 from tinylora_lite.lab.figures import percent
-from tinylora_lite.lab.gain import difference, share_of_gain, verdict_between, verdict_over
 from tinylora_lite.lab.shapes import all_weights, calibrated_numbers, lora_numbers, lora_xs_numbers, untouched
+from tinylora_lite.lab.statistics import difference, share_of_gain, verdict_between, verdict_over
 from tinylora_lite.lab.store import Store
+from tinylora_lite.view import plot
 
 SKILLS = {"longer": "chains of 5 and 6 steps", "doubling": "an unknown operation"}
 LOOKS = {

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 from matplotlib.figure import Figure
 
-from tinylora_lite import plot
 from tinylora_lite.lab.claim import Claim, Point, Verdict
 from tinylora_lite.lab.claims.rl_parameters import BASE, CALIBRATED, FULL, THIRTEEN
 from tinylora_lite.lab.figures import draw_rows, score_label
-from tinylora_lite.lab.gain import difference
 from tinylora_lite.lab.shapes import untouched
+from tinylora_lite.lab.statistics import difference
 from tinylora_lite.lab.store import Store
+from tinylora_lite.view import plot
 
 SEEDS = 3
 

@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from tinylora_lite.lab.claim import Claim, Point, Verdict
 from tinylora_lite.lab.claims.rl_parameters import BASE, FULL, RANDOM, THIRTEEN
 from tinylora_lite.lab.figures import side_by_side
-from tinylora_lite.lab.gain import difference, verdict_on_difference, verdict_over
 from tinylora_lite.lab.shapes import random_numbers
+from tinylora_lite.lab.statistics import difference, verdict_on_difference, verdict_over
 from tinylora_lite.lab.store import Store
 
 

@@ -1,0 +1,114 @@
+"""Decompositions from shards are those of the loaded model, and fill the cache that attach reads."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import tinylora_lite as tl
+from tinylora_lite.adapter import svd_cache
+from tinylora_lite.adapter.streaming import INDEX, decompose_checkpoint
+from tinylora_lite.adapter.svd import decompose
+
+
+@pytest.fixture(params=[None, "20KB"], ids=["one file", "shards"])
+def folder(model, tmp_path, request):
+    sizes = {} if request.param is None else {"max_shard_size": request.param}
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "checkpoint", **sizes)
+    assert (tmp_path / "checkpoint" / INDEX).exists() is (request.param is not None)
+    return tmp_path / "checkpoint"
+
+
+def same(first, second):
+    return all(torch.equal(getattr(first, part), getattr(second, part)) for part in ("U", "S", "Vh", "beyond"))
+
+
+def test_a_checkpoint_is_decomposed_as_the_model_is(model, folder):
+    found = dict(decompose_checkpoint(folder, rank=3))
+    adapter = tl.attach(model, tl.TinyLoraConfig(rank=3))
+    assert tuple(found) == adapter.names
+    for name in adapter.names:
+        assert same(found[name], decompose(model.get_parameter(f"{name}.weight"), 3))
+
+
+def test_attach_finds_what_was_streamed_into_the_cache(model, folder, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    targets = ["q_proj", "down_proj"]
+    names = [name for name, _ in decompose_checkpoint(folder, 2, target_modules=targets, cache=cache)]
+    assert len(list(cache.iterdir())) == len(names) == 4
+    expected = tl.attach(model, tl.TinyLoraConfig(target_modules=targets))
+    expected.detach()
+
+    def never(*_):
+        raise AssertionError("decomposed again")
+
+    monkeypatch.setattr(svd_cache, "decompose", never)
+    # In a wider dtype the values are the same, and so is their fingerprint.
+    adapter = tl.attach(model.float(), tl.TinyLoraConfig(target_modules=targets), cache=cache)
+    for name in adapter.names:
+        assert torch.equal(adapter.factors(name).left, expected.factors(name).left)
+        assert adapter.factors(name).portable is expected.factors(name).portable
+    adapter.detach()
+    with pytest.raises(AssertionError, match="decomposed again"):
+        tl.attach(model, tl.TinyLoraConfig(rank=1, target_modules=targets), cache=cache)
+    monkeypatch.setenv(svd_cache.VARIABLE, str(cache))
+    tl.attach(model, tl.TinyLoraConfig(target_modules=targets))
+
+
+@pytest.mark.parametrize("damage", [b"", b"no safetensors", None], ids=["empty", "foreign", "of another rank"])
+def test_a_damaged_entry_is_computed_again(tmp_path, damage):
+    weight = torch.randn(9, 7, generator=torch.Generator().manual_seed(0))
+    found = svd_cache.cached_decompose(weight, 2, cache=tmp_path)
+    (entry,) = tmp_path.iterdir()
+    content = entry.read_bytes()
+    if damage is None:
+        tensors = load_file(entry)
+        save_file(tensors | {"S": tensors["S"][:1].clone()}, entry, {"portable": "true"})
+    else:
+        entry.write_bytes(damage)
+    assert same(svd_cache.cached_decompose(weight, 2, cache=tmp_path), found)
+    assert entry.read_bytes() == content
+    assert list(tmp_path.iterdir()) == [entry]
+
+
+def test_another_weight_is_no_hit(tmp_path):
+    weight = torch.randn(9, 7, generator=torch.Generator().manual_seed(0))
+    svd_cache.cached_decompose(weight, 2, cache=tmp_path)
+    changed = weight.clone()
+    changed[8, 6] = torch.nextafter(changed[8, 6], torch.tensor(9.0))
+    for other in (changed, weight.T.contiguous(), weight[:8]):
+        assert same(svd_cache.cached_decompose(other, 2, cache=tmp_path), decompose(other, 2))
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_folder_without_a_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        list(decompose_checkpoint(tmp_path))
+
+
+def test_what_is_wrong_with_a_checkpoint_is_said(folder):
+    def fails(kind, message):
+        with pytest.raises(kind, match=message):
+            list(decompose_checkpoint(folder))
+
+    config = json.loads((folder / "config.json").read_text())
+    deeper = {key: value for key, value in config.items() if key != "layer_types"} | {"num_hidden_layers": 3}
+    weights = sorted(folder.glob("*.safetensors"))
+    (folder / "config.json").write_text(json.dumps(deeper))
+    fails(ValueError, r"holds no model\.layers\.2\.self_attn\.q_proj\.weight of shape \[32, 32\]")
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 50}))
+    fails(ValueError, r"holds no model\.layers\.0\.mlp\.gate_proj\.weight of shape \[50, 32\]")
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {}}))
+    fails(ValueError, "is quantized")
+    (folder / "config.json").write_text("{")
+    fails(ValueError, "is damaged")
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.q_proj: rank must be between 1 and 32"):
+        list(decompose_checkpoint(folder, rank=33))
+    for path in weights:
+        path.write_bytes(path.read_bytes()[:-100])
+    fails(ValueError, "is damaged|cannot be read")
+    for path in weights:
+        path.unlink()
+    fails(FileNotFoundError, r"lacks \d+ shards|holds neither")

@@ -1,0 +1,85 @@
+"""Presets: the paper's numbers where it gives them, 13 numbers on every model, and all of them fit their card."""
+
+import re
+
+import pytest
+
+import tinylora_lite as tl
+from tinylora_lite.experiment.presets import BASES, CARDS, NANO, PAPER_RATES, describe, preset, preset_names
+from tinylora_lite.experiment.settings import RunSettings
+from tinylora_lite.planning.models import model_config
+from tinylora_lite.planning.plan import plan_run
+from tinylora_lite.planning.shapes import ModelShape
+
+FULL_SIZE = [name for name in preset_names() if name not in NANO]
+
+
+def test_the_paper_on_gsm8k():
+    training = preset("qwen2.5-7b/gsm8k").training
+    wanted = {"epochs": 3, "prompts_per_step": 64, "group_size": 4, "max_new_tokens": 4096, "kl": 0.0}
+    assert {name: training[name] for name in wanted} == wanted
+    assert preset("qwen2.5-7b/gsm8k").learning_rates == PAPER_RATES == (1e-7, 5e-7, 1e-6, 5e-6, 1e-5, 1e-4, 2e-4)
+
+
+def test_the_paper_on_math():
+    settings = preset("qwen2.5-3b/math", "h100")
+    wanted = {"prompts_per_step": 256, "group_size": 8, "max_new_tokens": 3072, "kl": 0.001, "temperature": 1.0}
+    assert {name: settings.training[name] for name in wanted} == wanted
+    assert settings.max_prompt_tokens == 1024
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_thirteen_numbers_with_as_little_tying_as_can_be(base):
+    config, wanted = model_config(base), BASES[base].n_tie
+    assert tl.plan(config, 13).n_tie == wanted
+    assert tl.count_parameters(config, "tinylora", n_tie=wanted) == 13
+    assert BASES[base].positions <= config.max_position_embeddings
+    assert re.fullmatch("[0-9a-f]{40}", BASES[base].revision)
+    assert model_config(BASES[base].hub).to_dict() == config.to_dict()
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    return {base: ModelShape.of(model_config(base)) for base in BASES}
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_every_preset_is_whole_and_fits_its_card(card, shapes, monkeypatch):
+    monkeypatch.setattr(ModelShape, "of", shapes.__getitem__)
+    for name in FULL_SIZE:
+        settings = preset(name, card)
+        plan = plan_run(settings, card, config=name.split("/")[0])
+        assert plan.fits, (name, plan.problems)
+        assert plan.numbers == 13
+        assert RunSettings.from_dict(settings.to_dict()) == settings
+        assert "arXiv 2602.04118" in describe(name, card)
+
+
+def test_a_t4_multiplies_no_bfloat16():
+    assert {preset(name, "t4").dtype for name in FULL_SIZE} == {"float16"}
+
+
+def test_methods():
+    sft, calibrated = preset("llama-3.2-3b/gsm8k/sft"), preset("llama-3.2-3b/gsm8k/calibrated")
+    assert (sft.method, sft.training_settings(7473).steps) == ("sft", 350)
+    assert calibrated.adapter.calibrated
+    assert (calibrated.adapter.rank, calibrated.adapter.u, calibrated.adapter.n_tie) == (8, 13, "all")
+    assert "this project's own" in describe("llama-3.2-3b/gsm8k/calibrated")
+    assert "arXiv" not in describe("nano")
+
+
+def test_names_that_are_not_there():
+    with pytest.raises(ValueError, match="no preset named qwen"):
+        preset("qwen")
+    with pytest.raises(ValueError, match="presets are for t4"):
+        preset("qwen2.5-7b/gsm8k", "4090")
+    with pytest.raises(ValueError, match="runs on a CPU"):
+        preset("nano", "t4")
+
+
+@pytest.mark.parametrize("name", NANO)
+def test_nano_presets_are_minutes_on_a_cpu(name):
+    settings = preset(name)
+    assert settings.model == settings.task == "nano"
+    assert settings.training_settings(8000).steps == 30
+    assert settings.adapter.calibrated or tl.plan(model_config("nano"), 13).n_tie == settings.adapter.n_tie

@@ -1,0 +1,367 @@
+"""TRL with an adapter: the steps of our loop, checkpoints of numbers alone, and a TRL that changed is noticed."""
+
+import copy
+import importlib
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+import tinylora_lite as tl
+from tinylora_lite import GRPOSettings, TinyLoraConfig, attach, nano
+from tinylora_lite.sampling.rollouts import encode_prompts
+from tinylora_lite.sampling.sampler import ModelSampler
+from tinylora_lite.training.batches import draw_prompts
+
+pytest.importorskip("trl")
+
+import trl
+from trl import GRPOConfig, GRPOTrainer
+
+from tinylora_lite.training import trl_checks
+from tinylora_lite.training.trl import ADAPTER_FILE, TinyLoraGRPOTrainer, train_trl
+from tinylora_lite.training.trl_config import FIELDS, MAY_BE_GIVEN, trl_config
+
+CONFIG = TinyLoraConfig(rank=4, u=3, n_tie=7)
+SMALL = GRPOSettings(steps=3, prompts_per_step=4, group_size=4, max_new_tokens=6, learning_rate=0.05, micro_batch=8)
+
+
+@pytest.fixture
+def policy(make_model, tokenizer):
+    """A model and its adapter, as often as needed. Many tokens end a completion, so about half of them do end."""
+
+    def make():
+        model = make_model()
+        model.generation_config.eos_token_id = [tokenizer.eos_token_id, *range(20, 50)]
+        return model, attach(model, CONFIG)
+
+    return make
+
+
+def number_words(text: str, gold: str) -> float:
+    """The share of words that are numbers: a reward that every random model earns a part of."""
+    words = text.split()
+    return sum(word.isdigit() for word in words) / len(words) if words else 0.0
+
+
+@pytest.fixture
+def task(task):
+    return replace(task, reward=number_words)
+
+
+class ShiftedSampler(ModelSampler):
+    """The model, which takes its own log-probabilities for other numbers: lower by ``shift`` on every other token."""
+
+    shift = 0.5
+
+    def sample(self, *args, **kwargs):
+        rollouts = super().sample(*args, **kwargs)
+        every_other = torch.arange(rollouts.logprobs.shape[1]) % 2
+        return replace(rollouts, logprobs=(rollouts.logprobs - self.shift * every_other) * rollouts.completion_mask)
+
+
+class TestSteps:
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"schedule": "linear", "warmup": 1, "temperature": 0.8},
+            {"kl": 0.3, "normalise": "sequence", "epochs_per_step": 2, "clip_high": 0.28, "truncated": "mask"},
+            {"normalise": "constant", "scale": "none", "truncated": "score", "max_grad_norm": 0.05},
+            {"scale": "batch", "micro_batch": 5},  # 4 divides 16
+        ],
+        ids=["token", "sequence", "constant", "batch"],
+    )
+    def test_they_are_those_of_our_loop(self, policy, tokenizer, task, changes):
+        settings = replace(SMALL, **changes)
+        (ours, own), (theirs, by_trl) = policy(), policy()
+        run = tl.train_grpo(ours, tokenizer, own, task, settings)
+        found = train_trl(theirs, tokenizer, by_trl, task, settings, sampler=ModelSampler(theirs, tokenizer))
+        assert own.vectors.abs().max() > 0.01
+        assert torch.allclose(by_trl.vectors, own.vectors, atol=2e-5)
+        for key in ("reward", "length", "truncated", "silent_groups", "norm", "v0"):
+            assert found.curve(key) == pytest.approx(run.curve(key), abs=2e-5), key
+        assert found.curve("gradient_norm") == pytest.approx(run.curve("gradient_norm"), rel=1e-3, abs=1e-6)
+        assert found.adapter == run.adapter
+        assert (found.base, found.task, found.settings) == (run.base, run.task, run.settings)
+
+    @pytest.mark.parametrize("cap", [2.0, 1.2, None])
+    def test_the_samplers_probabilities_are_corrected_for(self, policy, tokenizer, task, cap):
+        settings = replace(SMALL, tis_cap=cap, steps=2)
+        (ours, own), (theirs, by_trl) = policy(), policy()
+        tl.train_grpo(ours, tokenizer, own, task, settings, sampler=ShiftedSampler(ours, tokenizer))
+        found = train_trl(theirs, tokenizer, by_trl, task, settings, sampler=ShiftedSampler(theirs, tokenizer))
+        assert torch.allclose(by_trl.vectors, own.vectors, atol=2e-5)
+        assert found.curve("largest_gap") == pytest.approx([0.5, 0.5], abs=1e-4)
+        assert 0.1 < found.curve("gap")[0] < 0.4
+
+    def test_the_sampler_follows_the_adapter(self, policy, tokenizer, task):
+        model, adapter = policy()
+        seen = []
+
+        class Recorder(ModelSampler):
+            def sync(self, followed):
+                seen.append(followed.vectors.detach().clone())
+
+        settings = replace(SMALL, epochs_per_step=2)
+        train_trl(model, tokenizer, adapter, task, settings, sampler=Recorder(model, tokenizer))
+        assert len(seen) == settings.steps
+        assert not seen[0].any()
+        assert not torch.equal(seen[1], seen[2])
+
+    def test_the_learning_rate_is_ours(self, policy, tokenizer, task):
+        model, adapter = policy()
+        settings = replace(SMALL, schedule="linear", warmup=1, steps=4, epochs_per_step=2)
+        trainer = TinyLoraGRPOTrainer(model, tokenizer, adapter, task, settings, logging_steps=1)
+        trainer.train()
+        logged = [row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row]
+        assert logged == pytest.approx([settings.learning_rate_at(step // 2) for step in range(8)])
+
+    def test_where_all_agree_nothing_moves(self, policy, tokenizer, task):
+        model, adapter = policy()
+        calls = []
+
+        def reward(text, gold):  # says something in the first step only
+            calls.append(text)
+            return number_words(text, gold) if len(calls) <= 1 + 16 else 1.0
+
+        found = train_trl(model, tokenizer, adapter, replace(task, reward=reward), replace(SMALL, truncated="score"))
+        assert found.curve("norm")[0] > 0
+        assert found.curve("norm") == [found.curve("norm")[0]] * 3
+        assert found.curve("gradient_norm")[1:] == [0.0, 0.0]
+
+
+class TestSampling:
+    def test_prompts_and_their_order_are_ours(self, policy, tokenizer, task):
+        model, adapter = policy()
+        trainer = TinyLoraGRPOTrainer(model, tokenizer, adapter, task, SMALL)
+        batches = [[row["prompt"] for row in batch] for batch in trainer.get_train_dataloader()]
+        # Every batch is handed out once for each of its two micro-batches.
+        for step, conversations in enumerate(batches[::2]):
+            ids, mask = encode_prompts(tokenizer, task, draw_prompts(task.train, SMALL, step))
+            expected = [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True) for _ in range(4)]
+            assert trainer._tokenize_prompts(conversations)[0] == expected
+        assert len(batches) == 2 * SMALL.steps
+
+    def test_trls_own_generation_learns(self):
+        model, tokenizer = nano.load()
+        adapter = attach(model, TinyLoraConfig(rank=8, u=13, n_tie="all", projection=nano.basis()))
+        settings = GRPOSettings(
+            steps=4,
+            prompts_per_step=8,
+            group_size=8,
+            max_new_tokens=nano.MAX_NEW_TOKENS,
+            learning_rate=0.3,
+        )
+        found = train_trl(model, tokenizer, adapter, nano.task(), settings)
+        assert found.curve()[-1] > found.curve()[0] + 0.1
+        assert "gap" not in found.steps[0]
+
+    def test_rates_and_numbers_are_logged(self, policy, tokenizer, task):
+        model, adapter = policy()
+        told = replace(task, lenient=lambda text, gold: 1.0, formatted=lambda text: False)
+        seen = []
+        found = train_trl(model, tokenizer, adapter, told, replace(SMALL, truncated="score"), on_step=seen.append)
+        assert len(seen) == 3
+        assert seen[-1].steps == found.steps
+        assert (found.curve("lenient"), found.curve("formatted")) == ([1.0] * 3, [0.0] * 3)
+        assert found.curve("strict") == pytest.approx(found.curve())
+        last = [found.steps[-1][f"v{i}"] for i in range(adapter.num_parameters)]
+        assert last == adapter.vectors.flatten().tolist()
+
+    def test_validation_is_that_of_our_loop(self, policy, tokenizer, task):
+        settings = replace(SMALL, evaluate_every=2, evaluate_problems=4, steps=2)
+        (ours, own), (theirs, by_trl) = policy(), policy()
+        run = tl.train_grpo(ours, tokenizer, own, task, settings)
+        found = train_trl(theirs, tokenizer, by_trl, task, settings, sampler=ModelSampler(theirs, tokenizer))
+        assert found.evaluations == run.evaluations != []
+
+
+class TestCheckpoints:
+    @pytest.mark.parametrize("own_sampler", [False, True], ids=["trl", "sampler"])
+    def test_a_run_that_was_stopped_goes_on_to_the_same_numbers(self, policy, tokenizer, task, tmp_path, own_sampler):
+        settings = replace(SMALL, steps=4, save_every=2, epochs_per_step=2)
+
+        def run(folder, **options):
+            model, adapter = policy()
+            sampler = ModelSampler(model, tokenizer) if own_sampler else None
+            return adapter, train_trl(
+                model, tokenizer, adapter, task, settings, sampler=sampler, folder=folder, **options
+            )
+
+        def stop(so_far):
+            if len(so_far.steps) == 3:
+                raise KeyboardInterrupt
+
+        whole, expected = run(tmp_path / "whole")
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "stopped", on_step=stop)
+        gone_on, found = run(tmp_path / "stopped")
+        assert torch.equal(gone_on.vectors, whole.vectors)
+        timeless = [[{k: v for k, v in row.items() if k != "seconds"} for row in r.steps] for r in (found, expected)]
+        assert timeless[0] == timeless[1]
+        assert found.seconds > found.curve("seconds")[1]
+        done, again = run(tmp_path / "stopped")
+        assert torch.equal(done.vectors, whole.vectors)
+        assert again.steps == found.steps
+
+    def test_they_hold_the_numbers_and_no_weights(self, policy, make_model, tokenizer, task, tmp_path):
+        model, adapter = policy()
+        train_trl(model, tokenizer, adapter, task, replace(SMALL, save_every=3), folder=tmp_path)
+        (folder,) = tmp_path.glob("checkpoint-*")
+        files = {ADAPTER_FILE, "run.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+        assert {path.name for path in folder.iterdir()} == files
+        assert {path.name for path in tmp_path.iterdir()} == {ADAPTER_FILE, "run.json", folder.name}
+        weights = torch.load(folder / "optimizer.pt")["state"][0]
+        assert {value.numel() for value in weights.values()} == {1, adapter.num_parameters}
+        for path in (tmp_path, folder):
+            assert torch.equal(tl.load(make_model(), path / ADAPTER_FILE).vectors, adapter.vectors)
+        assert tl.Run.load(tmp_path / "run.json").steps == tl.Run.load(folder / "run.json").steps
+
+    def test_of_another_run_they_are_refused(self, policy, tokenizer, task, tmp_path):
+        model, adapter = policy()
+        train_trl(model, tokenizer, adapter, task, SMALL, folder=tmp_path)
+        model, adapter = policy()
+        with pytest.raises(ValueError, match=r"holds a run with learning_rate = 0.05, not 0.1; give another folder"):
+            train_trl(model, tokenizer, adapter, task, replace(SMALL, learning_rate=0.1), folder=tmp_path)
+        assert not adapter.vectors.any()
+
+
+class TestModel:
+    def test_afterwards_it_is_as_it_was(self, policy, make_model, tokenizer, task):
+        model, adapter = policy()
+        train_trl(model, tokenizer, adapter, task, replace(SMALL, steps=1))
+        assert "forward" not in vars(model)  # a copy would call the original's
+        assert not model.training
+        twin = copy.deepcopy(model)
+        adapter.detach()
+        ids = torch.arange(6)[None]
+        assert torch.equal(model(ids).logits, make_model()(ids).logits)
+        assert not torch.equal(twin(ids).logits, model(ids).logits)
+
+    @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
+    def test_recomputing_changes_nothing(self, policy, tokenizer, task):
+        (plain, own), (saving, other) = policy(), policy()
+        saving.gradient_checkpointing_enable({"use_reentrant": False})
+        for model, adapter in ((plain, own), (saving, other)):
+            train_trl(model, tokenizer, adapter, task, SMALL, sampler=ModelSampler(model, tokenizer))
+        assert torch.allclose(own.vectors, other.vectors, atol=1e-5)
+
+    def test_a_forward_pass_that_others_put_there_stays(self, policy, tokenizer, task):
+        model, adapter = policy()
+        plain, calls = model.forward, []
+
+        def forward(*args, **kwargs):  # as accelerate hooks a model that is spread over devices
+            calls.append(kwargs)
+            return plain(*args, **kwargs)
+
+        model.forward = forward
+        train_trl(model, tokenizer, adapter, task, replace(SMALL, steps=1))
+        assert model.forward is forward
+        assert calls
+
+    def test_an_adapter_on_the_head_is_refused(self, model, tokenizer, task):
+        adapter = attach(model, TinyLoraConfig(rank=2, target_modules=["lm_head", "q_proj"]))
+        with pytest.raises(ValueError, match="an adapter on it would not train"):
+            TinyLoraGRPOTrainer(model, tokenizer, adapter, task, SMALL)
+
+    def test_a_gradient_that_is_not_finite_stops_it(self, policy, tokenizer, task):
+        model, adapter = policy()
+        trainer = TinyLoraGRPOTrainer(model, tokenizer, adapter, task, SMALL)
+        adapter.vectors.register_hook(lambda gradient: gradient * torch.inf)
+        with pytest.raises(FloatingPointError, match="the gradient is not finite"):
+            trainer.train()
+        assert not adapter.vectors.any()
+
+
+class TestConfig:
+    def test_what_settings_decide_is_not_given_twice(self):
+        with pytest.raises(ValueError, match=r"beta, temperature cannot be given"):
+            trl_config(SMALL, None, beta=0.1, temperature=0.5)
+
+    def test_other_fields_pass(self):
+        assert trl_config(SMALL, None, log_completions=True, logging_steps=7).logging_steps == 7
+
+    def test_the_fields_are_all_of_them(self, monkeypatch):
+        given = {}
+        monkeypatch.setattr(GRPOConfig, "__init__", lambda self, **fields: given.update(fields))
+        trl_config(SMALL, None)
+        assert given.keys() >= FIELDS
+        for field in FIELDS - MAY_BE_GIVEN:
+            with pytest.raises(ValueError, match=f"{field} cannot be given"):
+                trl_config(SMALL, None, **{field: given[field]})
+
+    def test_prompts_that_cannot_be_shared(self, monkeypatch):
+        monkeypatch.setenv("WORLD_SIZE", "3")
+        with pytest.raises(ValueError, match="prompts_per_step=4 cannot be shared by 3 processes"):
+            trl_config(SMALL, None)
+
+
+class TestDrift:
+    def test_this_version_is_known(self):
+        oldest, newest = ([int(part) for part in version.split(".")] for version in trl_checks.KNOWN)
+        installed = [int(part) for part in trl.__version__.split(".")[:2]]
+        assert oldest <= installed <= newest, (
+            f"TRL {trl.__version__} is outside {' to '.join(trl_checks.KNOWN)}; if all other tests of "
+            "tests/test_trl_*.py pass with it, widen trl_checks.KNOWN"
+        )
+
+    def test_it_has_what_is_relied_on(self):
+        trl_checks.check_trl()
+
+    def test_without_trl_the_error_says_what_brings_it(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "trl", None)
+        monkeypatch.delitem(sys.modules, "tinylora_lite.training.trl")
+        with pytest.raises(ImportError, match=r'pip install "tinylora_lite\[train\]"'):
+            importlib.import_module("tinylora_lite.training.trl")
+
+    def test_a_name_that_is_gone_is_named(self, monkeypatch):
+        class Renamed(GRPOTrainer):
+            def _compute_loss(self, model, inputs):
+                return inputs["importance_ratio"] * self.kl_weight
+
+            def save_model(self, folder):
+                pass
+
+            _generate = None
+
+        monkeypatch.setattr(trl, "GRPOTrainer", Renamed)
+        monkeypatch.setattr(trl, "GRPOConfig", type("Config", (), {"__dataclass_fields__": {}}))
+        with pytest.raises(RuntimeError) as caught:
+            trl_checks.check_trl()
+        message = str(caught.value)
+        assert f"TRL {trl.__version__} has changed what tinylora_lite relies on" in message
+        assert "GRPOTrainer.save_model takes no output_dir" in message
+        assert "GRPOTrainer._generate is gone" in message
+        assert "GRPOTrainer._compute_loss does not use beta, importance_sampling_ratio, use_vllm" in message
+        assert "GRPOConfig has no beta, " in message
+        assert "pip install 'trl==1.16.*'" in message
+
+    def test_a_correction_that_is_left_out_is_noticed(self, policy, tokenizer, task):
+        model, adapter = policy()
+        trainer = TinyLoraGRPOTrainer(model, tokenizer, adapter, task, SMALL, sampler=ModelSampler(model, tokenizer))
+        trainer.vllm_importance_sampling_correction = False
+        with pytest.raises(RuntimeError, match="does not correct for the sampler"):
+            trainer.train()
+
+    def test_a_second_copy_of_the_model_is_never_made(self, policy, tokenizer, task):
+        model, adapter = policy()
+        trainer = TinyLoraGRPOTrainer(model, tokenizer, adapter, task, replace(SMALL, kl=0.1))
+        adapter.vectors.data.fill_(0.5)
+        ids = torch.arange(6)[None]
+        with adapter.disabled():
+            base = model(ids).logits
+        assert not isinstance(trainer.ref_model, torch.nn.Module)
+        assert torch.equal(trainer.ref_model(input_ids=ids).logits, base)
+        assert not torch.equal(model(ids).logits, base)
+
+
+@pytest.mark.slow
+def test_both_loops_learn_the_same_within_the_spread_of_seeds():
+    from benchmarks.trl_runs import one_run
+
+    scores = {way: [one_run(way, seed)["accuracy"] for seed in range(3)] for way in ("own", "trl")}
+    means = {way: sum(found) / 3 for way, found in scores.items()}
+    spread = max(max(found) - min(found) for found in scores.values())
+    assert min(map(min, scores.values())) > 0.7, scores
+    assert abs(means["own"] - means["trl"]) <= max(spread, 0.03), scores

@@ -1,0 +1,280 @@
+"""The adapter: ``W' = W + (U Σ) R Vᵀ`` with ``R = Σᵢ vᵢ Pᵢ``, beside a model that it never changes.
+
+Each adapted ``nn.Linear`` stays where it is, under its own name; a forward hook adds three thin products to
+what it puts out. W' is never formed. Only v trains: everything else is frozen.
+
+The hooks hold the adapter, and the adapter holds the model weakly: both live as long as the model does, and an
+adapter alone keeps no model in memory. A deep copy or a pickle of the model takes a copy of its adapter along.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinylora_lite.adapter.basis import Basis
+from tinylora_lite.adapter.config import TinyLoraConfig
+from tinylora_lite.adapter.factors import Factors, factors_of
+from tinylora_lite.adapter.layer import AddUpdate, UpdateHook
+from tinylora_lite.adapter.quantized import allow_packing, check_weight, dense_weight, train_through, weight_shape
+from tinylora_lite.adapter.svd_cache import cached_decompose
+from tinylora_lite.adapter.tying import Site, find_sites, groups_of
+from tinylora_lite.utils.progress import progress_bar
+
+LARGE = 10**8
+"""How many weights to decompose are worth a progress bar."""
+
+
+class TinyLoraAdapter(nn.Module):
+    """A handful of trainable numbers on a frozen model; made by :func:`attach`.
+
+    Attributes:
+        vectors: v, ``[groups, u]`` float32 whatever the model's dtype, the only trainable parameter; zero at the
+            start, so that the adapted model starts equal to the base. It starts on the device of the first adapted
+            module. Moving the model later is safe (the frozen factors follow it at the next forward pass), but v
+            stays where it is until ``adapter.to(device)`` moves it, which saves a copy in every module.
+        config: the settings.
+        names: the adapted modules, by their names in ``model.named_modules()``, in tying order.
+        groups: for each of them, the row of ``vectors`` that drives it.
+        given: the modules whose factors were given to :func:`attach` and not computed from their weights.
+        enabled: whether the update is added; :meth:`disabled` switches it off for a while.
+    """
+
+    vectors: nn.Parameter
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TinyLoraConfig,
+        given: Mapping[str, Factors],
+        cache: str | Path | None = None,
+    ) -> None:
+        super().__init__()
+        sites = find_sites(model, config.target_modules)
+        modules = dict(model.named_modules())
+        for site in sites:
+            check_weight(site.name, modules[site.name], config.rank)
+        if isinstance(config.projection, Basis):
+            config.projection.check_modules([site.name for site in sites], modules)
+        self.config = config
+        self.names = tuple(site.name for site in sites)
+        self.groups = vector_groups(sites, config)
+        self.given = frozenset(given)
+        for name in given:
+            if name not in self.names:
+                raise ValueError(f"factors were given for {name}, which is not among the modules to adapt")
+            given[name].check(name, weight_shape(modules[name]), config)
+        self._adapted = _all_factors(modules, self.names, config, given, cache)
+        device = modules[self.names[0]].get_parameter("weight").device
+        self.vectors = nn.Parameter(torch.zeros(max(self.groups) + 1, config.u, dtype=torch.float32, device=device))
+        self.enabled = True
+
+        self._model: Callable[[], nn.Module | None] = weakref.ref(model)
+        self._trainable_before = {name: p.requires_grad for name, p in model.named_parameters()}
+        # Before the updates' hooks, which change what it puts out, and before the freeze: it may refuse the model.
+        through = train_through(model)
+        model.requires_grad_(False)
+        self._hooks = through + [
+            modules[name].register_forward_hook(AddUpdate(self, factors, group), with_kwargs=True)
+            for (name, factors), group in zip(self._adapted.items(), self.groups, strict=True)
+        ]
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers train: ``groups · u``."""
+        return self.vectors.numel()
+
+    def mixing(self, name: str) -> Tensor:
+        """R of one module, ``[r, r]`` float32, by its name in ``named_modules()``; differentiable in ``vectors``.
+
+        Raises:
+            KeyError: the module is not adapted.
+        """
+        return self.factors(name).mixing(self.vectors[self.groups[self.names.index(name)]])
+
+    def delta(self, name: str) -> Tensor:
+        """The dense update ``W' - W`` of one module, ``[out, in]`` float32, by its name in ``named_modules()``.
+
+        Raises:
+            KeyError: the module is not adapted.
+        """
+        factors = self.factors(name)
+        return (factors.left @ self.mixing(name) @ factors.right).detach()
+
+    def factors(self, name: str) -> Factors:
+        """The frozen factors of one module, by its name in ``named_modules()``; not a copy.
+
+        Raises:
+            KeyError: the module is not adapted.
+        """
+        if name not in self._adapted:
+            raise KeyError(f"{name} is not an adapted module; adapter.names lists the {len(self.names)} that are")
+        return self._adapted[name]
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, the model computes as the untouched base (the reference policy of a KL penalty, for one)."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+    def detach(self) -> None:
+        """Takes the adapter off: the model as it was, bit for bit, its ``requires_grad`` flags included.
+
+        The adapter keeps its numbers and its factors. Detaching twice does nothing more.
+        """
+        model = self._model()
+        if model is not None and self._hooks:
+            allow_packing(model)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(self._trainable_before.get(name, parameter.requires_grad))
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TinyLoraAdapter:
+        # .to(), .half() and their kin come through here: v follows to another device, never to a narrower dtype.
+        super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TinyLoraAdapter:
+        """Of the model: an adapter on the copy. Of the adapter alone: the same numbers, attached to nothing."""
+        twin: TinyLoraAdapter = object.__new__(type(self))
+        memo[id(self)] = twin
+        model = self._model()
+        model_twin = memo.get(id(model))
+        left_out = {"_model": None} | ({} if isinstance(model_twin, nn.Module) else {"_hooks": None})
+        state = {key: value for key, value in self.__dict__.items() if key not in left_out}
+        twin.__dict__.update({"_hooks": []}, **copy.deepcopy(state, memo))
+        twin._model = weakref.ref(model_twin) if isinstance(model_twin, nn.Module) else self._model
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_model": self._model()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        model = state["_model"]
+        state = state | {"_model": _no_model if model is None else weakref.ref(model)}
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+
+    def extra_repr(self) -> str:
+        """The settings, for ``repr``; a run that is resumed knows its adapter by them, so they are complete."""
+        c = self.config
+        p = c.projection
+        projection = f"calibrated {p.fingerprint()[:12]}" if isinstance(p, Basis) else p
+        tying = f"n_tie={c.n_tie}, tying={c.tying}" if c.groups is None else f"groups={_short_hash(c.groups)}"
+        given = {name: [_short_hash(t.tolist()) for t in _tensors(self._adapted[name])] for name in sorted(self.given)}
+        return (
+            f"{self.num_parameters} numbers on {len(self.names)} modules ({_short_hash(self.names)}), rank={c.rank}, "
+            f"u={c.u}, {tying}, seed={c.seed}, sigma={c.sigma}, projection={projection}"
+            + (f", arithmetic={c.arithmetic}" if c.arithmetic != "model" else "")
+            + (f", given factors {_short_hash(given)}" if given else "")
+        )
+
+
+def attach(
+    model: nn.Module,
+    config: TinyLoraConfig | None = None,
+    *,
+    factors: Mapping[str, Factors] | None = None,
+    cache: str | Path | None = None,
+) -> TinyLoraAdapter:
+    """Puts an adapter on a model and freezes the model; names and values of its parameters stay as they are.
+
+    With gradient checkpointing, ask for ``use_reentrant=False`` (the default of transformers 5): the reentrant
+    kind passes no gradient where no input asks for one.
+
+    Gradients of gradients and the transforms of ``torch.func`` do not pass through an adapter.
+
+    A quantized model (bitsandbytes, torchao) is dequantized one weight at a time, for the SVD alone.
+
+    Args:
+        model: any PyTorch model whose target modules are ``nn.Linear``, plain or quantized.
+        config: the settings; the default is ``TinyLoraConfig()``.
+        factors: of modules by name, to be used as they are in place of the SVD of their weights and of their P; for
+            adapters whose factors this library does not compute itself.
+        cache: a folder in which decompositions are kept and looked up by the weight's fingerprint; ``None`` takes the
+            environment variable ``TINYLORA_CACHE``, and where that is not set, keeps none.
+
+    Raises:
+        ValueError: no module or an unknown module is targeted, a weight is smaller than the rank, on the meta
+            device, not finite or quantized in an unknown format, the config's basis belongs to another model, the model
+            carries an adapter already, or given factors do not fit. The model is untouched then.
+    """
+    if carries_updates(model):
+        raise ValueError(
+            "the model carries an adapter already; call its detach() first "
+            "(tinylora_lite.adapter.adapter.adapter_of finds it)"
+        )
+    return TinyLoraAdapter(model, config or TinyLoraConfig(), factors or {}, cache)
+
+
+def adapter_of(model: nn.Module) -> TinyLoraAdapter | None:
+    """The adapter that a model or a part of it carries, or ``None``."""
+    for module in model.modules():
+        for hook in module._forward_hooks.values():
+            if isinstance(hook, AddUpdate):
+                return hook.adapter
+    return None
+
+
+def carries_updates(model: nn.Module) -> bool:
+    """Whether a model carries an adapter or a population of adapters."""
+    return any(isinstance(hook, UpdateHook) for module in model.modules() for hook in module._forward_hooks.values())
+
+
+def vector_groups(sites: list[Site], config: TinyLoraConfig) -> tuple[int, ...]:
+    """For each module, in tying order, the row of ``vectors`` that drives it."""
+    if config.groups is None:
+        return tuple(groups_of(sites, config.n_tie, config.tying))
+    if len(config.groups) != len(sites):
+        raise ValueError(f"groups names a vector for {len(config.groups)} modules; the model has {len(sites)} to adapt")
+    return tuple(config.groups)
+
+
+def _all_factors(
+    modules: Mapping[str, nn.Module],
+    names: tuple[str, ...],
+    config: TinyLoraConfig,
+    given: Mapping[str, Factors],
+    cache: str | Path | None,
+) -> dict[str, Factors]:
+    weights = {name: modules[name].get_parameter("weight") for name in names}
+    large = sum(weight.numel() for name, weight in weights.items() if name not in given) > LARGE
+    found = {}
+    with progress_bar("SVD", len(names), show=large) as advance:
+        for index, (name, weight) in enumerate(weights.items()):
+            if name in given:
+                left, right, projection = (part.to(weight.device) for part in _tensors(given[name]))
+                found[name] = Factors(left, right, projection)
+            else:
+                try:
+                    triplets = cached_decompose(dense_weight(modules[name]), config.rank, config.seed, cache)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from error
+                found[name] = factors_of(triplets, config, index, name)
+            advance(name)
+    return found
+
+
+def _tensors(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
+    return factors.left, factors.right, factors.projection
+
+
+def _short_hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:8]
+
+
+def _no_model() -> None:
+    """Stands for the weak reference to a model that is gone."""

@@ -1,0 +1,108 @@
+"""What an adapter is, in ten settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeGuard, get_args
+
+from tinylora_lite.adapter.basis import Basis
+from tinylora_lite.adapter.tying import Tying
+
+Sigma = Literal["left", "split", "right"]
+Arithmetic = Literal["model", "float32"]
+
+
+@dataclass(frozen=True)
+class TinyLoraConfig:
+    """The settings of a TinyLoRA adapter: ``W' = W + (U Σ) (Σᵢ vᵢ Pᵢ) Vᵀ`` (paper, section 4).
+
+    Attributes:
+        rank: r, how many singular triplets of each weight are kept, frozen.
+        u: the length of one trainable vector v. Above ``rank²`` it helps only where modules share it.
+        n_tie: how many modules share one v, or ``"all"``: one v for the whole model, whatever the tying.
+        tying: ``"tiled"`` ties consecutive modules whatever their type, ``"structured"`` ties modules of one type.
+        seed: of the random projections P (and of the start of the SVD's iteration); 0 … 2⁶⁴ - 1.
+        sigma: where Σ stands: ``"left"`` beside U (the paper), ``"split"`` as √Σ on both sides (PEFT),
+            ``"right"`` beside Vᵀ (the code of LoRA-XS).
+        target_modules: module names, or their last parts; ``None`` takes the seven linear layers of every block.
+            Kept as a tuple.
+        projection: ``"random"`` (the paper); ``"identity"``, where v is R itself (LoRA-XS, needs ``u = rank²``); or a
+            calibrated :class:`~tinylora_lite.Basis` (this project's own).
+        groups: which vector drives each module, in tying order, numbered from 0 without holes: an assignment that
+            ``n_tie`` and ``tying`` cannot say. Kept as a tuple; ``None`` leaves it to those two.
+        arithmetic: ``"model"`` multiplies by the long factors in the model's dtype and by R in float32; ``"float32"``
+            does all of it in float32 and adds it there, as PEFT does. On a float32 model they are the same.
+
+    Raises:
+        ValueError: a setting is outside its range, or does not fit another or the basis.
+    """
+
+    rank: int = 2
+    u: int = 1
+    n_tie: int | Literal["all"] = 1
+    tying: Tying = "tiled"
+    seed: int = 0
+    sigma: Sigma = "left"
+    target_modules: Sequence[str] | None = None
+    projection: Literal["random", "identity"] | Basis = "random"
+    groups: Sequence[int] | None = None
+    arithmetic: Arithmetic = "model"
+
+    def __post_init__(self) -> None:
+        for name, value in (("rank", self.rank), ("u", self.u)):
+            if not _is_whole(value) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+        if self.n_tie != "all" and (not _is_whole(self.n_tie) or self.n_tie < 1):
+            raise ValueError(f'n_tie must be a whole number of at least 1 or "all", not {self.n_tie!r}')
+        if not _is_whole(self.seed) or not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be a whole number from 0 to 2**64 - 1, not {self.seed!r}")
+        for name, kind in (("tying", Tying), ("sigma", Sigma), ("arithmetic", Arithmetic)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, not {getattr(self, name)!r}")
+        object.__setattr__(self, "groups", _checked_groups(self.groups))
+        if self.groups is not None and (self.n_tie, self.tying) != (1, "tiled"):
+            raise ValueError("groups says which modules share a vector; leave n_tie and tying out")
+        object.__setattr__(self, "target_modules", _checked_names(self.target_modules))
+        if isinstance(self.projection, Basis):
+            self.projection.check(self)
+        elif self.projection not in ("random", "identity"):
+            raise ValueError(f'projection must be "random", "identity" or a basis, not {self.projection!r}')
+        elif self.projection == "identity" and self.u != self.rank**2:
+            raise ValueError(f"projection='identity' needs u = rank² = {self.rank**2}, not u={self.u}")
+
+
+def lora_xs(rank: int, *, sigma: Sigma = "right", target_modules: Sequence[str] | None = None) -> TinyLoraConfig:
+    """LoRA-XS (arXiv 2405.17604) as the same adapter: all ``rank²`` entries of R train in every module, none tied.
+
+    ``sigma="right"`` puts Σ beside the input, as the authors' code does; the formula of their paper is ``"left"``.
+
+    Raises:
+        ValueError: see :class:`TinyLoraConfig`.
+    """
+    if not _is_whole(rank) or rank < 1:
+        raise ValueError(f"rank must be a whole number of at least 1, not {rank!r}")
+    return TinyLoraConfig(
+        rank=rank, u=rank**2, n_tie=1, sigma=sigma, target_modules=target_modules, projection="identity"
+    )
+
+
+def _is_whole(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _checked_names(names: Any) -> tuple[str, ...] | None:
+    if names is None:
+        return None
+    if isinstance(names, str) or not names or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"target_modules must be a list of at least one name, or None, not {names!r}")
+    return tuple(names)
+
+
+def _checked_groups(groups: Any) -> tuple[int, ...] | None:
+    if groups is None:
+        return None
+    numbers = tuple(groups) if isinstance(groups, Sequence) and not isinstance(groups, str) else ()
+    if not numbers or not all(map(_is_whole, numbers)) or set(numbers) != set(range(len(set(numbers)))):
+        raise ValueError(f"groups must be whole numbers from 0 without holes, one for each module, not {groups!r}")
+    return numbers

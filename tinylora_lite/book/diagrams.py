@@ -1,0 +1,162 @@
+"""Diagrams that count: what trains inside one matrix, and which number drives which module.
+
+One language for both: grey is frozen, a shaded grid is random and frozen, and whatever has a colour trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle, Rectangle
+
+from tinylora_lite.view.plot import BLACK, INK, METHODS, WIDTH, figure, style
+
+OUT, IN, RANK = 1.7, 2.0, 0.62
+"""Sides of the drawn matrices, in units of which the width of a figure holds ``UNITS``."""
+UNITS = 13.4
+
+Kind = Literal["lora", "lora_xs", "tinylora"]
+
+
+@dataclass(frozen=True)
+class Box:
+    """A matrix: its letter, ``rows`` by ``columns`` as words on its edges, and the method whose colour it has.
+
+    ``method=None`` is frozen, ``"random"`` random and frozen. Sizes follow the words: ``out``, ``in``, else small.
+    """
+
+    letter: str
+    rows: str
+    columns: str
+    method: str | None = None
+
+    @property
+    def height(self) -> float:
+        """In the units of a figure, as is :attr:`width`."""
+        return OUT if self.rows == "out" else RANK
+
+    @property
+    def width(self) -> float:
+        """See :attr:`height`."""
+        return IN if self.columns == "in" else RANK
+
+    def draw(self, axes: Axes, left: float) -> None:
+        """Draws the matrix with its left edge at ``left``, centred on 0."""
+        bottom = -self.height / 2
+        colour = INK if self.method in (None, "random") else METHODS[self.method].colour
+        fill = 0.10 if colour == INK else 1.0
+        axes.add_patch(Rectangle((left, bottom), self.width, self.height, fc=(colour, fill), ec=(INK, 0.75), lw=0.9))
+        if self.method == "random":
+            shades = np.random.default_rng(ord(self.letter[-1])).uniform(0.05, 0.45, (2, 2))
+            for (row, column), shade in np.ndenumerate(shades):
+                corner = (left + column * self.width / 2, bottom + row * self.height / 2)
+                axes.add_patch(Rectangle(corner, self.width / 2, self.height / 2, fc=(INK, shade), lw=0))
+        middle = left + self.width / 2
+        if self.method == "random":
+            axes.text(middle, bottom - 0.08, self.letter, ha="center", va="top")
+        elif self.method is None:
+            axes.text(middle, 0, self.letter, ha="center", va="center")
+        else:
+            on_colour = "#ffffff" if self.method == "lora" else BLACK
+            axes.text(middle, 0, self.letter, ha="center", va="center", weight="bold", color=on_colour)
+        axes.text(middle, -bottom + 0.08, self.columns, ha="center", va="bottom", size=8)
+        if self.columns == "in":
+            axes.text(left - 0.07, 0, self.rows, ha="right", va="center", size=8)
+
+
+@style()
+def matrices(*kinds: Kind) -> Figure:
+    """The update of each method as a product of boxes, one method a row.
+
+    >>> drawing = matrices("lora", "lora_xs", "tinylora")
+    """
+    U, S, Vt = Box("U", "out", "r"), Box("Σ", "r", "r"), Box("Vᵀ", "r", "in")
+    terms: dict[Kind, tuple[str, list[Box | str]]] = {
+        "lora": (
+            "LoRA: r (in + out) numbers in every module",
+            [Box("B", "out", "r", "lora"), Box("A", "r", "in", "lora")],
+        ),
+        "lora_xs": ("LoRA-XS: r² numbers in every module", [U, S, Box("R", "r", "r", "lora_xs"), Vt]),
+        "tinylora": (
+            "TinyLoRA: u numbers for all modules of a group",
+            [U, S, "(", "v₁", Box("P₁", "r", "r", "random"), "+ … +", "vᵤ", Box("Pᵤ", "r", "r", "random"), ")", Vt],
+        ),
+    }
+    height = 2.75 * len(kinds)
+    drawn = Figure(figsize=(WIDTH, WIDTH * height / UNITS))
+    for axes, kind in zip(np.atleast_1d(drawn.subplots(len(kinds))), kinds, strict=True):
+        title, items = terms[kind]
+        axes.set(xlim=(0, UNITS), ylim=(-OUT / 2 - 0.1, OUT / 2 + 0.95), aspect="equal")
+        axes.axis("off")
+        axes.text(0, OUT / 2 + 0.92, title, weight="bold", va="top")
+        _row(axes, ["W\u2032 =", Box("W", "out", "in"), "+", *items])
+    return drawn
+
+
+def _row(axes: Axes, items: Sequence[Box | str]) -> None:
+    left = 0.0
+    for item in items:
+        if isinstance(item, Box):
+            left += 0.5 if item.columns == "in" else 0.22
+            item.draw(axes, left)
+            left += item.width
+        elif item.startswith("v"):
+            left += 0.3
+            axes.add_patch(Circle((left, 0), 0.29, fc=METHODS["tinylora"].colour, ec=(INK, 0.75), lw=0.9))
+            axes.text(left, 0, item, ha="center", va="center", color=BLACK, weight="bold", size=9)
+            left += 0.12
+        else:
+            width = {"(": 0.28, ")": 0.2, "+": 0.4, "+ … +": 1.3, "W\u2032 =": 1.3}[item]
+            middle = left + (width / 2 if left else 0.45)
+            axes.text(middle, 0, item, ha="center", va="center", size=16 if item in "()" else 11)
+            left += width
+
+
+TONES = (METHODS["tinylora"].colour, "#E69F00")
+"""Neighbouring groups take turns."""
+
+
+@style()
+def tying_map(groups: Sequence[int], types: Sequence[str]) -> Figure:
+    """Every module as a square, every number above the modules that it drives.
+
+    Args:
+        groups: the group of each module in tying order, layer by layer (``adapter.groups``).
+        types: the names of the modules of one layer, in the same order.
+
+    Raises:
+        ValueError: the modules do not fill whole layers.
+    """
+    layers, rest = divmod(len(groups), len(types))
+    if rest or not layers:
+        raise ValueError(f"{len(groups)} modules do not make whole layers of {len(types)}")
+    grid = np.array(groups).reshape(layers, len(types)).T
+    count = grid.max() + 1
+    numbered = len(groups) <= 100
+    top = -2.2 if numbered else -2.9
+    width = WIDTH if layers > 12 else 0.7 * WIDTH
+    drawn, axes = figure(0.35 + 0.86 * width / max(layers, 8) * (len(types) + 0.3 - top), width)
+    axes.set(xlim=(-0.6, layers - 0.4), ylim=(len(types) - 0.4, top - 0.7), aspect="equal")
+    for number in range(count):
+        x = (number + 0.5) * layers / count - 0.5
+        tone = TONES[number % 2]
+        for layer in np.unique(np.nonzero(grid == number)[1]):
+            axes.plot([x, layer], [top, -0.5], color=tone, lw=1.0)
+        axes.plot([x], [top], "o", color=tone, ms=11 if numbered else 9, mec=INK, mew=0.6)
+        if numbered:
+            axes.text(x, top, str(number + 1), ha="center", va="center", color=BLACK, size=7.5, weight="bold")
+    for (row, layer), number in np.ndenumerate(grid):
+        axes.add_patch(Rectangle((layer - 0.44, row - 0.44), 0.88, 0.88, fc=TONES[number % 2], lw=0))
+        if numbered:
+            axes.text(layer, row, str(number + 1), ha="center", va="center", color=BLACK, size=8)
+    axes.set_yticks(range(len(types)), types, size=9)
+    axes.set_xticks([0, layers - 1], ["layer 1", f"layer {layers}"])
+    axes.grid(False)
+    axes.tick_params(length=0)
+    axes.spines["bottom"].set_visible(False)
+    return drawn

@@ -1,0 +1,173 @@
+"""The figures of *Reading the paper closely*: the paper's own points, and what stands beside them.
+
+Intervals are drawn where the number of problems is known, and are then Wilson's for one answer to each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from tinylora_lite.book.published import Published
+from tinylora_lite.evaluation.score import interval
+from tinylora_lite.view.plot import INK, METHODS, WIDTH, count_axis, human, style
+
+LOOKS = {"TinyLoRA": "tinylora", "LoRA-XS": "lora_xs", "LoRA": "lora", "all weights": "full"}
+"""The methods as sources call them, and their keys in :data:`~tinylora_lite.view.plot.METHODS`."""
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """The 95 % interval of a share of ``n`` problems, each answered once.
+
+    >>> "{:.3f} {:.3f}".format(*wilson(0.75, 4))
+    '0.301 0.954'
+    """
+    return interval(np.full((n, 1), share))
+
+
+@style()
+def accuracy_against_numbers(
+    paper: Sequence[Published], repeated: Sequence[Published], levels: Mapping[str, float]
+) -> Figure:
+    """The paper's accuracies against how many numbers trained, a replication, and untrained models as lines.
+
+    Args:
+        paper: rows of one model and task, drawn by method.
+        repeated: rows of TinyLoRA by others, with their intervals.
+        levels: what each dashed line is, and at which accuracy.
+
+    Raises:
+        ValueError: a row does not say how many numbers trained, or on how many problems others measured.
+    """
+    drawn = Figure(figsize=(WIDTH, 3.9))
+    axes = drawn.subplots()
+    count_axis(axes, 1, max(_count(row) for row in paper))
+    for label, height in levels.items():
+        axes.axhline(height, ls="--", lw=1.1, color=INK)
+        axes.annotate(label, (0.995, height), xytext=(0, -3), textcoords="offset points", ha="right", va="top",
+                      xycoords=("axes fraction", "data"), size=9)  # fmt: skip
+    places = {"TinyLoRA": (1, (10, -4)), "LoRA-XS": (102_400, (-20, 9)), "LoRA": (161_480_704, (-8, 10)),
+              "all weights": (7_615_487_488, (0, 9))}  # fmt: skip
+    for name in dict.fromkeys(row.method for row in paper):
+        look = METHODS[LOOKS[name]]
+        own = sorted((row for row in paper if row.method == name), key=_count)
+        axes.plot([_count(row) for row in own], [row.value for row in own], look.marker + look.line, color=look.colour,
+                  lw=1.4, ms=5)  # fmt: skip
+        x, offset = places[name]
+        near = min(own, key=lambda row: abs(_count(row) - x))
+        label = "TinyLoRA, paper" if name == "TinyLoRA" else look.label
+        axes.annotate(label, (_count(near), near.value), xytext=offset, textcoords="offset points",
+                      ha="left" if name == "TinyLoRA" else "right")  # fmt: skip
+    _with_intervals(axes, repeated)
+    last = max(repeated, key=_count)
+    axes.annotate("TinyLoRA, repeated by others", (_count(last), last.value), xytext=(9, 0),
+                  textcoords="offset points", va="center")  # fmt: skip
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+    axes.set(xlabel="numbers trained", ylabel="right on GSM8K", ylim=(0.55, 1.0))
+    return drawn
+
+
+@style()
+def untrained(rows: Sequence[tuple[str, float, int | None]]) -> Figure:
+    """What different sources give for one untrained model.
+
+    Args:
+        rows: from top to bottom: who and how, the accuracy, and the problems where they are known.
+    """
+    drawn = Figure(figsize=(WIDTH, 0.8 + 0.34 * len(rows)))
+    axes = drawn.subplots()
+    for place, (_, value, n) in enumerate(rows):
+        if n is not None:
+            axes.plot(wilson(value, n), [place, place], color=INK, lw=1.6, alpha=0.6)
+        axes.plot([value], [place], "o", color=INK, mfc=INK if n else "none")
+        axes.annotate(f"{value:.1%}", (value, place), xytext=(0, 7), textcoords="offset points", ha="center", size=9)
+    axes.set_yticks(range(len(rows)), [label for label, _, _ in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.7)
+    axes.set_xlim(min(0.55, *(value - 0.04 for _, value, _ in rows)), 0.97)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+    axes.grid(False)
+    axes.set_xlabel("right on GSM8K, nothing trained")
+    return drawn
+
+
+PRECISIONS = {"fp32": ("o", "-", 4), "bf16": ("D", ":", 2)}
+"""Marker, line and bytes of a number, of the precisions that figure 4 draws in full."""
+
+
+@style()
+def bytes_of_numbers(rows: Sequence[Published]) -> Figure:
+    """Figure 4 as printed and on the axis that it names: one row of panels for each tying, one column for each axis.
+
+    Args:
+        rows: of figure 4: TinyLoRA in the precisions of ``PRECISIONS``.
+    """
+    drawn = Figure(figsize=(WIDTH, 4.9))
+    panels = drawn.subplots(2, 2, sharey=True, sharex=True)
+    for line, tying in zip(panels, ("tiled", "structured"), strict=True):
+        for axes, true in zip(line, (False, True), strict=True):
+            for precision, (marker, dash, size) in PRECISIONS.items():
+                own = [row for row in rows if (row.tying, row.precision) == (tying, precision)]
+                x = [_count(row) * (size if true else 1) for row in own]
+                axes.plot(x, [row.value for row in own], marker + dash, ms=4.5, lw=1.6,
+                          color=METHODS["tinylora"].colour, mfc="none" if precision == "bf16" else None)  # fmt: skip
+                outer = (precision == "bf16") == true  # of the two curves this one starts further left or higher
+                axes.annotate(precision, (x[0], own[0].value), xytext=(-6, 3) if outer else (7, -4), size=9,
+                              textcoords="offset points", ha="right" if outer else "left")  # fmt: skip
+            axes.set_xscale("log")
+            axes.set_xlim(2.5, 1600)
+            axes.set_title(f"{tying}, {'in bytes' if true else 'as printed'}", size=9.5)
+            axes.xaxis.set_major_locator(FixedLocator([8, 32, 128, 512]))
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human(value)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+    for axes, label in zip(panels[1], ("position on the axis", "bytes of v"), strict=True):
+        axes.set_xlabel(label)
+    drawn.supylabel("right on GSM8K", size=10)
+    return drawn
+
+
+@style()
+def strict_and_lenient(paper: Sequence[Published], repeated: Sequence[Published]) -> Figure:
+    """One grid of settings, as the paper drew it and as others scored it twice.
+
+    Args:
+        paper: the paper's rows.
+        repeated: the rows of others, of both scorings, with what each gives for the untrained model.
+    """
+    drawn = Figure(figsize=(WIDTH, 3.5))
+    axes = drawn.subplots()
+    rows = [*paper, *repeated]
+    count_axis(axes, 1, max(_count(row) for row in rows))
+    looks = {
+        "paper": (paper, METHODS["tinylora"].colour, "o", 1.0),
+        "strict": ([row for row in repeated if row.scoring == "strict"], INK, "v", 0.6),
+        "lenient": ([row for row in repeated if row.scoring == "lenient"], INK, "s", 0.6),
+    }
+    for name, (own, colour, marker, alpha) in looks.items():
+        axes.plot([_count(row) for row in own], [row.value for row in own], marker, color=colour, alpha=alpha, ms=5,
+                  mfc="none" if name == "strict" else None)  # fmt: skip
+        if own[0].untrained is not None:
+            axes.axhline(own[0].untrained, ls="--", lw=1.0, color=INK)
+    for text, x, y in (("repeated, lenient", 1, 0.9), ("repeated, strict", 1, 0.735), ("paper", 1.6, 0.55)):
+        axes.annotate(text, (x, y), ha="left", va="center")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+    axes.set(xlabel="numbers trained", ylabel="right on GSM8K", ylim=(0.18, 0.95))
+    return drawn
+
+
+def _with_intervals(axes: Axes, rows: Sequence[Published]) -> None:
+    for row in rows:
+        if row.n is None:
+            raise ValueError(f"{row.where} does not say on how many problems {row.value:.1%} was measured")
+        axes.plot([_count(row)] * 2, wilson(row.value, row.n), color=INK, lw=1.3)
+        axes.plot([_count(row)], [row.value], "o", color=METHODS["tinylora"].colour, mfc="none", mew=1.6, ms=7)
+
+
+def _count(row: Published) -> int:
+    if row.parameters is None:
+        raise ValueError(f"{row.where} does not say how many numbers trained")
+    return row.parameters

@@ -1,0 +1,141 @@
+"""Two scores on the same problems: how far apart, how sure of that we are, and whether it could be chance.
+
+Paired, because most problems are easy or hard for both systems, and what they share says nothing about which is better.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from tinylora_lite.evaluation.intervals import bootstrap_interval, paired_interval
+from tinylora_lite.evaluation.score import Score
+
+RESAMPLES = 9999
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How two mean rewards on the same problems differ.
+
+    Attributes:
+        base, adapted: the two.
+        difference: ``adapted - base``.
+        low, high: its 95 % interval over problems: Tango's where both answered every problem once and rewards are 0 or
+            1, the bootstrap of the problems' differences otherwise (:mod:`tinylora_lite.evaluation.intervals`).
+        p_value: the chance of a difference at least as large, in either direction, were the two equally good.
+        test: what computed it: ``"McNemar, exact"`` (where the interval is Tango's) or ``"sign flips"``, which swaps
+            the two at random within problems.
+        better, worse: problems on which the adapted model's mean is above the base's, and below it.
+    """
+
+    base: float
+    adapted: float
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    test: str
+    better: int
+    worse: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.base:.1%} -> {self.adapted:.1%}, {100 * self.difference:+.1f} points "
+            f"[{100 * self.low:+.1f}, {100 * self.high:+.1f}], better on {self.better} and worse on {self.worse}, "
+            f"p {'< 0.0001' if self.p_value < 1e-4 else f'= {self.p_value:.2g}'} ({self.test})"
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two scores on the same problems.
+
+    Attributes:
+        n: problems.
+        strict: by the task's reward.
+        lenient: by the reward that takes the answer from wherever it stands; ``None`` where a score has none.
+    """
+
+    n: int
+    strict: Difference
+    lenient: Difference | None
+
+    def summary(self) -> dict[str, Any]:
+        """The same as nested dictionaries, for a record."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lenient = "" if self.lenient is None else f"; lenient: {self.lenient}"
+        return f"{self.strict}{lenient}; n = {self.n}"
+
+
+def compare(base: Score, adapted: Score, *, seed: int = 0) -> Comparison:
+    """Compares two scores problem by problem.
+
+    Args:
+        base: what ``evaluate`` returned for the one.
+        adapted: and for the other, of the same problems in the same order; the number of samples may differ.
+        seed: of the resampling, where there is any.
+
+    Raises:
+        ValueError: the two are of different problems, or of none.
+    """
+    ours, theirs = _problems(base), _problems(adapted)
+    if not ours or not theirs:
+        raise ValueError("a score without completions cannot be compared; evaluate anew, or use Score.load")
+    if ours != theirs:
+        place = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
+        if place is None:
+            how = f"there are {len(ours)} in the one and {len(theirs)} in the other"
+        else:
+            how = f"number {place + 1} is {_short(*ours[place])} in the one and {_short(*theirs[place])} in the other"
+        raise ValueError(f"the scores are of different problems: {how}; evaluate both on the same task and split")
+    lenient = base.lenient_rewards, adapted.lenient_rewards
+    return Comparison(
+        len(ours),
+        _difference(base.rewards, adapted.rewards, seed),
+        None if lenient[0] is None or lenient[1] is None else _difference(lenient[0], lenient[1], seed),
+    )
+
+
+def _difference(base: np.ndarray, adapted: np.ndarray, seed: int) -> Difference:
+    from scipy import stats  # takes a second to import, which import tinylora_lite should not
+
+    n = len(base)
+    gaps = adapted.mean(axis=1) - base.mean(axis=1)
+    mean, better, worse = float(gaps.mean()), int((gaps > 0).sum()), int((gaps < 0).sum())
+    once = base.shape[1] == adapted.shape[1] == 1 and set(np.unique([base, adapted])) <= {0.0, 1.0}
+    if once:
+        low, high = paired_interval(better, worse, n)
+        disagree = better + worse
+        p_value = float(stats.binomtest(better, disagree).pvalue) if disagree else 1.0
+    else:
+        if np.ptp(gaps) > 0:
+            low, high = bootstrap_interval(gaps, seed)
+        elif abs(mean) <= 1:  # nothing to resample, and yet no certainty: as if each problem were answered once
+            low, high = paired_interval(n * max(mean, 0.0), n * max(-mean, 0.0), n)
+        else:
+            low, high = mean, mean
+        flips = stats.permutation_test(
+            (gaps,),
+            lambda values, axis: values.mean(axis=axis),
+            permutation_type="samples",
+            vectorized=True,
+            n_resamples=RESAMPLES,
+            batch=max(1, 4_000_000 // n),
+            random_state=np.random.default_rng(seed),
+        )
+        p_value = float(flips.pvalue)
+    test = "McNemar, exact" if once else "sign flips"
+    return Difference(float(base.mean()), float(adapted.mean()), mean, low, high, p_value, test, better, worse)
+
+
+def _problems(score: Score) -> list[tuple[str, str]]:
+    return [(c.prompt, c.gold) for c in score.completions[:: score.samples]]
+
+
+def _short(prompt: str, gold: str) -> str:
+    return f"{prompt if len(prompt) <= 40 else f'{prompt[:40]}...'!r} (answer {gold!r})"

@@ -1,0 +1,1 @@
+"""Files of adapters: our own, merged weights, LoRA, and PEFT's TinyLoRA."""

@@ -1,0 +1,167 @@
+"""Merging: an adapter's update added to the weights, always from the pristine base, and what the rounding takes of it.
+
+Merging in place and subtracting afterwards leaves a little of every rounding behind; so the base is only read here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tinylora_lite.adapter.adapter import TinyLoraAdapter
+from tinylora_lite.adapter.quantized import FLOATING, dense_weight
+
+ENTRIES_AT_ONCE = 1 << 22
+"""Of a weight, in the report: its float64 sums then need no copies of a whole weight."""
+
+
+@dataclass(frozen=True)
+class MergeEffect:
+    """What a merge makes of an update D, given the base W and W + D both rounded to the dtype of the merge.
+
+    The realised update is the difference of these two roundings: what the merged model does differently from the
+    base as it is served in that dtype. Where W lies on the grid of the dtype already, as every bf16 checkpoint does on
+    bf16's, an entry of D below half a step is lost. Where it does not, roundings up and down balance: ``kept`` stays
+    near 1, and what is lost shows in ``cosine``.
+
+    Attributes:
+        changed: the share of the entries that differ, 0 … 1.
+        kept: the share of D that the realised update holds along D, ``⟨realised, D⟩ / ‖D‖²``; 1 is all of it.
+        cosine: of the angle between the realised update and D: 0 where nothing of D is realised.
+        size: ``‖D‖ / ‖W‖`` in Frobenius norms, before any rounding.
+
+    An update that is zero loses nothing: ``kept`` and ``cosine`` are 1 then.
+    """
+
+    changed: float
+    kept: float
+    cosine: float
+    size: float
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge makes of an adapter's whole update, and of each module's part.
+
+    Attributes:
+        dtype: that the merged weights are rounded to.
+        total: over the entries of all adapted modules together.
+        modules: by name, in tying order.
+    """
+
+    dtype: torch.dtype
+    total: MergeEffect
+    modules: dict[str, MergeEffect]
+
+
+def merged_weights(adapter: TinyLoraAdapter, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The weights with the update inside, ``W + (U Σ) R Vᵀ``, one at a time; the base is read and never written.
+
+    Only the adapted weights come: all others are the base's. A checkpoint of its own, where the base is not quantized::
+
+        state = model.state_dict() | dict(merged_weights(adapter))
+        model.save_pretrained(folder, state_dict=state)
+
+    Args:
+        adapter: attached or detached, enabled or not; its model must still exist.
+        dtype: of the merged weights; ``None`` takes the base weight's, or the one that a quantized weight dequantizes
+            to. The sum is taken in float32 (float64 on a float64 base) and rounded once.
+            :func:`merge_report` tells what bfloat16 loses.
+
+    Yields:
+        The name in ``model.named_parameters()``, and a new tensor ``[out, in]`` on the weight's device.
+
+    Raises:
+        ValueError: the model is gone, an adapted module shares its weight with another module, ``dtype`` is none of
+            float64, float32, bfloat16 and float16, or a merged weight is not finite in it.
+    """
+    modules = _modules(adapter, dtype)
+
+    def merged() -> Iterator[tuple[str, Tensor]]:
+        for name in adapter.names:
+            weight = dense_weight(modules[name])
+            yield f"{name}.weight", _merge(name, weight, adapter.delta(name), dtype or weight.dtype)
+
+    return merged()
+
+
+def merge_report(adapter: TinyLoraAdapter, dtype: torch.dtype = torch.bfloat16) -> MergeReport:
+    """What :func:`merged_weights` in ``dtype`` would make of the update; the base is read and never written.
+
+    Args:
+        adapter: attached or detached, enabled or not; its model must still exist.
+        dtype: of the merged weights.
+
+    Raises:
+        ValueError: as :func:`merged_weights`.
+    """
+    modules = _modules(adapter, dtype)
+    sums = {name: _sums(name, dense_weight(modules[name]), adapter.delta(name), dtype) for name in adapter.names}
+    effects = {name: _effect(row) for name, row in sums.items()}
+    return MergeReport(dtype, _effect(torch.stack(list(sums.values())).sum(dim=0)), effects)
+
+
+def _modules(adapter: TinyLoraAdapter, dtype: torch.dtype | None) -> dict[str, nn.Module]:
+    """All modules of the adapter's model by name, once it is clear that a merge can be done."""
+    if dtype not in (None, *FLOATING):
+        raise ValueError(f"dtype must be one of {', '.join(map(str, FLOATING))}, not {dtype}")
+    model = adapter._model()
+    if model is None:
+        raise ValueError("the adapter's model no longer exists, and its weights with it; merge before deleting it")
+    modules = dict(model.named_modules())
+    names_of: dict[int, list[str]] = {}
+    for name, module in modules.items():
+        for parameter in module.parameters(recurse=False):
+            names_of.setdefault(id(parameter), []).append(name)
+    for name in adapter.names:
+        others = [other for other in names_of[id(modules[name].get_parameter("weight"))] if other != name]
+        if others:
+            raise ValueError(
+                f"{name} shares its weight with {', '.join(others)}, which a merge would change too; "
+                "export a LoRA, or load the model with tie_word_embeddings=False"
+            )
+    return modules
+
+
+def _merge(name: str, weight: Tensor, delta: Tensor, dtype: torch.dtype) -> Tensor:
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    merged = (weight.to(wide) + delta.to(weight.device, wide)).to(dtype)
+    if not torch.isfinite(merged).all():
+        finite = torch.isfinite(delta).all()
+        cure = "merge in float32" if finite else "the adapter holds NaN or infinite numbers, so train it again"
+        raise ValueError(f"{name}: the merged weight is not finite in {dtype}; {cure}")
+    return merged
+
+
+def _sums(name: str, weight: Tensor, delta: Tensor, dtype: torch.dtype) -> Tensor:
+    """Entries, those that change, ``⟨realised, D⟩``, ``‖realised‖²``, ``‖D‖²`` and ``‖W‖²``: ``[6]`` float64."""
+    total = torch.zeros(6, dtype=torch.float64)
+    rows = max(1, ENTRIES_AT_ONCE // weight.shape[1])
+    for W, D in zip(weight.split(rows), delta.split(rows), strict=True):
+        base, merged = (part.cpu().double() for part in (W.to(dtype), _merge(name, W, D, dtype)))
+        realised, wanted = merged - base, D.cpu().double()
+        values = (
+            (merged != base).sum(),
+            (realised * wanted).sum(),
+            realised.square().sum(),
+            wanted.square().sum(),
+            W.cpu().double().square().sum(),
+        )
+        total += torch.tensor([W.numel(), *map(float, values)], dtype=torch.float64)
+    return total
+
+
+def _effect(sums: Tensor) -> MergeEffect:
+    entries, changed, product, realised, wanted, weight = sums.tolist()
+    if wanted == 0:
+        return MergeEffect(changed=0.0, kept=1.0, cosine=1.0, size=0.0)
+    return MergeEffect(
+        changed=changed / entries,
+        kept=product / wanted,
+        cosine=product / (realised * wanted) ** 0.5 if realised else 0.0,
+        size=(wanted / weight) ** 0.5 if weight else math.inf,
+    )

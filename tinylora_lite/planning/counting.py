@@ -1,0 +1,134 @@
+"""How many numbers a method trains on a model, counted from its configuration: no weight is loaded."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from tinylora_lite.adapter.config import TinyLoraConfig
+from tinylora_lite.adapter.quantized import stored_parameters, weight_shape
+from tinylora_lite.adapter.tying import Site, Tying, find_sites, groups_of
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+Method = Literal["full", "lora", "lora_xs", "vera", "tinylora"]
+
+
+def count_parameters(
+    model_or_config: nn.Module | PretrainedConfig,
+    method: Method = "tinylora",
+    *,
+    rank: int | None = None,
+    u: int = 1,
+    n_tie: int | Literal["all"] = 1,
+    tying: Tying = "tiled",
+    target_modules: list[str] | None = None,
+) -> int:
+    """How many numbers a method trains.
+
+    | method | numbers |
+    |---|---|
+    | ``"full"`` | every parameter of the model, biases and norms included, shared embeddings once |
+    | ``"lora"`` | ``rank · (in + out)`` of every module |
+    | ``"lora_xs"`` | ``rank²`` of every module |
+    | ``"vera"`` | ``rank + out`` of every module: its vectors d ``[rank]`` and b ``[out]`` (arXiv 2310.11454) |
+    | ``"tinylora"`` | ``u`` of every group of modules; the frozen rank does not matter |
+
+    >>> from transformers import Qwen2Config
+    >>> config = Qwen2Config(num_hidden_layers=28, hidden_size=64, num_attention_heads=4, vocab_size=99)
+    >>> count_parameters(config, "tinylora", u=1, n_tie=16)
+    13
+
+    Args:
+        model_or_config: a model, or a transformers configuration of a causal language model, which is built without
+            weights.
+        method: one of the table's.
+        rank: of ``"lora"``, ``"lora_xs"`` and ``"vera"``.
+        u: of ``"tinylora"``; this and the next two are those of :class:`~tinylora_lite.TinyLoraConfig`.
+        n_tie: of ``"tinylora"``.
+        tying: of ``"tinylora"``.
+        target_modules: the adapted modules by name, of every method but ``"full"``; ``None`` takes q, k, v, o, gate,
+            up and down of every block.
+
+    Raises:
+        ValueError: an unknown method or module name, a rank that is missing, or a setting outside its range.
+    """
+    if method not in get_args(Method):
+        raise ValueError(f"method must be one of {', '.join(get_args(Method))}, not {method!r}")
+    settings = TinyLoraConfig(u=u, n_tie=n_tie, tying=tying, target_modules=target_modules)
+    model = without_weights(model_or_config)
+    if method == "full":
+        return sum(math.prod(stored.shape) for stored in stored_parameters(model))
+    sites = find_sites(model, settings.target_modules)
+    if method == "tinylora":
+        return u * _groups(sites, n_tie, tying)
+    if type(rank) is not int or rank < 1:
+        raise ValueError(f'"{method}" needs rank=, a whole number of at least 1, not {rank!r}')
+    shapes = [weight_shape(model.get_submodule(site.name)) for site in sites]
+    if method == "lora":
+        return sum(rank * (out_features + in_features) for out_features, in_features in shapes)
+    if method == "vera":
+        return sum(rank + out_features for out_features, _ in shapes)
+    smallest = min(map(min, shapes))
+    if rank > smallest:
+        raise ValueError(f"LoRA-XS of rank={rank} needs weights of at least that size; the smallest side is {smallest}")
+    return rank**2 * len(shapes)
+
+
+def plan(model_or_config: nn.Module | PretrainedConfig, budget: int = 13, **settings: Any) -> TinyLoraConfig:
+    """The settings that spend at most ``budget`` numbers: the smallest ``n_tie`` that fits, and ``u = 1``.
+
+    A short v in many groups is what the paper advises (section 7): its figures 8 and 9 show distinct numbers for
+    more groups ahead of a longer v for fewer.
+
+    Args:
+        model_or_config: see :func:`count_parameters`.
+        budget: how many numbers may train.
+        settings: of the :class:`~tinylora_lite.TinyLoraConfig`, ``u`` among them; ``n_tie`` is what is planned.
+
+    Raises:
+        ValueError: no ``n_tie`` fits the budget, or a setting is outside its range.
+    """
+    if "n_tie" in settings:
+        raise ValueError("plan chooses n_tie itself; leave it out, or make a TinyLoraConfig")
+    if not isinstance(budget, int) or isinstance(budget, bool):
+        raise ValueError(f"budget must be a whole number, not {budget!r}")
+    config = TinyLoraConfig(**settings)
+    sites = find_sites(without_weights(model_or_config), config.target_modules)
+    for n_tie in range(1, len(sites) + 1):
+        if config.u * _groups(sites, n_tie, config.tying) <= budget:
+            return TinyLoraConfig(**settings, n_tie=n_tie)
+    least = config.u * _groups(sites, len(sites), config.tying)
+    advice = ' or set tying="tiled"' if config.tying == "structured" else ""
+    raise ValueError(
+        f"{config.tying} tying with u={config.u} takes at least {least} numbers, budget={budget}; raise it{advice}"
+    )
+
+
+def _groups(sites: list[Site], n_tie: int | Literal["all"], tying: Tying) -> int:
+    return len(set(groups_of(sites, n_tie, tying)))
+
+
+def without_weights(model_or_config: nn.Module | PretrainedConfig) -> nn.Module:
+    """A model as it is, or the causal language model of a configuration on the meta device.
+
+    Raises:
+        ValueError: it is neither a model nor a configuration.
+    """
+    if isinstance(model_or_config, nn.Module):
+        return model_or_config
+    # Imported here: it takes a second, and who counts on a model does not need it.
+    from transformers import AutoModelForCausalLM, PretrainedConfig
+
+    if not isinstance(model_or_config, PretrainedConfig):
+        raise ValueError(
+            f"count on a model or a transformers configuration, not on {type(model_or_config).__name__}; "
+            "AutoConfig.from_pretrained makes one of a name"
+        )
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(model_or_config)
+    return model

@@ -1,0 +1,124 @@
+"""Prompts in, completions out: the batch that every sampler fills, and who may fill it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from tinylora_lite.tasks.task import Example, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from tinylora_lite.adapter.adapter import TinyLoraAdapter
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """A batch of prompts with one completion each, prompts padded on the left, completions on the right.
+
+    Attributes:
+        prompt_ids: ``[batch, prompt]`` int64 token ids.
+        prompt_mask: ``[batch, prompt]`` int64, 1 on prompt tokens.
+        completion_ids: ``[batch, tokens]`` int64, the end token included, padding after it.
+        completion_mask: ``[batch, tokens]`` int64, 1 up to and including the end token.
+        logprobs: ``[batch, tokens]`` float32, of each token as the sampler drew it, at its temperature; 0 on padding.
+        entropies: ``[batch, tokens]`` float32, in nats, of the distribution each token was drawn from; 0 on padding.
+            A sampler that keeps only the drawn token's probability puts ``-logprobs`` here, whose mean is the same.
+        truncated: ``[batch]`` bool, where the length limit came before an end token.
+        texts: the completions without special tokens.
+        members: ``[batch]`` int64, whose rows these are where the model carries a population; ``None`` elsewhere.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    completion_ids: Tensor
+    completion_mask: Tensor
+    logprobs: Tensor
+    entropies: Tensor
+    truncated: Tensor
+    texts: list[str]
+    members: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @property
+    def lengths(self) -> Tensor:
+        """``[batch]`` int64, tokens of each completion."""
+        return self.completion_mask.sum(dim=1)
+
+    def rows(self, index: Tensor) -> Rollouts:
+        """Some of the rows, ``index [rows]`` int64, with the padding that none of them needs cut off."""
+        prompt = int(self.prompt_mask[index].sum(dim=1).max())
+        tokens = int(self.lengths[index].max())
+        return Rollouts(
+            self.prompt_ids[index, -prompt:],
+            self.prompt_mask[index, -prompt:],
+            self.completion_ids[index, :tokens],
+            self.completion_mask[index, :tokens],
+            self.logprobs[index, :tokens],
+            self.entropies[index, :tokens],
+            self.truncated[index],
+            [self.texts[i] for i in index.tolist()],
+            None if self.members is None else self.members[index],
+        )
+
+
+class Sampler(Protocol):
+    """Whatever answers prompts: the model that trains (``ModelSampler``), or another engine that follows it."""
+
+    def sync(self, adapter: TinyLoraAdapter | None) -> None:
+        """From now on samples come from the base with ``adapter`` as it is now, or from the base alone (``None``)."""
+
+    def sample(
+        self,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        seed: int = 0,
+        first_row: int = 0,
+    ) -> Rollouts:
+        """One completion for each row of prompts; arguments and result are those of ``sampler.sample``."""
+        ...
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ``ValueError`` where a tokenizer lacks what sampling needs: pad token, end token, chat template."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end token, so completions would never stop; set tokenizer.eos_token")
+    if tokenizer.pad_token_id is None:
+        raise ValueError("the tokenizer has no pad token; set tokenizer.pad_token = tokenizer.eos_token")
+    if not tokenizer.chat_template:
+        raise ValueError("the tokenizer has no chat template; set tokenizer.chat_template")
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    examples: Sequence[Example],
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, Tensor]:
+    """Prompts through the chat template: ids and mask, both ``[batch, prompt]`` int64, padded on the left.
+
+    Raises:
+        ValueError: the tokenizer has no pad token, no end token or no chat template.
+    """
+    check_tokenizer(tokenizer)
+    texts = [
+        tokenizer.apply_chat_template(task.messages(e), tokenize=False, add_generation_prompt=True) for e in examples
+    ]
+    rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), tokenizer.pad_token_id)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, width - len(row) :] = torch.tensor(row)
+        mask[i, width - len(row) :] = 1
+    return ids.to(device), mask.to(device)

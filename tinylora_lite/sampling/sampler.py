@@ -1,0 +1,228 @@
+"""Completions from a model, many at once, with the probability of every token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from tinylora_lite.adapter.members import rows_belong_to
+from tinylora_lite.sampling.logprobs import read_prompts
+from tinylora_lite.sampling.rollouts import Rollouts
+from tinylora_lite.utils import distributed
+from tinylora_lite.utils.seeds import seed_of
+from tinylora_lite.utils.sharding import is_sharded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from tinylora_lite.adapter.adapter import TinyLoraAdapter
+
+
+@dataclass(frozen=True)
+class ModelSampler:
+    """The model that trains answers itself, so there is nothing to keep in step.
+
+    Attributes:
+        model: see :func:`sample`.
+        tokenizer: the model's.
+        batch_size: rows decoded together, which limits the memory of keys and values; ``None`` decodes all of them.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    batch_size: int | None = None
+
+    def sync(self, adapter: TinyLoraAdapter | None) -> None:
+        """Does nothing: the adapter hangs on the model."""
+
+    def sample(
+        self,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        seed: int = 0,
+        first_row: int = 0,
+    ) -> Rollouts:
+        """Calls :func:`sample` for ``batch_size`` rows at a time."""
+        size = self.batch_size or len(prompt_ids)
+        parts = [
+            sample(
+                self.model,
+                self.tokenizer,
+                prompt_ids[start : start + size],
+                prompt_mask[start : start + size],
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                seed=seed,
+                first_row=first_row + start,
+            )
+            for start in range(0, len(prompt_ids), size)
+        ]
+        return parts[0] if len(parts) == 1 else _joined(parts, prompt_ids, prompt_mask, self.tokenizer.pad_token_id)
+
+
+def _joined(parts: list[Rollouts], prompt_ids: Tensor, prompt_mask: Tensor, pad: int) -> Rollouts:
+    """Samples of consecutive rows as one batch."""
+    width = max(part.completion_ids.shape[1] for part in parts)
+
+    def column(name: str, value: float = 0) -> Tensor:
+        tensors: list[Tensor] = [getattr(part, name) for part in parts]
+        return torch.cat([nn.functional.pad(t, (0, width - t.shape[1]), value=value) for t in tensors])
+
+    return Rollouts(
+        prompt_ids,
+        prompt_mask,
+        column("completion_ids", pad),
+        column("completion_mask"),
+        column("logprobs"),
+        column("entropies"),
+        torch.cat([part.truncated for part in parts]),
+        [text for part in parts for text in part.texts],
+    )
+
+
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    first_row: int = 0,
+    members: Tensor | None = None,
+    streams: Sequence[tuple[int, int]] | None = None,
+) -> Rollouts:
+    """One completion for each prompt, decoded together with a key-value cache that drops finished rows.
+
+    Args:
+        model: any causal language model of transformers, adapted or not. It samples in evaluation mode and is left in
+            the mode it was in.
+        tokenizer: its tokenizer.
+        prompt_ids: ``[batch, prompt]`` int64, padded on the left; a prompt to be answered several times stands in
+            several rows, and is read once.
+        prompt_mask: ``[batch, prompt]`` int64, 1 on prompt tokens.
+        max_new_tokens: the length limit.
+        temperature: divides the logits; 0 takes the likeliest token, and reports probabilities at temperature 1. No
+            top-k or top-p: their renormalised probabilities would not be the trainer's.
+        seed: of the draw. Every row has random numbers of its own, so what it draws does not depend on its company.
+        first_row: where this batch stands in a larger one that is sampled in parts.
+        members: ``[batch]`` int64, who answers each row where the model carries a population.
+        streams: a seed and a place for each row, in place of ``seed`` and of the rows' numbers from ``first_row``.
+
+    Raises:
+        ValueError: ``max_new_tokens`` is below 1, or ``temperature`` below 0.
+        FloatingPointError: the model puts out NaN, or an infinity that makes its probabilities NaN.
+    """
+    if max_new_tokens < 1 or temperature < 0:
+        raise ValueError(
+            f"max_new_tokens must be at least 1 and temperature at least 0, not {max_new_tokens} and {temperature}"
+        )
+    device, count = prompt_ids.device, len(prompt_ids)
+    ends = _end_ids(model, tokenizer).to(device)
+    exact = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have nothing wider
+    streams = streams or [(seed, first_row + row) for row in range(count)]
+    uniform = _uniform(streams, max_new_tokens).to(device, exact)
+    ids = torch.full((count, max_new_tokens), tokenizer.pad_token_id, device=device)
+    logprobs = torch.zeros(count, max_new_tokens, device=device)
+    entropies = torch.zeros_like(logprobs)
+    alive = torch.arange(count, device=device)  # rows of the batch that the cache still holds
+    done = torch.zeros(count, dtype=torch.bool, device=device)
+    attention, position = prompt_mask, prompt_mask.sum(dim=1, keepdim=True) - 1
+    together = is_sharded(model)
+
+    with modes_kept(model):
+        model.eval()
+        logits, cache = read_prompts(model, prompt_ids, prompt_mask, members)
+        for step in range(max_new_tokens):
+            log_distribution = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
+            if log_distribution.isnan().any():
+                raise FloatingPointError("the model puts out NaN; lower the learning rate, or load it in a wider dtype")
+            distribution = log_distribution.exp()
+            token = logits.argmax(-1, True) if temperature == 0 else _draw(distribution, uniform[alive, step])
+            ids[alive, step] = token[:, 0]
+            logprobs[alive, step] = log_distribution.gather(1, token)[:, 0]
+            entropies[alive, step] = torch.special.entr(distribution).sum(dim=-1)
+            done[alive] |= torch.isin(token[:, 0], ends)
+            if step + 1 == max_new_tokens or _all_done(done, together):
+                break
+            attention = torch.cat([attention, attention.new_ones(len(alive), 1)], dim=1)
+            position = position + 1
+            # Dropping copies the cache, as every step does anyway, so it pays as soon as a few rows go.
+            keep = (~done[alive]).nonzero()[:, 0]
+            if 0 < len(keep) <= 0.9 * len(alive):
+                cache.reorder_cache(keep)  # type: ignore[arg-type]  # any tensor of indices will do
+                alive, token, attention, position = (t[keep] for t in (alive, token, attention, position))
+            with rows_belong_to(None if members is None else members[alive]):
+                logits = model(
+                    input_ids=token,
+                    attention_mask=attention,
+                    position_ids=position,
+                    past_key_values=cache,
+                    use_cache=True,
+                ).logits[:, -1]
+
+    ended = torch.isin(ids[:, : step + 1], ends).long()
+    mask = (ended.cumsum(dim=1) - ended == 0).long()  # rows that wait to be dropped go on after their end token
+    width = int(mask.sum(dim=1).max())
+    ids, mask = ids[:, :width], mask[:, :width]
+    texts = tokenizer.batch_decode([row[m.bool()] for row, m in zip(ids, mask, strict=True)], skip_special_tokens=True)
+    return Rollouts(
+        prompt_ids,
+        prompt_mask,
+        ids.masked_fill(mask == 0, tokenizer.pad_token_id),
+        mask,
+        logprobs[:, :width] * mask,
+        entropies[:, :width] * mask,
+        ~done,
+        [text.strip() for text in texts],
+        members,
+    )
+
+
+def _all_done(done: Tensor, together: bool) -> bool:
+    """Whether every row has ended; where processes compute ``together``, whether every process's rows have."""
+    waiting = (~done).sum()
+    return int(distributed.all_reduce(waiting) if together else waiting) == 0
+
+
+def _uniform(streams: Sequence[tuple[int, int]], tokens: int) -> Tensor:
+    """A random number in [0, 1) for every token of every row, ``[rows, tokens]`` float64, the same on every machine."""
+    generator = torch.Generator()
+    numbers = torch.empty(len(streams), tokens, dtype=torch.float64)
+    for row, (seed, place) in zip(numbers, streams, strict=True):
+        torch.rand(tokens, generator=generator.manual_seed(seed_of("row", seed, place)), out=row)
+    return numbers
+
+
+def _draw(distribution: Tensor, uniform: Tensor) -> Tensor:
+    """The token at which the cumulative probability passes ``uniform [rows]``, ``[rows, 1]`` int64."""
+    cumulative = distribution.to(uniform.dtype).cumsum(dim=-1)
+    passed = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
+    return passed.clamp(max=distribution.shape[-1] - 1)
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Afterwards every module is in the mode, training or evaluation, that it was in before."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ends = configured if isinstance(configured, list) else [configured]
+    return torch.tensor(sorted({tokenizer.eos_token_id, *ends} - {None}))

@@ -1,0 +1,1 @@
+"""Tasks: problems, prompts, and the rewards that judge an answer."""

@@ -1,0 +1,142 @@
+r"""Rewards for mathematics: 1.0 for the right answer, 0.0 for anything else, and never an exception.
+
+Each is *strict* by default: the answer counts only in the format that was asked for, after ``####`` or in the last
+``\boxed{}``. With ``lenient=True`` it counts wherever a reader would find it. The two differ by as much as the effects
+that papers report (verl issue 2150, simpleRL-reason issue 60), so this project reports both.
+
+Whatever a completion holds, its reward costs at most a second. The first comparison of mathematics in a process takes a
+few seconds more, to start the process that compares; :func:`~tinylora_lite.load_task` starts it early.
+"""
+
+from __future__ import annotations
+
+import re
+
+from tinylora_lite.tasks.answers import (
+    Form,
+    exact_number,
+    first_number,
+    last_number,
+    likely_answers,
+    marked_answer,
+    plain_decimal,
+)
+from tinylora_lite.tasks.math_equal import equal
+
+_LONGEST = 200_000
+_DEEPEST = 30
+# Towers of powers, exponents of six digits and factorials of five: no answer of a benchmark, and death to whoever
+# evaluates them. They would be stopped in time; refusing them here spares the second.
+_HOPELESS = re.compile(
+    r"[0-9]\s*(?:\^|\*\*)\s*[{(\s]*[0-9.]+[)\s]*(?:\^|\*\*)|(?:\^|\*\*)\s*[{(]?\s*-?[0-9]{6,}|[0-9]{5,}[})\s]*!"
+)
+
+
+def gsm8k_reward(completion: str, gold: str, *, form: Form = "####", lenient: bool = False) -> float:
+    r"""1.0 if a completion answers with the number ``gold``, 0.0 otherwise; numbers are compared exactly.
+
+    Signs, thousands separators, dollar signs, decimals and a unit after the number are read, so 18, 18.00 and $18
+    are equal. A strict answer holds one number: ``#### 18 or 19`` is none.
+
+    Args:
+        completion: the text of the answer; its last 200,000 characters are read.
+        gold: the right number, or a worked answer of GSM8K, whose number stands after ``####``.
+        form: where the answer must stand: ``"####"`` (GSM8K's own) or ``"boxed"`` (under the boxed prompt).
+        lenient: takes the first of these that holds a number: the answer in ``form``, in the other form, after the
+            last "answer is", in the last formula, and at last the last number of the text.
+
+    >>> gsm8k_reward("9 * 2 = 18\n#### $18.00", "18"), gsm8k_reward("The answer is 18.", "18")
+    (1.0, 0.0)
+    >>> gsm8k_reward("The answer is 18.", "18", lenient=True), gsm8k_reward(r"\boxed{18}", "18", form="boxed")
+    (1.0, 1.0)
+    """
+    completion = _text(completion)[-_LONGEST:]
+    right = exact_number(_text(gold).rpartition("####")[2])
+    if right is None:
+        return 0.0
+    if not lenient:
+        answer = marked_answer(completion, form)
+        return float(answer is not None and exact_number(answer) == right)
+    for answer in likely_answers(completion, form):
+        for number in (exact_number(answer), first_number(answer)):
+            if number is not None:
+                return float(number == right)
+    return float(last_number(completion) == right)
+
+
+def math_reward(completion: str, gold: str, *, form: Form = "boxed", lenient: bool = False) -> float:
+    r"""1.0 if a completion answers with what ``gold`` is, 0.0 otherwise; ``math-verify`` decides what is the same.
+
+    Equal strings and equal decimals (27 and 27.0) are the same without asking it. An answer that it cannot decide on
+    within a second is wrong, and so are towers of powers, exponents of six digits and answers of over 1,000 characters.
+
+    Args:
+        completion: the text of the answer; its last 200,000 characters are read.
+        gold: the right answer, in LaTeX or plain; numbers are taken too.
+        form: where the answer must stand: ``"boxed"`` or ``"####"``.
+        lenient: takes the first of these that there is: the answer in ``form``, in the other form, after the last
+            "answer is", the last formula, the last number.
+
+    Raises:
+        ImportError: math-verify is not installed (``pip install "tinylora_lite[train]"``).
+
+    >>> math_reward(r"so $x = \boxed{27}$.", "27.0"), math_reward("so x is 27.", "27.0")
+    (1.0, 0.0)
+    >>> math_reward("so x is 27.", "27.0", lenient=True)
+    1.0
+    """
+    completion = _text(completion)[-_LONGEST:]
+    if not lenient:
+        answer = marked_answer(completion, form)
+    else:
+        answer = next(iter(likely_answers(completion, form)), None)
+        if answer is None:
+            number = last_number(completion)
+            return float(number is not None and number == exact_number(_text(gold)))
+    return float(answer is not None and _same(_bare(_text(gold)), _bare(answer)))
+
+
+def keeps_format(completion: str, *, form: Form, number: bool = False) -> bool:
+    """Whether there is an answer in the format asked for, right or wrong; with ``number``, one that is a number."""
+    answer = marked_answer(_text(completion)[-_LONGEST:], form)
+    return answer is not None and (not number or exact_number(answer) is not None)
+
+
+def _text(value: object) -> str:
+    """Data sets hold numbers and lists where their cards promise strings."""
+    try:
+        return str(value)
+    except Exception:  # of an integer of 5,000 digits, or of whatever it is
+        return ""
+
+
+def _same(gold: str, answer: str) -> bool:
+    if not gold or not answer:
+        return False
+    if gold == answer:
+        return True
+    one, other = plain_decimal(gold), plain_decimal(answer)
+    if one is not None and other is not None:
+        if one == other:
+            return True
+        if abs(one - other) > abs(one) / 1000:  # math-verify rounds; far apart is far apart for it too
+            return False
+    return not _hopeless(answer) and equal(gold, answer)
+
+
+def _hopeless(answer: str) -> bool:
+    depth = deepest = 0
+    for character in answer[:2000]:
+        depth += (character in "({[") - (character in ")}]")
+        deepest = max(deepest, depth)
+    return deepest > _DEEPEST or _HOPELESS.search(answer[:2000]) is not None
+
+
+def _bare(answer: str) -> str:
+    r"""Without the marks that only say "mathematics": $, \( \), \[ \], and a full stop at the end."""
+    answer = answer.strip().removesuffix(".").strip()
+    for left, right in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
+        inner = answer.removeprefix(left).removesuffix(right)
+        if len(inner) == len(answer) - len(left) - len(right) and left not in inner:
+            return inner.strip()
+    return answer

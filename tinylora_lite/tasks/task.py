@@ -1,0 +1,78 @@
+"""What a model is asked, and what an answer is worth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+Reward = Callable[[str, str], float]
+"""``reward(completion, gold) -> float``: the completion's text without special tokens, and the right answer."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One problem: the text the user writes, the right answer as a string, and a worked answer where there is one.
+
+    Attributes:
+        prompt: what the user writes, the request for a format included.
+        gold: the right answer.
+        solution: a completion that imitation learns from (:func:`~tinylora_lite.train_sft`).
+    """
+
+    prompt: str
+    gold: str
+    solution: str | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """Problems in three splits that share none, and the reward that scores a completion.
+
+    Attributes:
+        name: names the task in records and errors.
+        train: for learning.
+        validation: for choosing (learning rates, bases).
+        test: for the number that is reported.
+        reward: scores a completion; :meth:`score` calls it. Where there is a format to keep, it is the strict one.
+        system: the system message of every prompt; ``None`` sends none.
+        lenient: the same for a reader who takes the answer from wherever it stands; ``None`` where ``reward`` is that.
+        formatted: whether a completion keeps the format that ``reward`` asks for; ``None`` where it asks for none.
+    """
+
+    name: str
+    train: Sequence[Example]
+    validation: Sequence[Example]
+    test: Sequence[Example]
+    reward: Reward = field(repr=False)
+    system: str | None = None
+    lenient: Reward | None = field(default=None, repr=False)
+    formatted: Callable[[str], bool] | None = field(default=None, repr=False)
+
+    def messages(self, example: Example) -> list[dict[str, str]]:
+        """The conversation that a chat template turns into a prompt.
+
+        >>> task = Task("sums", [], [], [], reward=lambda text, gold: float(text == gold), system="Be brief.")
+        >>> task.messages(Example("1 + 1?", "2"))
+        [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': '1 + 1?'}]
+        """
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [*system, {"role": "user", "content": example.prompt}]
+
+    def score(self, completion: str, gold: str) -> float:
+        """The reward of a completion, as a number that training can use.
+
+        Raises:
+            ValueError: the reward function returned something other than a finite number.
+        """
+        worth: object = self.reward(completion, gold)  # whatever its annotation says
+        try:
+            value = math.nan if isinstance(worth, (str, bytes)) else float(worth)  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            value = math.nan
+        if not math.isfinite(value):
+            shown = completion if len(completion) <= 60 else f"{completion[:60]}..."
+            raise ValueError(
+                f"the reward of task {self.name} returned {worth!r} for {shown!r}; it must return a finite number"
+            )
+        return value

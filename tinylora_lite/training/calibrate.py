@@ -1,0 +1,231 @@
+"""Calibration: from the policy gradients of a few problems to a basis of directions.
+
+This is the project's own method. The paper draws P at random; here P spans the directions in which a task's
+reward moves. Every entry of every module's R is made trainable for a moment (LoRA-XS), each calibration problem
+gives one policy gradient, and the leading right singular vectors of the stacked gradients become the directions.
+Half of the gradients are taken at v = 0, half from where their mean leads: the first look is dominated by the
+large, easy move, and the second sees what is left to gain after it. No weight is ever changed.
+
+Neighbours: LoRA-GA (arXiv 2407.05000) and LoRA-SB (2411.19557) take LoRA's initial factors from a gradient, GaLore
+(2403.03507) projects the optimiser's gradients, EVA (2410.07170) uses activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tinylora_lite.adapter.adapter import TinyLoraAdapter, attach
+from tinylora_lite.adapter.basis import Basis
+from tinylora_lite.adapter.config import Sigma, TinyLoraConfig
+from tinylora_lite.adapter.fingerprint import base_fingerprint
+from tinylora_lite.sampling.logprobs import completion_logprobs
+from tinylora_lite.sampling.rollouts import Rollouts, Sampler
+from tinylora_lite.sampling.sampler import ModelSampler
+from tinylora_lite.tasks.task import Example, Task
+from tinylora_lite.training.batches import check_task, draw_prompts, rollout, score
+from tinylora_lite.training.losses import grpo_advantages, grpo_loss
+from tinylora_lite.training.ready import ready_to_train
+from tinylora_lite.training.settings import GRPOSettings, Truncated
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PROMPTS_AT_ONCE = 32
+"""Problems sampled together."""
+MICRO_BATCH = 8
+"""Completions in one backward pass, where nothing else is asked for."""
+FIRST_STRIDE = 0.05
+"""Where the line search along the mean gradient starts, as the norm of all R together; each next stride doubles."""
+
+
+def calibrate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rank: int = 8,
+    directions: int = 13,
+    seed: int = 0,
+    *,
+    sigma: Sigma = "left",
+    problems: int = 384,
+    group_size: int = 8,
+    looks: int = 2,
+    max_new_tokens: int = 256,
+    truncated: Truncated = "zero",
+    micro_batch: int = MICRO_BATCH,
+    sampler: Sampler | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Basis:
+    """Directions for the numbers, from the policy gradients of a calibration set.
+
+    Args:
+        model: the base, without an adapter; it is left as it was.
+        tokenizer: its tokenizer.
+        task: calibration problems come from its training split.
+        rank: r of the adapters that will use the basis; at most every adapted weight's smaller side.
+        directions: how many to keep.
+        seed: of the choice of problems and of the sampling.
+        sigma: where Σ stands in the adapters that will use the basis.
+        problems: how many to take gradients on; a few dozen more serve the line search between the looks.
+        group_size: completions of each.
+        looks: 1 takes every gradient at v = 0; 2 takes half of them where the first half's mean leads.
+        max_new_tokens: the length limit of a completion.
+        truncated: what a completion cut off there is worth, as in :class:`~tinylora_lite.GRPOSettings`.
+        micro_batch: completions in one forward and backward pass; changes memory and speed, the result by rounding.
+        sampler: who answers the problems; ``None`` takes the model itself.
+        progress: called with problems done and problems in all.
+
+    Returns:
+        A :class:`~tinylora_lite.Basis` of orthonormal directions, the one of largest variance first.
+
+    Raises:
+        ValueError: ``looks`` is neither 1 nor 2, there are fewer problems or fewer entries of R than directions to
+            find, fewer problems had answers of different reward than that, or whatever ``attach`` and ``train_grpo``
+            refuse.
+    """
+    if looks not in (1, 2):
+        raise ValueError(f"looks must be 1 or 2, not {looks!r}")
+    for name, value in (("problems", problems), ("directions", directions)):
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+    if directions > problems:
+        raise ValueError(f"{problems} problems have no {directions} directions; calibrate on more, or ask for fewer")
+    settings = GRPOSettings(
+        prompts_per_step=PROMPTS_AT_ONCE,
+        group_size=group_size,
+        max_new_tokens=max_new_tokens,
+        truncated=truncated,
+        micro_batch=micro_batch,
+        seed=seed,
+    )
+    check_task(tokenizer, task, settings)
+    adapter = attach(model, TinyLoraConfig(rank=rank, u=rank**2, sigma=sigma, projection="identity"))
+    try:
+        if directions > adapter.num_parameters:
+            raise ValueError(
+                f"R has {adapter.num_parameters} entries at rank={rank}, fewer than directions={directions}; "
+                "raise the rank, or ask for fewer"
+            )
+        with ready_to_train(model, adapter):
+            answers = sampler or ModelSampler(model, tokenizer)
+            samples = _Samples(model, tokenizer, adapter, task, settings, answers, progress, problems)
+            found = [samples.gradients(problems // looks)]
+            stride = 0.0
+            if looks == 2 and len(found[0]):
+                stride = samples.step_along(-found[0].mean(dim=0))
+                found.append(samples.gradients(problems - problems // looks))
+    finally:
+        adapter.detach()
+    # Each look counts the same, whatever the length of its gradients.
+    gradients = torch.cat([look / look.norm(dim=1).mean() for look in found if len(look)] or found)
+    if len(gradients) < directions:
+        raise ValueError(
+            f"only {len(gradients)} of {problems} problems had answers of different reward, fewer than the "
+            f"{directions} directions asked for; calibrate on more problems or larger groups"
+        )
+    _, spectrum, axes = torch.linalg.svd(gradients, full_matrices=False)
+    provenance = {
+        "method": "singular vectors of per-problem policy gradients",
+        "base": base_fingerprint(model),
+        "task": task.name,
+        "problems": problems,
+        "informative": len(gradients),
+        "group_size": group_size,
+        "looks": looks,
+        "stride": stride,
+        "seed": seed,
+        "spectrum": [round(value, 4) for value in spectrum[: 2 * directions].tolist()],
+    }
+    shape = (directions, len(adapter.names), rank, rank)
+    return Basis(axes[:directions].reshape(shape).contiguous(), adapter.names, sigma, provenance)
+
+
+@dataclass
+class _Samples:
+    """Calibration problems, drawn in turn, and what can be measured on them."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    adapter: TinyLoraAdapter
+    task: Task
+    settings: GRPOSettings
+    sampler: Sampler
+    progress: Callable[[int, int], None] | None
+    total: int
+    drawn: int = 0
+    done: int = 0
+
+    def gradients(self, problems: int) -> Tensor:
+        """``[informative problems, modules · r²]`` float32: the loss's gradient for each problem of mixed rewards."""
+        found = [torch.empty(0, self.adapter.vectors.numel())]
+        while problems > 0:
+            examples = self._next(min(problems, PROMPTS_AT_ONCE))
+            found += [gradient[None] for gradient in self._gradients(examples)]
+            problems -= len(examples)
+            self.done += len(examples)
+            if self.progress:
+                self.progress(self.done, self.total)
+        return torch.cat(found)
+
+    def step_along(self, direction: Tensor) -> float:
+        """Moves R along a direction for as long as the reward rises, and returns how far, as a norm."""
+        examples = self._next(PROMPTS_AT_ONCE)
+        unit = (direction / direction.norm()).view_as(self.adapter.vectors)
+        best, best_stride, stride = self._reward(examples), 0.0, FIRST_STRIDE
+        for _ in range(12):
+            self._place(unit * stride)
+            reward = self._reward(examples)
+            if reward > best:
+                best, best_stride = reward, stride
+            elif best_stride and reward < best - 0.05:
+                break
+            stride *= 2
+        self._place(unit * best_stride)
+        return best_stride
+
+    def _next(self, count: int) -> list[Example]:
+        batch = draw_prompts(self.task.train, self.settings, self.drawn)
+        self.drawn += 1
+        return list(islice(batch, count))
+
+    def _place(self, R: Tensor) -> None:
+        with torch.no_grad():
+            self.adapter.vectors.copy_(R)
+
+    def _reward(self, examples: list[Example]) -> float:
+        return score(self._rollout(examples), self.task, examples, self.settings).mean().item()
+
+    def _rollout(self, examples: list[Example]) -> Rollouts:
+        self.sampler.sync(self.adapter)
+        return rollout(self.model, self.tokenizer, self.task, examples, self.settings, self.drawn, self.sampler)
+
+    def _gradients(self, examples: list[Example]) -> Iterator[Tensor]:
+        rollouts = self._rollout(examples)
+        rewards = score(rollouts, self.task, examples, self.settings)
+        for index, advantages in enumerate(grpo_advantages(rewards, "none")):
+            if advantages.any():
+                first = index * self.settings.group_size
+                yield self._gradient(rollouts.rows(torch.arange(first, first + self.settings.group_size)), advantages)
+
+    def _gradient(self, group: Rollouts, advantages: Tensor) -> Tensor:
+        """The gradient of one problem's loss, ``[modules · r²]`` float32 on the CPU, made in micro batches."""
+        total = torch.zeros_like(self.adapter.vectors)
+        for chunk in torch.arange(len(group)).split(self.settings.micro_batch):
+            rows = group.rows(chunk)
+            logprobs = completion_logprobs(self.model, rows)
+            loss = grpo_loss(
+                logprobs,
+                logprobs.detach(),
+                advantages.to(logprobs.device)[chunk],
+                rows.completion_mask,
+                normalise="constant",
+                denominator=len(group),
+            )
+            total += torch.autograd.grad(loss, self.adapter.vectors)[0]
+        return total.flatten().cpu()

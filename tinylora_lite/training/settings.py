@@ -1,0 +1,192 @@
+"""How to train: by GRPO, and by imitation of worked answers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+from tinylora_lite.training.losses import Normalise, Scale
+
+Truncated = Literal["zero", "mask", "score"]
+Schedule = Literal["constant", "linear"]
+
+
+@dataclass(frozen=True)
+class GRPOSettings:
+    """How to train. :meth:`variant` gives the settings of GRPO, Dr. GRPO and DAPO.
+
+    Attributes:
+        steps: updates of the policy from fresh samples.
+        prompts_per_step: prompts drawn for one step, without repetition until all were used.
+        group_size: G, completions sampled for one prompt.
+        max_new_tokens: the length limit of a completion.
+        temperature: of sampling and of the log-probabilities.
+        learning_rate: of Adam, after ``warmup`` steps.
+        warmup: steps over which the learning rate rises linearly.
+        schedule: ``"constant"``, or ``"linear"``: from ``learning_rate`` at the first step down to zero after the last.
+        max_grad_norm: gradients longer than this are shortened to it.
+        epochs_per_step: updates from the same samples; above 1 the clipping of the ratio matters.
+        scale, normalise, clip_low, clip_high, tis_cap, kl: see :mod:`tinylora_lite.training.losses`; ``tis_cap=None``
+            leaves the correction for the sampler out.
+        truncated: what a completion cut off at the limit is worth: ``"zero"`` reward; ``"mask"``, zero reward in its
+            group's mean and no part in the loss; or ``"score"``, its text is scored like any other.
+        micro_batch: completions in one forward and backward pass; changes memory and speed, the result by rounding.
+        evaluate_every: steps between evaluations on the validation split; 0 never evaluates.
+        evaluate_problems: problems of an evaluation.
+        save_every: steps between checkpoints, where a folder is given.
+        seed: moves the order of prompts and the sampling.
+
+    Raises:
+        ValueError: a setting is outside its range.
+    """
+
+    steps: int = 40
+    prompts_per_step: int = 32
+    group_size: int = 8
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    learning_rate: float = 1e-2
+    warmup: int = 0
+    schedule: Schedule = "constant"
+    max_grad_norm: float = 1.0
+    epochs_per_step: int = 1
+    scale: Scale = "group"
+    normalise: Normalise = "token"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    tis_cap: float | None = 2.0
+    kl: float = 0.0
+    truncated: Truncated = "zero"
+    micro_batch: int = 64
+    evaluate_every: int = 0
+    evaluate_problems: int = 128
+    save_every: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        counted = {"steps": 1, "prompts_per_step": 1, "group_size": 2, "max_new_tokens": 1, "epochs_per_step": 1}
+        counted |= {"micro_batch": 1, "evaluate_problems": 1, "save_every": 1, "warmup": 0, "evaluate_every": 0}
+        for name, least in (counted | {"seed": 0}).items():
+            value = getattr(self, name)
+            if type(value) is not int or value < least:  # True is an int too
+                why = " (a group of one has no better half)" if name == "group_size" else ""
+                raise ValueError(f"{name} must be a whole number of at least {least}{why}, not {value!r}")
+        for name in ("temperature", "learning_rate", "max_grad_norm", "tis_cap"):
+            value = getattr(self, name)
+            if not (_is_finite(value) and value > 0) and (name, value) != ("tis_cap", None):
+                raise ValueError(f"{name} must be a finite number above 0, not {value!r}")
+        for name, most in (("clip_low", 1.0), ("clip_high", math.inf), ("kl", math.inf)):
+            value = getattr(self, name)
+            if not (_is_finite(value) and 0 <= value <= most):
+                raise ValueError(
+                    f"{name} must be a finite number {'from 0 to 1' if most == 1 else 'of at least 0'}, not {value!r}"
+                )
+        named = {"scale": Scale, "normalise": Normalise, "truncated": Truncated, "schedule": Schedule}
+        for name, choices in named.items():
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, not {getattr(self, name)!r}")
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        falling = 1 - step / self.steps if self.schedule == "linear" else 1.0
+        return self.learning_rate * min(1.0, (step + 1) / (self.warmup + 1)) * falling
+
+    @classmethod
+    def variant(cls, name: Literal["grpo", "dr_grpo", "dapo"], **settings: Any) -> GRPOSettings:
+        """The loss of a paper: GRPO (2402.03300), Dr. GRPO (2503.20783) or DAPO (2503.14476, without its resampling).
+
+        It comes without GRPO's KL penalty (``kl=0.04`` there), and with the correction for the sampler, which none of
+        them has, unless ``tis_cap=None``.
+
+        Args:
+            name: the paper's name for it.
+            settings: further settings; they win over the variant's.
+
+        >>> GRPOSettings.variant("dr_grpo", steps=100).normalise
+        'constant'
+        """
+        losses: dict[str, dict[str, Any]] = {
+            "grpo": {"scale": "group", "normalise": "sequence"},
+            "dr_grpo": {"scale": "none", "normalise": "constant"},
+            "dapo": {"scale": "group", "normalise": "token", "clip_high": 0.28, "truncated": "mask"},
+        }
+        if name not in losses:
+            raise ValueError(f"variant must be one of {', '.join(losses)}, not {name!r}")
+        return cls(**losses[name] | settings)
+
+
+@dataclass(frozen=True)
+class SFTSettings:
+    """How to train on worked answers; what :class:`~tinylora_lite.GRPOSettings` has too means the same.
+
+    Attributes:
+        steps: updates.
+        epochs: passes over the training problems, in whole steps; where given, it decides instead of ``steps``.
+        prompts_per_step: worked answers in one update, without repetition until all were used.
+        max_new_tokens: the length limit of a worked answer, its end token included, and of completions in evaluations.
+        learning_rate: of Adam, after ``warmup`` steps.
+        warmup: steps over which the learning rate rises linearly.
+        schedule: ``"constant"``, or ``"linear"``: from ``learning_rate`` at the first step down to zero after the last.
+        max_grad_norm: gradients longer than this are shortened to it.
+        micro_batch: answers in one forward and backward pass; changes memory and speed, the result by rounding.
+        evaluate_every: steps between evaluations on the validation split; 0 never evaluates.
+        evaluate_problems: problems of an evaluation.
+        evaluate_accuracy: whether an evaluation samples answers too, and does not take the loss alone.
+        temperature: of that sampling; 0 is greedy. The loss is at temperature 1.
+        save_every: steps between checkpoints, where a folder is given.
+        seed: moves the order of the problems, and the sampling.
+
+    Raises:
+        ValueError: a setting is outside its range.
+    """
+
+    steps: int = 40
+    epochs: float | None = None
+    prompts_per_step: int = 32
+    max_new_tokens: int = 256
+    learning_rate: float = 1e-2
+    warmup: int = 0
+    schedule: Schedule = "constant"
+    max_grad_norm: float = 1.0
+    micro_batch: int = 64
+    evaluate_every: int = 0
+    evaluate_problems: int = 128
+    evaluate_accuracy: bool = False
+    temperature: float = 1.0
+    save_every: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        counted = {"steps": 1, "prompts_per_step": 1, "max_new_tokens": 1, "micro_batch": 1, "evaluate_problems": 1}
+        for name, least in (counted | {"save_every": 1, "warmup": 0, "evaluate_every": 0, "seed": 0}).items():
+            value = getattr(self, name)
+            if type(value) is not int or value < least:  # True is an int too
+                raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+        for name in ("learning_rate", "max_grad_norm", "epochs"):
+            value = getattr(self, name)
+            if not (_is_finite(value) and value > 0) and (name, value) != ("epochs", None):
+                raise ValueError(f"{name} must be a finite number above 0, not {value!r}")
+        if not (_is_finite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"temperature must be a finite number of at least 0, not {self.temperature!r}")
+        if self.schedule not in get_args(Schedule):
+            raise ValueError(f"schedule must be one of {', '.join(get_args(Schedule))}, not {self.schedule!r}")
+
+    def in_steps(self, problems: int) -> SFTSettings:
+        """The same with ``epochs`` turned into ``steps``, for so many training problems.
+
+        >>> SFTSettings(epochs=3, prompts_per_step=64).in_steps(7473).steps
+        350
+        """
+        if self.epochs is None:
+            return self
+        return replace(self, epochs=None, steps=max(1, math.floor(self.epochs * problems / self.prompts_per_step)))
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        falling = 1 - step / self.steps if self.schedule == "linear" else 1.0
+        return self.learning_rate * min(1.0, (step + 1) / (self.warmup + 1)) * falling
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

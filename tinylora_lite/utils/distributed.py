@@ -1,0 +1,79 @@
+"""Several processes that train one policy: each takes its share of the prompts, and what they find is put together.
+
+Nothing here is needed where there is one process, and everything then returns what it was given. The processes are
+those of ``torch.distributed`` (``accelerate launch`` or ``torchrun`` starts them); who starts them initialises it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this is, from 0; 0 writes the files."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def shard(total: int, what: str) -> slice:
+    """The places of ``total`` that are this process's own: as many as any other's, in the order of the ranks.
+
+    Raises:
+        ValueError: ``total`` cannot be shared equally.
+    """
+    if total % world_size():
+        raise ValueError(
+            f"{what}={total} cannot be shared by {world_size()} processes; make it a multiple of {world_size()}"
+        )
+    each = total // world_size()
+    return slice(rank() * each, (rank() + 1) * each)
+
+
+def all_reduce(tensor: Tensor) -> Tensor:
+    """The sum over the processes, of the same shape and dtype everywhere; a new tensor where there are several."""
+    if world_size() == 1:
+        return tensor
+    total = tensor.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
+def max_of_all(value: float, device: torch.device) -> float:
+    """The largest of the processes' values."""
+    if world_size() == 1:
+        return value
+    tensor = torch.tensor(value, dtype=torch.float32, device=device)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return float(tensor)
+
+
+def all_gather(tensor: Tensor) -> Tensor:
+    """The processes' tensors, equal in shape, one after the other along the first axis."""
+    if world_size() == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
+def all_gather_object(value: Any) -> list[Any]:
+    """What every process holds, in the order of the ranks; anything that can be pickled."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    """Goes on when every process is here."""
+    if world_size() > 1:
+        dist.barrier()

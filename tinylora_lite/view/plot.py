@@ -1,0 +1,295 @@
+"""The book's figures: one style, one colour for each method, one way to draw matrices.
+
+A figure is drawn with matplotlib and shown as SVG inside the page: ink is the colour of the page's text and the
+font is the page's, so that the same figure is read on white, in the dark and on paper. Colours are Okabe and
+Ito's, none without a marker or a line style of its own, and all stand out from a white and from a dark page
+by a contrast of at least 3.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+try:
+    import matplotlib
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError('figures need matplotlib; pip install "tinylora_lite[lab]" brings it') from error
+
+if TYPE_CHECKING:
+    from tinylora_lite.utils.record import Run
+
+INK = "#24292f"
+"""Text, axes and all that is no method. In :func:`show` it becomes the colour of the text around the figure."""
+
+BLACK = "#010101"
+"""For letters on a coloured ground, where the page's ink would not do; plain black becomes ink, too."""
+
+WIDTH = 5.4
+"""Inches. A page as wide as its text shows it a fifth larger, a phone a quarter smaller."""
+
+
+class Method(NamedTuple):
+    """How a method looks in every figure of the book."""
+
+    label: str
+    colour: str
+    marker: str
+    line: str
+
+
+METHODS = {
+    "tinylora": Method("TinyLoRA", "#D55E00", "o", "-"),
+    "calibrated": Method("TinyLoRA, calibrated", "#009E73", "D", "-"),
+    "lora": Method("LoRA", "#0072B2", "s", "-."),
+    "lora_xs": Method("LoRA-XS", "#CC79A7", "^", ":"),
+    "full": Method("all weights", "#808080", "X", "-"),
+    "base": Method("untrained base", INK, "", "--"),
+}
+
+STYLE: dict[Any, Any] = {
+    "axes.edgecolor": INK,
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.labelcolor": INK,
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "figure.constrained_layout.use": True,
+    "figure.facecolor": "none",
+    "figure.figsize": (WIDTH, 3.0),
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 10,
+    "grid.alpha": 0.18,
+    "grid.color": INK,
+    "legend.frameon": False,
+    "lines.linewidth": 2.0,
+    "lines.markersize": 6,
+    "savefig.facecolor": "none",
+    "svg.fonttype": "none",
+    "text.color": INK,
+    "xtick.color": INK,
+    "xtick.direction": "out",
+    "ytick.color": INK,
+    "ytick.left": False,
+}
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """The style as a context or a decorator; ``matplotlib.rcParams.update(plot.STYLE)`` makes it stay."""
+    with matplotlib.rc_context(STYLE):
+        yield
+
+
+@style()
+def figure(height: float = 3.0, width: float = WIDTH) -> tuple[Figure, Axes]:
+    """An empty figure, its sides in inches. It knows no window and needs no closing."""
+    drawn = Figure(figsize=(width, height))
+    return drawn, drawn.subplots()
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure as a notebook shows it: ``svg`` for the eye, ``alt`` for whoever does not see it."""
+
+    svg: str
+    alt: str
+
+    def _repr_html_(self) -> str:
+        return self.svg
+
+    def __repr__(self) -> str:
+        return f"[Figure: {self.alt}]"
+
+
+def show(drawn: Figure, alt: str) -> Drawing:
+    """Turns a figure into what a cell returns.
+
+    Args:
+        drawn: any matplotlib figure, best made by this module.
+        alt: what the figure shows and finds, in a sentence.
+
+    Raises:
+        ValueError: ``alt`` is empty.
+    """
+    if not alt.strip():
+        raise ValueError("a figure needs an alternative text that says what it shows")
+    text = io.StringIO()
+    # The salt makes identifiers that no other figure of the page has, and the same in every build.
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": alt}):
+        drawn.savefig(text, format="svg", metadata={"Date": None})
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
+    svg = re.sub(f"{INK}|#000000", "currentColor", svg)
+    svg = re.sub(r"'DejaVu Sans'(, ?'[^']*')*(, ?sans-serif)?", "var(--pst-font-family-base, sans-serif)", svg)
+    described = alt.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    measure = 39 * drawn.get_figwidth() / WIDTH
+    look = f"display:block;height:auto;max-width:{measure:.3g}rem;overflow:visible;stroke-linejoin:round;width:100%"
+    root = f'<svg role="img" aria-label="{described}" fill="currentColor" style="{look}"'
+    return Drawing(svg.replace("<svg", root, 1), alt)
+
+
+def human(number: float) -> str:
+    """A count as one would say it.
+
+    >>> [human(n) for n in (1, 13, 784, 1000, 2_523_136, 7_615_616_512)]
+    ['1', '13', '784', '1 k', '2.5 M', '7.6 G']
+    """
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}" if number / size >= 100 else f"{number / size:.2g} {unit}"
+    return f"{number:g}"
+
+
+def count_axis(axes: Axes, smallest: float, largest: float) -> None:
+    """Makes x a logarithmic axis of parameter counts, labelled 1, 13, 1 k, 1 M and so on."""
+    axes.set_xscale("log")
+    axes.set_xlim(smallest / 1.6, largest * 1.6)
+    near = [1, 13, 100, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8, 1e9, 1e10]
+    ticks = near if largest / smallest < 1e5 else [1, 13, 1e3, 1e6, 1e9]
+    axes.xaxis.set_major_locator(FixedLocator([t for t in ticks if smallest <= t <= largest]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human(value)))
+
+
+class Curves(NamedTuple):
+    """Training runs that differ in their seed only: a key of ``METHODS``, the runs, and a label of their own."""
+
+    method: str
+    runs: Sequence[Run]
+    label: str | None = None
+
+
+@style()
+def learning_curves(
+    curves: Sequence[Curves], *, key: str = "reward", base: float | None = None, ylabel: str = "mean reward"
+) -> Figure:
+    """Runs against steps: every seed thin, their mean thick, labelled at its end.
+
+    Args:
+        curves: the runs; a mean ends with its shortest run.
+        key: a column of ``run.steps``, or ``"accuracy"`` for that of ``run.evaluations``.
+        base: where the untrained model stands, a dashed line.
+        ylabel: what ``key`` is, in words.
+
+    Raises:
+        ValueError: there are no curves, or one has no runs or no rows.
+    """
+    ends: list[tuple[float, str, str]] = []
+    drawn, axes = figure()
+    last = 0.0
+    for method, runs, label in curves:
+        look = METHODS[method]
+        rows = [run.evaluations if key == "accuracy" else run.steps for run in runs]
+        length = min(map(len, rows), default=0)
+        if length == 0:
+            raise ValueError(f"the curve of {label or look.label} has no {key} to draw")
+        steps = [row["step"] for row in rows[0][:length]]
+        for seed in rows:
+            axes.plot([row["step"] for row in seed], [row[key] for row in seed], color=look.colour, lw=0.8, alpha=0.45)
+        mean = np.mean([[row[key] for row in seed[:length]] for seed in rows], axis=0)
+        axes.plot(steps, mean, look.line, color=look.colour, lw=2.4)
+        ends.append((float(mean[-1]), label or look.label, look.colour))
+        last = max(last, steps[-1])
+    if not ends:
+        raise ValueError("there are no curves to draw")
+    if base is not None:
+        axes.axhline(base, ls="--", lw=1.2, color=INK)
+        ends.append((base, METHODS["base"].label, INK))
+    axes.set(xlabel="step", ylabel=ylabel)
+    axes.set_xlim(right=last)
+    label_at_the_right(axes, ends)
+    return drawn
+
+
+def label_at_the_right(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
+    """Labels at the height of each end, pushed apart where they would overlap; a dash carries the colour."""
+    low, high = axes.get_ylim()
+    ends = sorted(ends)
+    heights = [(y - low) / (high - low) for y, _, _ in ends]
+    for index in range(1, len(heights)):
+        heights[index] = max(heights[index], heights[index - 1] + 0.09)
+    too_high = max(0.0, heights[-1] - 1.0)
+    for height, (_, label, colour) in zip(heights, ends, strict=True):
+        for text, place, shade in (("━", 4, colour), (label, 17, INK)):
+            axes.annotate(text, (1, height - too_high), xytext=(place, 0), color=shade, va="center",
+                          xycoords="axes fraction", textcoords="offset points")  # fmt: skip
+
+
+@style()
+def accuracy_against_numbers(rows: Iterable[Mapping[str, Any]], *, ylabel: str = "accuracy on the test set") -> Figure:
+    """Accuracy with its interval against how many numbers were trained, one line for each method.
+
+    Args:
+        rows: mappings with ``method`` (a key of ``METHODS``), ``parameters``, ``accuracy``, ``low`` and ``high``,
+            accuracies between 0 and 1. Rows of ``"base"`` become a dashed line with a band.
+        ylabel: what was measured.
+
+    Raises:
+        ValueError: no row has a trained number.
+    """
+    rows = sorted(rows, key=lambda row: row["parameters"])
+    trained = [row for row in rows if row["method"] != "base"]
+    if not trained:
+        raise ValueError("there are no rows with trained numbers to draw")
+    drawn, axes = figure(3.4)
+    count_axis(axes, min(1, trained[0]["parameters"]), trained[-1]["parameters"])
+    for row in rows:
+        if row["method"] == "base":
+            axes.axhline(row["accuracy"], ls="--", lw=1.2, color=INK)
+            axes.axhspan(row["low"], row["high"], color=INK, alpha=0.08, lw=0)
+            axes.annotate(METHODS["base"].label, (0.99, row["high"]), xytext=(0, 4), textcoords="offset points",
+                          xycoords=("axes fraction", "data"), ha="right", va="bottom")  # fmt: skip
+    for name in dict.fromkeys(row["method"] for row in trained):
+        look = METHODS[name]
+        own = [row for row in trained if row["method"] == name]
+        x, y = [row["parameters"] for row in own], np.array([row["accuracy"] for row in own])
+        spread = np.abs(np.array([[row["low"], row["high"]] for row in own]).T - y)
+        axes.errorbar(x, y, spread, fmt=look.marker + look.line, color=look.colour, elinewidth=1.2, capsize=2.5)
+        inside = x[-1] < 0.1 * trained[-1]["parameters"]
+        beside = inside and len(own) > 1
+        axes.annotate(look.label, (x[-1], y[-1]), xytext=(9, 0) if beside else (0, 10), textcoords="offset points",
+                      ha="left" if beside else "center" if inside else "right",
+                      va="center" if beside else "bottom")  # fmt: skip
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+    axes.set(xlabel="numbers trained", ylabel=ylabel)
+    return drawn
+
+
+@style()
+def counts(rows: Sequence[tuple[str, str, int]]) -> Figure:
+    """A ladder of parameter counts on a logarithmic axis.
+
+    Args:
+        rows: from top to bottom ``(method, label, count)``, the method a key of ``METHODS``.
+    """
+    drawn, axes = figure(0.9 + 0.27 * len(rows))
+    count_axis(axes, 1, max(count for _, _, count in rows))
+    for place, (method, _, count) in enumerate(rows):
+        look = METHODS[method]
+        axes.plot([axes.get_xlim()[0], count], [place, place], color=look.colour, lw=1.6)
+        axes.plot([count], [place], look.marker, color=look.colour, ms=7)
+        axes.annotate(f"{count:,}", (count, place), xytext=(8, 0), textcoords="offset points", va="center")
+    axes.set_xlim(right=axes.get_xlim()[1] * 12)
+    axes.set_yticks(range(len(rows)), [label for _, label, _ in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(False)
+    axes.set_xlabel("numbers that train")
+    return drawn
