@@ -41,7 +41,7 @@ def activations(name: str, dtype: str, rows: int, prompt: int, completion: int, 
     """Bytes of forward and backward of one micro batch: what the plan says, and what is counted."""
     import tinylora_lite as tl
     from tinylora_lite.adapter import adapter
-    from tinylora_lite.adapter.factors import Factors
+    from tinylora_lite.adapter.layer import Factors
     from tinylora_lite.adapter.tying import find_sites
     from tinylora_lite.experiment.settings import RunSettings
     from tinylora_lite.planning.estimate import Batch, training_terms, weight_bytes

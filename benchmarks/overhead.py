@@ -34,7 +34,7 @@ def _measure(layers: int, head: bool, rounds: int) -> dict[str, Any]:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     import tinylora_lite as tl
-    from tinylora_lite.adapter.factors import Factors
+    from tinylora_lite.adapter.layer import Factors
     from tinylora_lite.adapter.tying import MODULE_TYPES, find_sites
     from tinylora_lite.planning.models import QWEN
 

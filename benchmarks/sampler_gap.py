@@ -30,7 +30,7 @@ from torch import nn
 import tinylora_lite as tl
 from tinylora_lite import nano
 from tinylora_lite.adapter.adapter import TinyLoraAdapter
-from tinylora_lite.adapter.factors import Factors
+from tinylora_lite.adapter.layer import Factors
 from tinylora_lite.sampling.rollouts import Rollouts, Sampler
 from tinylora_lite.sampling.sampler import ModelSampler
 from tinylora_lite.utils.record import environment

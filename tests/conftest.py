@@ -21,6 +21,14 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_cache_of_the_user():
+    """What tests decompose is not left in the user's cache, and does not come from there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TINYLORA_CACHE", "off")
+        yield
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return build_tokenizer()

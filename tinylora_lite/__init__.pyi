@@ -2,13 +2,11 @@
 
 from .adapter.adapter import TinyLoraAdapter as TinyLoraAdapter
 from .adapter.adapter import attach as attach
-from .adapter.basis import Basis as Basis
-from .adapter.basis import load_basis as load_basis
-from .adapter.basis import save_basis as save_basis
 from .adapter.batched import Population as Population
 from .adapter.batched import attach_population as attach_population
 from .adapter.config import TinyLoraConfig as TinyLoraConfig
 from .adapter.config import lora_xs as lora_xs
+from .adapter.projection import Basis as Basis
 from .adapter.svd import truncated_svd as truncated_svd
 from .evaluation.compare import Comparison as Comparison
 from .evaluation.compare import compare as compare
@@ -16,6 +14,8 @@ from .evaluation.evaluate import evaluate as evaluate
 from .evaluation.score import Score as Score
 from .files.adapter_file import load as load
 from .files.adapter_file import save as save
+from .files.basis import load_basis as load_basis
+from .files.basis import save_basis as save_basis
 from .files.file_format import AdapterFileError as AdapterFileError
 from .files.lora import export_lora as export_lora
 from .files.merge import merge_report as merge_report

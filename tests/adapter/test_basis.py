@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tinylora_lite import Basis, TinyLoraConfig, load_basis, save_basis
+from tinylora_lite import Basis, load_basis, save_basis
 
 NAMES = ("layers.0.up_proj", "layers.1.up_proj", "layers.2.up_proj")
 
@@ -82,9 +82,9 @@ def test_modules_of_another_model(basis):
 
 
 def test_a_basis_is_checked_against_the_config(basis):
-    basis.check(TinyLoraConfig(u=5, sigma="split"))
+    basis.check(rank=2, u=5, sigma="split")
     with pytest.raises(ValueError, match="holds 5 directions, fewer than u=6"):
-        basis.check(TinyLoraConfig(u=6, sigma="split"))
+        basis.check(rank=2, u=6, sigma="split")
 
 
 def test_no_file(tmp_path):

@@ -15,18 +15,18 @@ def test_the_defaults_are_the_papers():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank": 0}, "rank must be a whole number of at least 1, not 0"),
-        ({"rank": 2.0}, "rank must be a whole number of at least 1, not 2.0"),
-        ({"rank": True}, "rank must be a whole number of at least 1, not True"),
-        ({"u": -3}, "u must be a whole number of at least 1, not -3"),
-        ({"n_tie": 0}, 'n_tie must be a whole number of at least 1 or "all", not 0'),
-        ({"n_tie": "every"}, "n_tie must be a whole number of at least 1 or \"all\", not 'every'"),
-        ({"n_tie": None}, 'n_tie must be a whole number of at least 1 or "all", not None'),
+        ({"rank": 0}, "rank must be an integer of at least 1, not 0"),
+        ({"rank": 2.0}, "rank must be an integer of at least 1, not 2.0"),
+        ({"rank": True}, "rank must be an integer of at least 1, not True"),
+        ({"u": -3}, "u must be an integer of at least 1, not -3"),
+        ({"n_tie": 0}, 'n_tie must be an integer of at least 1 or "all", not 0'),
+        ({"n_tie": "every"}, "n_tie must be an integer of at least 1 or \"all\", not 'every'"),
+        ({"n_tie": None}, 'n_tie must be an integer of at least 1 or "all", not None'),
         ({"tying": "random"}, "tying must be one of tiled, structured, not 'random'"),
         ({"sigma": "both"}, "sigma must be one of left, split, right, not 'both'"),
-        ({"seed": -1}, "seed must be a whole number from 0 to 2**64 - 1, not -1"),
-        ({"seed": 2**64}, f"seed must be a whole number from 0 to 2**64 - 1, not {2**64}"),
-        ({"seed": None}, "seed must be a whole number from 0 to 2**64 - 1, not None"),
+        ({"seed": -1}, "seed must be an integer from 0 to 2**64 - 1, not -1"),
+        ({"seed": 2**64}, f"seed must be an integer from 0 to 2**64 - 1, not {2**64}"),
+        ({"seed": None}, "seed must be an integer from 0 to 2**64 - 1, not None"),
         ({"target_modules": "q_proj"}, "target_modules must be a list of at least one name, or None, not 'q_proj'"),
         ({"target_modules": []}, "target_modules must be a list of at least one name, or None, not []"),
         ({"target_modules": [""]}, "target_modules must be a list of at least one name, or None, not ['']"),
@@ -70,5 +70,5 @@ def test_lora_xs_trains_every_entry_of_every_module():
 
 @pytest.mark.parametrize("rank", [0, "4", None, 1.5])
 def test_lora_xs_of_no_rank(rank):
-    with pytest.raises(ValueError, match="rank must be a whole number of at least 1"):
+    with pytest.raises(ValueError, match="rank must be an integer of at least 1"):
         lora_xs(rank)

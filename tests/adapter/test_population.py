@@ -9,7 +9,7 @@ import tinylora_lite as tl
 from tinylora_lite import nano
 from tinylora_lite.adapter.adapter import adapter_of
 from tinylora_lite.adapter.batched import Population
-from tinylora_lite.adapter.members import rows_belong_to
+from tinylora_lite.adapter.layer import rows_of
 
 TASK = nano.task(train=64, validation=8, test=40)
 SETTINGS = tl.GRPOSettings(
@@ -145,7 +145,7 @@ def test_lora_xs_is_a_member_like_any_other(base, sigma):
     population = tl.attach_population(model, configs)
     with torch.no_grad():
         population.vectors[1].normal_(std=0.05, generator=torch.Generator().manual_seed(0))
-    with rows_belong_to(torch.tensor([0, 1])):
+    with rows_of(torch.tensor([0, 1])):
         both = model(ids.repeat(2, 1)).logits
     torch.testing.assert_close(both[0], plain[0])
     numbers = population.vectors[1].detach()
@@ -168,7 +168,7 @@ def test_a_calibrated_member_and_a_random_one_share_a_batch(base):
     with torch.no_grad():
         for v in population.vectors:
             v.fill_(0.02)
-    with rows_belong_to(torch.tensor([1, 0])):
+    with rows_of(torch.tensor([1, 0])):
         both = model(ids.repeat(2, 1)).logits
     population.detach()
     for row, index in ((0, 1), (1, 0)):
@@ -194,9 +194,9 @@ def test_what_cannot_be_is_refused_and_leaves_the_model_untouched(base):
     model, tokenizer = base
     one = tl.TinyLoraConfig(rank=2)
     for configs, message in (
-        ([], "at least one member"),
-        ([one, tl.TinyLoraConfig(rank=1)], "members share rank"),
-        ([one, tl.TinyLoraConfig(rank=2, sigma="split")], "members share sigma"),
+        ([], "at least one adapter"),
+        ([one, tl.TinyLoraConfig(rank=1)], "adapters of a population share rank"),
+        ([one, tl.TinyLoraConfig(rank=2, sigma="split")], "adapters of a population share sigma"),
         ([tl.TinyLoraConfig(rank=500)] * 2, "rank"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -223,7 +223,10 @@ def test_what_cannot_be_is_refused_and_leaves_the_model_untouched(base):
     with pytest.raises(ValueError, match="without sampler, folder"):
         tl.train_grpo(model, tokenizer, population, task, [SETTINGS] * 2, folder="x")
     ids = torch.ones(2, 3, dtype=torch.long)
-    with pytest.raises(RuntimeError, match="whose rows"):
+    with pytest.raises(RuntimeError, match="given 2 rows, but adapters are set for none"):
         model(ids)
-    with pytest.raises(RuntimeError, match="3 of them"), rows_belong_to(torch.zeros(3, dtype=torch.long)):
+    with (
+        pytest.raises(RuntimeError, match="given 2 rows, but adapters are set for 3"),
+        rows_of(torch.zeros(3, dtype=torch.long)),
+    ):
         model(ids)

@@ -69,7 +69,7 @@ def test_a_longer_v_begins_with_the_directions_of_a_shorter_one():
     ("seed", "module", "name"), [(-1, 0, "seed"), (2**64, 0, "seed"), (0, -1, "module"), (0, 2**64, "module")]
 )
 def test_keys_that_philox_does_not_have(seed, module, name):
-    with pytest.raises(ValueError, match=rf"^{name} must be a whole number from 0 to 2\*\*64 - 1"):
+    with pytest.raises(ValueError, match=rf"^{name} must be an integer from 0 to 2\*\*64 - 1"):
         random_projection(seed, module, 1, 2)
 
 

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen2ForCausalLM
 
 from tinylora_lite import AdapterFileError, TinyLoraConfig, attach, load, save
-from tinylora_lite.adapter.fingerprint import base_fingerprint
-from tinylora_lite.adapter.quantized import (
+from tinylora_lite.adapter.tying import MODULE_TYPES, find_sites
+from tinylora_lite.adapter.weights import (
+    base_fingerprint,
     check_weight,
     dense_weight,
     quantization_of,
@@ -21,7 +22,6 @@ from tinylora_lite.adapter.quantized import (
     train_through,
     weight_shape,
 )
-from tinylora_lite.adapter.tying import MODULE_TYPES, find_sites
 
 TOKENS = torch.tensor([[5, 9, 2, 40, 7, 7, 31, 3]])
 CONFIG = TinyLoraConfig(rank=2, u=3, n_tie=5)

@@ -1,13 +1,14 @@
 """Decompositions from shards are those of the loaded model, and fill the cache that attach reads."""
 
 import json
+import os
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import tinylora_lite as tl
-from tinylora_lite.adapter import svd_cache
+from tinylora_lite.adapter import svd
 from tinylora_lite.adapter.streaming import INDEX, decompose_checkpoint
 from tinylora_lite.adapter.svd import decompose
 
@@ -43,7 +44,7 @@ def test_attach_finds_what_was_streamed_into_the_cache(model, folder, tmp_path, 
     def never(*_):
         raise AssertionError("decomposed again")
 
-    monkeypatch.setattr(svd_cache, "decompose", never)
+    monkeypatch.setattr(svd, "decompose", never)
     # In a wider dtype the values are the same, and so is their fingerprint.
     adapter = tl.attach(model.float(), tl.TinyLoraConfig(target_modules=targets), cache=cache)
     for name in adapter.names:
@@ -52,34 +53,74 @@ def test_attach_finds_what_was_streamed_into_the_cache(model, folder, tmp_path, 
     adapter.detach()
     with pytest.raises(AssertionError, match="decomposed again"):
         tl.attach(model, tl.TinyLoraConfig(rank=1, target_modules=targets), cache=cache)
-    monkeypatch.setenv(svd_cache.VARIABLE, str(cache))
-    tl.attach(model, tl.TinyLoraConfig(target_modules=targets))
 
 
 @pytest.mark.parametrize("damage", [b"", b"no safetensors", None], ids=["empty", "foreign", "of another rank"])
 def test_a_damaged_entry_is_computed_again(tmp_path, damage):
     weight = torch.randn(9, 7, generator=torch.Generator().manual_seed(0))
-    found = svd_cache.cached_decompose(weight, 2, cache=tmp_path)
+    found = svd.cached_decompose(weight, 2, cache=tmp_path)
     (entry,) = tmp_path.iterdir()
     content = entry.read_bytes()
     if damage is None:
         tensors = load_file(entry)
-        save_file(tensors | {"S": tensors["S"][:1].clone()}, entry, {"portable": "true"})
+        save_file(tensors | {"S": tensors["S"][:1].clone()}, entry, {"portable": "True"})
     else:
         entry.write_bytes(damage)
-    assert same(svd_cache.cached_decompose(weight, 2, cache=tmp_path), found)
+    assert same(svd.cached_decompose(weight, 2, cache=tmp_path), found)
     assert entry.read_bytes() == content
     assert list(tmp_path.iterdir()) == [entry]
 
 
 def test_another_weight_is_no_hit(tmp_path):
     weight = torch.randn(9, 7, generator=torch.Generator().manual_seed(0))
-    svd_cache.cached_decompose(weight, 2, cache=tmp_path)
+    svd.cached_decompose(weight, 2, cache=tmp_path)
     changed = weight.clone()
     changed[8, 6] = torch.nextafter(changed[8, 6], torch.tensor(9.0))
     for other in (changed, weight.T.contiguous(), weight[:8]):
-        assert same(svd_cache.cached_decompose(other, 2, cache=tmp_path), decompose(other, 2))
+        assert same(svd.cached_decompose(other, 2, cache=tmp_path), decompose(other, 2))
     assert len(list(tmp_path.iterdir())) == 4
+
+
+class TestTheUsersCache:
+    @pytest.fixture
+    def cache(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("TINYLORA_CACHE", str(tmp_path))
+        monkeypatch.setattr(svd, "CACHED_FROM", 60)
+        return tmp_path / "svd"
+
+    def test_it_is_used_unless_it_is_off(self, cache, monkeypatch):
+        weight = torch.randn(9, 7, generator=torch.Generator().manual_seed(0))
+        found = svd.cached_decompose(weight, 2)
+        assert len(list(cache.iterdir())) == 1
+        monkeypatch.setattr(svd, "decompose", lambda *_: pytest.fail("decomposed again"))
+        assert same(svd.cached_decompose(weight, 2), found)
+        monkeypatch.setenv("TINYLORA_CACHE", "off")
+        with pytest.raises(pytest.fail.Exception, match="decomposed again"):
+            svd.cached_decompose(weight, 2)
+
+    def test_small_weights_are_not_kept(self, cache):
+        svd.cached_decompose(torch.eye(7), 2)
+        assert not cache.exists()
+
+    def test_what_was_not_used_for_longest_goes_first(self, cache, monkeypatch):
+        weights = [torch.randn(9, 7, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+        for age, weight in zip((300, 200), weights, strict=False):
+            svd.cached_decompose(weight, 2)
+            newest = max(cache.iterdir(), key=lambda entry: entry.stat().st_mtime)
+            os.utime(newest, (newest.stat().st_mtime - age,) * 2)
+        svd.cached_decompose(weights[0], 2)  # used again, so that the second is now the older one
+        size = newest.stat().st_size
+        monkeypatch.setattr(svd, "CACHE_LIMIT", 2 * size)
+        svd.cached_decompose(weights[2], 2)
+        assert len(list(cache.iterdir())) == 2
+        assert newest not in cache.iterdir()
+
+    def test_where_it_cannot_be_written_nothing_stops(self, cache, monkeypatch):
+        monkeypatch.setattr(svd, "atomic_write", lambda *_: (_ for _ in ()).throw(OSError("no space left on device")))
+        weight = torch.randn(9, 7, generator=torch.Generator().manual_seed(0))
+        assert same(svd.cached_decompose(weight, 2), decompose(weight, 2))
+        with pytest.raises(OSError, match="no space"):
+            svd.cached_decompose(weight, 2, cache=cache)
 
 
 def test_a_folder_without_a_checkpoint(tmp_path):

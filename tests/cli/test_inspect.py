@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 import tinylora_lite as tl
 from tinylora_lite import nano
-from tinylora_lite.adapter.factors import Factors
-from tinylora_lite.adapter.fingerprint import base_fingerprint
+from tinylora_lite.adapter.layer import Factors
 from tinylora_lite.adapter.tying import find_sites
+from tinylora_lite.adapter.weights import base_fingerprint
 from tinylora_lite.cli import build_parser, main
 
 PEFT_FILES = Path(__file__).parents[1] / "files" / "peft_files"

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import tinylora_lite as tl
-from tinylora_lite.adapter import svd_cache
+from tinylora_lite.adapter import svd
 from tinylora_lite.adapter.adapter import adapter_of
-from tinylora_lite.adapter.factors import Factors
-from tinylora_lite.adapter.fingerprint import base_fingerprint
+from tinylora_lite.adapter.layer import Factors
 from tinylora_lite.adapter.svd import decompose
 from tinylora_lite.adapter.tying import find_sites
+from tinylora_lite.adapter.weights import base_fingerprint
 from tinylora_lite.files import adapter_file as files
 from tinylora_lite.files.adapter_file import load, save, storage_loss
 from tinylora_lite.files.file_format import KEY, AdapterFileError
@@ -322,7 +322,7 @@ def test_another_decomposition_of_the_same_weights(model, path, monkeypatch):
         found.U[:, -1] *= -1
         return found
 
-    monkeypatch.setattr(svd_cache, "decompose", flipped)
+    monkeypatch.setattr(svd, "decompose", flipped)
     assert_refused(model, path, "another decomposition of model.layers.0.self_attn.q_proj")
 
 
@@ -332,7 +332,7 @@ def test_rounding_of_another_machine_passes(model, path, monkeypatch):
         noisy = {"U": f.U + 1e-4 * torch.randn_like(f.U), "Vh": f.Vh + 1e-4 * torch.randn_like(f.Vh)}
         return replace(f, S=f.S * (1 + 1e-5), **noisy)
 
-    monkeypatch.setattr(svd_cache, "decompose", noisy)
+    monkeypatch.setattr(svd, "decompose", noisy)
     assert torch.equal(load(model, path).vectors, VECTORS)
 
 
@@ -371,7 +371,7 @@ def test_equal_singular_values_are_told_and_their_factors_stored(degenerate, tmp
         alone = save(adapter, tmp_path / "alone.tinylora", factors=False)
     assert sorted(load_file(alone)) == ["decomposition", "vectors"]
     adapter.detach()
-    monkeypatch.setattr(svd_cache, "decompose", another_plane)
+    monkeypatch.setattr(svd, "decompose", another_plane)
     assert_refused(degenerate, alone, "use its LoRA export")
     loaded = load(degenerate, path)
     assert all(torch.equal(loaded.delta(name), deltas[name]) for name in deltas)
@@ -390,7 +390,7 @@ def test_all_factors_in_the_file_take_no_decomposition(model, tmp_path, monkeypa
     deltas = {name: adapter.delta(name) for name in adapter.names}
     path = save(adapter, tmp_path / "a.tinylora", "fp32", factors=True)
     adapter.detach()
-    monkeypatch.setattr(svd_cache, "decompose", None)
+    monkeypatch.setattr(svd, "decompose", None)
     loaded = load(model, path)
     assert loaded.given == set(loaded.names)
     assert all(torch.equal(loaded.delta(name), deltas[name]) for name in deltas)

@@ -10,7 +10,7 @@ from torch import nn
 
 import tinylora_lite.files.merge
 from tinylora_lite import TinyLoraConfig, attach, lora_xs, merge_report, merged_weights
-from tinylora_lite.adapter.factors import Factors
+from tinylora_lite.adapter.layer import Factors
 
 TOKENS = torch.arange(2, 26).reshape(2, 12)
 QUERY = "model.layers.0.self_attn.q_proj"

@@ -13,7 +13,7 @@ import torch
 import tinylora_lite as tl
 from tinylora_lite import nano
 from tinylora_lite.utils import distributed
-from tinylora_lite.utils.sharding import shard
+from tinylora_lite.utils.distributed import shard_model
 
 
 def main(folder: Path, options: dict) -> None:
@@ -26,7 +26,7 @@ def main(folder: Path, options: dict) -> None:
         config = tl.TinyLoraConfig(rank=8, u=13, n_tie="all", projection=nano.basis())
         adapter = tl.attach(model, config)
     if options.pop("shard", False) and distributed.world_size() > 1:
-        shard(model)
+        shard_model(model)
     settings = tl.GRPOSettings(
         prompts_per_step=8, group_size=4, max_new_tokens=nano.MAX_NEW_TOKENS, learning_rate=0.05, **options
     )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tinylora_lite.utils.files import atomic_write
+from tinylora_lite.utils.record import atomic_write
 
 
 def test_text_and_bytes(tmp_path):

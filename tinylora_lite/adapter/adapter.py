@@ -1,7 +1,7 @@
 """The adapter: ``W' = W + (U Σ) R Vᵀ`` with ``R = Σᵢ vᵢ Pᵢ``, beside a model that it never changes.
 
-Each adapted ``nn.Linear`` stays where it is, under its own name; a forward hook adds three thin products to
-what it puts out. W' is never formed. Only v trains: everything else is frozen.
+Each adapted ``nn.Linear`` keeps its place and its name; a forward hook adds three thin products to its output. W' is
+never formed. Only v trains: everything else is frozen.
 
 The hooks hold the adapter, and the adapter holds the model weakly: both live as long as the model does, and an
 adapter alone keeps no model in memory. A deep copy or a pickle of the model takes a copy of its adapter along.
@@ -13,7 +13,7 @@ import copy
 import hashlib
 import json
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinylora_lite.adapter.basis import Basis
 from tinylora_lite.adapter.config import TinyLoraConfig
-from tinylora_lite.adapter.factors import Factors, factors_of
-from tinylora_lite.adapter.layer import AddUpdate, UpdateHook
-from tinylora_lite.adapter.quantized import allow_packing, check_weight, dense_weight, train_through, weight_shape
-from tinylora_lite.adapter.svd_cache import cached_decompose
-from tinylora_lite.adapter.tying import Site, find_sites, groups_of
+from tinylora_lite.adapter.layer import AddUpdate, Factors, Hook, factors_of
+from tinylora_lite.adapter.projection import Basis
+from tinylora_lite.adapter.svd import cached_decompose
+from tinylora_lite.adapter.tying import find_sites, vector_groups
+from tinylora_lite.adapter.weights import allow_packing, check_weight, dense_weight, train_through, weight_shape
 from tinylora_lite.utils.progress import progress_bar
 
 LARGE = 10**8
@@ -35,7 +34,7 @@ LARGE = 10**8
 
 
 class TinyLoraAdapter(nn.Module):
-    """A handful of trainable numbers on a frozen model; made by :func:`attach`.
+    """A handful of trainable parameters on a frozen model; made by :func:`attach`.
 
     Attributes:
         vectors: v, ``[groups, u]`` float32 whatever the model's dtype, the only trainable parameter; zero at the
@@ -52,23 +51,11 @@ class TinyLoraAdapter(nn.Module):
     vectors: nn.Parameter
 
     def __init__(
-        self,
-        model: nn.Module,
-        config: TinyLoraConfig,
-        given: Mapping[str, Factors],
-        cache: str | Path | None = None,
+        self, model: nn.Module, config: TinyLoraConfig, given: Mapping[str, Factors], cache: str | Path | None = None
     ) -> None:
         super().__init__()
-        sites = find_sites(model, config.target_modules)
-        modules = dict(model.named_modules())
-        for site in sites:
-            check_weight(site.name, modules[site.name], config.rank)
-        if isinstance(config.projection, Basis):
-            config.projection.check_modules([site.name for site in sites], modules)
-        self.config = config
-        self.names = tuple(site.name for site in sites)
-        self.groups = vector_groups(sites, config)
-        self.given = frozenset(given)
+        self.config, self.given, self.enabled = config, frozenset(given), True
+        self.names, self.groups, modules = check_modules(model, config)
         for name in given:
             if name not in self.names:
                 raise ValueError(f"factors were given for {name}, which is not among the modules to adapt")
@@ -76,21 +63,21 @@ class TinyLoraAdapter(nn.Module):
         self._adapted = _all_factors(modules, self.names, config, given, cache)
         device = modules[self.names[0]].get_parameter("weight").device
         self.vectors = nn.Parameter(torch.zeros(max(self.groups) + 1, config.u, dtype=torch.float32, device=device))
-        self.enabled = True
 
         self._model: Callable[[], nn.Module | None] = weakref.ref(model)
         self._trainable_before = {name: p.requires_grad for name, p in model.named_parameters()}
-        # Before the updates' hooks, which change what it puts out, and before the freeze: it may refuse the model.
+        # Before the updates' hooks, which change a layer's output, and before the freeze: it may refuse the model.
         through = train_through(model)
         model.requires_grad_(False)
+        float32 = config.arithmetic == "float32"
         self._hooks = through + [
-            modules[name].register_forward_hook(AddUpdate(self, factors, group), with_kwargs=True)
+            modules[name].register_forward_hook(AddUpdate(self, group, factors, float32), with_kwargs=True)
             for (name, factors), group in zip(self._adapted.items(), self.groups, strict=True)
         ]
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers train: ``groups · u``."""
+        """How many parameters train: ``groups · u``."""
         return self.vectors.numel()
 
     def mixing(self, name: str) -> Tensor:
@@ -132,16 +119,20 @@ class TinyLoraAdapter(nn.Module):
     def detach(self) -> None:
         """Takes the adapter off: the model as it was, bit for bit, its ``requires_grad`` flags included.
 
-        The adapter keeps its numbers and its factors. Detaching twice does nothing more.
+        The adapter keeps v and its factors. Detaching twice does nothing more.
         """
         model = self._model()
         if model is not None and self._hooks:
             allow_packing(model)
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(self._trainable_before.get(name, parameter.requires_grad))
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        take_off(model, self._hooks, self._trainable_before)
+
+    def identity(self) -> dict[str, Any]:
+        """What a run or an evaluation knows the adapter by: its settings, modules and given factors, v left out."""
+        return identity(self.config, self.names, {name: self._adapted[name] for name in sorted(self.given)})
+
+    def extra_repr(self) -> str:
+        """The settings, for ``repr``."""
+        return describe(self.identity(), self.num_parameters)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TinyLoraAdapter:
         # .to(), .half() and their kin come through here: v follows to another device, never to a narrower dtype.
@@ -149,12 +140,11 @@ class TinyLoraAdapter(nn.Module):
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TinyLoraAdapter:
-        """Of the model: an adapter on the copy. Of the adapter alone: the same numbers, attached to nothing."""
+        """Of the model: an adapter on the copy. Of the adapter alone: the same v, attached to nothing."""
         twin: TinyLoraAdapter = object.__new__(type(self))
         memo[id(self)] = twin
-        model = self._model()
-        model_twin = memo.get(id(model))
-        left_out = {"_model": None} | ({} if isinstance(model_twin, nn.Module) else {"_hooks": None})
+        model_twin = memo.get(id(self._model()))
+        left_out = {"_model"} if isinstance(model_twin, nn.Module) else {"_model", "_hooks"}
         state = {key: value for key, value in self.__dict__.items() if key not in left_out}
         twin.__dict__.update({"_hooks": []}, **copy.deepcopy(state, memo))
         twin._model = weakref.ref(model_twin) if isinstance(model_twin, nn.Module) else self._model
@@ -168,20 +158,6 @@ class TinyLoraAdapter(nn.Module):
         state = state | {"_model": _no_model if model is None else weakref.ref(model)}
         super().__setstate__(state)  # type: ignore[no-untyped-call]
 
-    def extra_repr(self) -> str:
-        """The settings, for ``repr``; a run that is resumed knows its adapter by them, so they are complete."""
-        c = self.config
-        p = c.projection
-        projection = f"calibrated {p.fingerprint()[:12]}" if isinstance(p, Basis) else p
-        tying = f"n_tie={c.n_tie}, tying={c.tying}" if c.groups is None else f"groups={_short_hash(c.groups)}"
-        given = {name: [_short_hash(t.tolist()) for t in _tensors(self._adapted[name])] for name in sorted(self.given)}
-        return (
-            f"{self.num_parameters} numbers on {len(self.names)} modules ({_short_hash(self.names)}), rank={c.rank}, "
-            f"u={c.u}, {tying}, seed={c.seed}, sigma={c.sigma}, projection={projection}"
-            + (f", arithmetic={c.arithmetic}" if c.arithmetic != "model" else "")
-            + (f", given factors {_short_hash(given)}" if given else "")
-        )
-
 
 def attach(
     model: nn.Module,
@@ -193,11 +169,9 @@ def attach(
     """Puts an adapter on a model and freezes the model; names and values of its parameters stay as they are.
 
     With gradient checkpointing, ask for ``use_reentrant=False`` (the default of transformers 5): the reentrant
-    kind passes no gradient where no input asks for one.
-
-    Gradients of gradients and the transforms of ``torch.func`` do not pass through an adapter.
-
-    A quantized model (bitsandbytes, torchao) is dequantized one weight at a time, for the SVD alone.
+    kind passes no gradient where no input asks for one. Gradients of gradients and the transforms of ``torch.func``
+    do not pass through an adapter. A quantized model (bitsandbytes, torchao) is dequantized one weight at a time, for
+    the SVD alone.
 
     Args:
         model: any PyTorch model whose target modules are ``nn.Linear``, plain or quantized.
@@ -205,7 +179,7 @@ def attach(
         factors: of modules by name, to be used as they are in place of the SVD of their weights and of their P; for
             adapters whose factors this library does not compute itself.
         cache: a folder in which decompositions are kept and looked up by the weight's fingerprint; ``None`` takes the
-            environment variable ``TINYLORA_CACHE``, and where that is not set, keeps none.
+            user's cache (:func:`~tinylora_lite.adapter.svd.cached_decompose`).
 
     Raises:
         ValueError: no module or an unknown module is targeted, a weight is smaller than the rank, on the meta
@@ -222,30 +196,62 @@ def attach(
 
 def adapter_of(model: nn.Module) -> TinyLoraAdapter | None:
     """The adapter that a model or a part of it carries, or ``None``."""
-    for module in model.modules():
-        for hook in module._forward_hooks.values():
-            if isinstance(hook, AddUpdate):
-                return hook.adapter
-    return None
+    hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
+    found = next((hook.adapter for hook in hooks if isinstance(hook, AddUpdate)), None)
+    return found if isinstance(found, TinyLoraAdapter) else None
 
 
 def carries_updates(model: nn.Module) -> bool:
     """Whether a model carries an adapter or a population of adapters."""
-    return any(isinstance(hook, UpdateHook) for module in model.modules() for hook in module._forward_hooks.values())
+    return any(isinstance(hook, Hook) for module in model.modules() for hook in module._forward_hooks.values())
 
 
-def vector_groups(sites: list[Site], config: TinyLoraConfig) -> tuple[int, ...]:
-    """For each module, in tying order, the row of ``vectors`` that drives it."""
-    if config.groups is None:
-        return tuple(groups_of(sites, config.n_tie, config.tying))
-    if len(config.groups) != len(sites):
-        raise ValueError(f"groups names a vector for {len(config.groups)} modules; the model has {len(sites)} to adapt")
-    return tuple(config.groups)
+def check_modules(
+    model: nn.Module, config: TinyLoraConfig
+) -> tuple[tuple[str, ...], tuple[int, ...], dict[str, nn.Module]]:
+    """The names of the modules to adapt, their groups, and all modules; raises where :func:`attach` would."""
+    sites, modules = find_sites(model, config.target_modules), dict(model.named_modules())
+    for site in sites:
+        check_weight(site.name, modules[site.name], config.rank)
+    names = tuple(site.name for site in sites)
+    if isinstance(config.projection, Basis):
+        config.projection.check_modules(names, modules)
+    return names, vector_groups(sites, config.n_tie, config.tying, config.groups), modules
+
+
+def take_off(model: nn.Module | None, hooks: list[Any], trainable: Mapping[str, bool]) -> None:
+    """Removes the hooks and gives the model's parameters the ``requires_grad`` flags that they had."""
+    for name, parameter in model.named_parameters() if model is not None and hooks else ():
+        parameter.requires_grad_(trainable.get(name, parameter.requires_grad))
+    while hooks:
+        hooks.pop().remove()
+
+
+def identity(config: TinyLoraConfig, names: Sequence[str], given: Mapping[str, Factors]) -> dict[str, Any]:
+    """What tells one adapter from another, as JSON holds it: settings, hashes of the modules and of given factors."""
+    factors = {name: [_short_hash(part.tolist()) for part in _parts(given[name])] for name in given}
+    return {"kind": "tinylora", **config.as_dict(), "modules": len(names), "modules_hash": _short_hash(names)} | (
+        {"given_factors": _short_hash(factors)} if factors else {}
+    )
+
+
+def describe(of: Mapping[str, Any], parameters: int) -> str:
+    """An identity in words; runs that were saved by version 0.1.0 know their adapter by this sentence."""
+    P = of["projection"]
+    projection = P if P in ("random", "identity") else f"calibrated {P[:12]}"
+    tying = f"n_tie={of['n_tie']}, tying={of['tying']}"
+    return (
+        f"{parameters} numbers on {of['modules']} modules ({of['modules_hash']}), rank={of['rank']}, u={of['u']}, "
+        f"{tying if of['groups'] is None else 'groups=' + _short_hash(of['groups'])}, seed={of['seed']}, "
+        f"sigma={of['sigma']}, projection={projection}"
+        + (f", arithmetic={of['arithmetic']}" if of["arithmetic"] != "model" else "")
+        + (f", given factors {of['given_factors']}" if "given_factors" in of else "")
+    )
 
 
 def _all_factors(
     modules: Mapping[str, nn.Module],
-    names: tuple[str, ...],
+    names: Sequence[str],
     config: TinyLoraConfig,
     given: Mapping[str, Factors],
     cache: str | Path | None,
@@ -256,7 +262,7 @@ def _all_factors(
     with progress_bar("SVD", len(names), show=large) as advance:
         for index, (name, weight) in enumerate(weights.items()):
             if name in given:
-                left, right, projection = (part.to(weight.device) for part in _tensors(given[name]))
+                left, right, projection = (part.to(weight.device) for part in _parts(given[name]))
                 found[name] = Factors(left, right, projection)
             else:
                 try:
@@ -268,7 +274,7 @@ def _all_factors(
     return found
 
 
-def _tensors(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
+def _parts(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
     return factors.left, factors.right, factors.projection
 
 
@@ -277,4 +283,4 @@ def _short_hash(value: Any) -> str:
 
 
 def _no_model() -> None:
-    """Stands for the weak reference to a model that is gone."""
+    """Replaces the weak reference to a model that is gone."""

@@ -1,12 +1,12 @@
-"""What an adapter is, in ten settings."""
+"""The settings of an adapter."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeGuard, get_args
 
-from tinylora_lite.adapter.basis import Basis
+from tinylora_lite.adapter.projection import Basis
 from tinylora_lite.adapter.tying import Tying
 
 Sigma = Literal["left", "split", "right"]
@@ -23,14 +23,14 @@ class TinyLoraConfig:
         n_tie: how many modules share one v, or ``"all"``: one v for the whole model, whatever the tying.
         tying: ``"tiled"`` ties consecutive modules whatever their type, ``"structured"`` ties modules of one type.
         seed: of the random projections P (and of the start of the SVD's iteration); 0 … 2⁶⁴ - 1.
-        sigma: where Σ stands: ``"left"`` beside U (the paper), ``"split"`` as √Σ on both sides (PEFT),
+        sigma: where Σ is: ``"left"`` beside U (the paper), ``"split"`` as √Σ on both sides (PEFT),
             ``"right"`` beside Vᵀ (the code of LoRA-XS).
         target_modules: module names, or their last parts; ``None`` takes the seven linear layers of every block.
             Kept as a tuple.
         projection: ``"random"`` (the paper); ``"identity"``, where v is R itself (LoRA-XS, needs ``u = rank²``); or a
             calibrated :class:`~tinylora_lite.Basis` (this project's own).
-        groups: which vector drives each module, in tying order, numbered from 0 without holes: an assignment that
-            ``n_tie`` and ``tying`` cannot say. Kept as a tuple; ``None`` leaves it to those two.
+        groups: for each module in tying order, the vector that drives it, numbered from 0 without gaps: an assignment
+            that ``n_tie`` and ``tying`` cannot express. Kept as a tuple; ``None`` leaves it to those two.
         arithmetic: ``"model"`` multiplies by the long factors in the model's dtype and by R in float32; ``"float32"``
             does all of it in float32 and adds it there, as PEFT does. On a float32 model they are the same.
 
@@ -50,26 +50,33 @@ class TinyLoraConfig:
     arithmetic: Arithmetic = "model"
 
     def __post_init__(self) -> None:
-        for name, value in (("rank", self.rank), ("u", self.u)):
-            if not _is_whole(value) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
-        if self.n_tie != "all" and (not _is_whole(self.n_tie) or self.n_tie < 1):
-            raise ValueError(f'n_tie must be a whole number of at least 1 or "all", not {self.n_tie!r}')
-        if not _is_whole(self.seed) or not 0 <= self.seed < 2**64:
-            raise ValueError(f"seed must be a whole number from 0 to 2**64 - 1, not {self.seed!r}")
+        for name, value in (("rank", self.rank), ("u", self.u), ("n_tie", self.n_tie)):
+            if not (_is_int(value) and value >= 1) and (name, value) != ("n_tie", "all"):
+                also = ' or "all"' if name == "n_tie" else ""
+                raise ValueError(f"{name} must be an integer of at least 1{also}, not {value!r}")
+        if not _is_int(self.seed) or not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be an integer from 0 to 2**64 - 1, not {self.seed!r}")
         for name, kind in (("tying", Tying), ("sigma", Sigma), ("arithmetic", Arithmetic)):
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, not {getattr(self, name)!r}")
-        object.__setattr__(self, "groups", _checked_groups(self.groups))
-        if self.groups is not None and (self.n_tie, self.tying) != (1, "tiled"):
-            raise ValueError("groups says which modules share a vector; leave n_tie and tying out")
-        object.__setattr__(self, "target_modules", _checked_names(self.target_modules))
+        if self.groups is not None:
+            object.__setattr__(self, "groups", _checked_groups(self.groups))
+            if (self.n_tie, self.tying) != (1, "tiled"):
+                raise ValueError("groups assigns the vectors by itself; leave n_tie and tying out")
+        if self.target_modules is not None:
+            object.__setattr__(self, "target_modules", _checked_names(self.target_modules))
         if isinstance(self.projection, Basis):
-            self.projection.check(self)
+            self.projection.check(rank=self.rank, u=self.u, sigma=self.sigma)
         elif self.projection not in ("random", "identity"):
             raise ValueError(f'projection must be "random", "identity" or a basis, not {self.projection!r}')
         elif self.projection == "identity" and self.u != self.rank**2:
             raise ValueError(f"projection='identity' needs u = rank² = {self.rank**2}, not u={self.u}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as JSON holds them; a calibrated basis is its fingerprint."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values |= {name: list(values[name]) for name in ("target_modules", "groups") if values[name] is not None}
+        return values | ({"projection": self.projection.fingerprint()} if isinstance(self.projection, Basis) else {})
 
 
 def lora_xs(rank: int, *, sigma: Sigma = "right", target_modules: Sequence[str] | None = None) -> TinyLoraConfig:
@@ -80,29 +87,22 @@ def lora_xs(rank: int, *, sigma: Sigma = "right", target_modules: Sequence[str] 
     Raises:
         ValueError: see :class:`TinyLoraConfig`.
     """
-    if not _is_whole(rank) or rank < 1:
-        raise ValueError(f"rank must be a whole number of at least 1, not {rank!r}")
-    return TinyLoraConfig(
-        rank=rank, u=rank**2, n_tie=1, sigma=sigma, target_modules=target_modules, projection="identity"
-    )
+    u = rank**2 if _is_int(rank) else 1  # a rank of another type is refused below, by name
+    return TinyLoraConfig(rank=rank, u=u, sigma=sigma, target_modules=target_modules, projection="identity")
 
 
-def _is_whole(value: Any) -> TypeGuard[int]:
+def _is_int(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _checked_names(names: Any) -> tuple[str, ...] | None:
-    if names is None:
-        return None
+def _checked_names(names: Any) -> tuple[str, ...]:
     if isinstance(names, str) or not names or not all(isinstance(name, str) and name for name in names):
         raise ValueError(f"target_modules must be a list of at least one name, or None, not {names!r}")
     return tuple(names)
 
 
-def _checked_groups(groups: Any) -> tuple[int, ...] | None:
-    if groups is None:
-        return None
-    numbers = tuple(groups) if isinstance(groups, Sequence) and not isinstance(groups, str) else ()
-    if not numbers or not all(map(_is_whole, numbers)) or set(numbers) != set(range(len(set(numbers)))):
-        raise ValueError(f"groups must be whole numbers from 0 without holes, one for each module, not {groups!r}")
-    return numbers
+def _checked_groups(groups: Any) -> tuple[int, ...]:
+    found = tuple(groups) if isinstance(groups, Sequence) and not isinstance(groups, str) else ()
+    if not found or not all(map(_is_int, found)) or set(found) != set(range(len(set(found)))):
+        raise ValueError(f"groups must be integers from 0 without gaps, one for each module, not {groups!r}")
+    return found

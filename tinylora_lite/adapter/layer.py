@@ -2,35 +2,119 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from tinylora_lite.adapter.factors import Factors
+from tinylora_lite.adapter.config import TinyLoraConfig
+from tinylora_lite.adapter.projection import Basis, random_projection
+from tinylora_lite.adapter.svd import Decomposition
 
-if TYPE_CHECKING:
-    from tinylora_lite.adapter.adapter import TinyLoraAdapter
+LEFT_POWER = {"left": 1.0, "split": 0.5, "right": 0.0}
 
 
-class UpdateHook:
+@dataclass
+class Factors:
+    """The frozen part of one module's update ``left @ R @ right``, float32.
+
+    Attributes:
+        left: ``[out, r]``, U with its share of Σ.
+        right: ``[r, in]``, Vᵀ with its share of Σ.
+        projection: P, ``[u, r, r]``.
+        spectrum: ``[2]`` the last singular value kept and the first one left out; zeros where the factors were given.
+        portable: whether another machine computes the same from the weight; ``False`` where they were given.
+    """
+
+    left: Tensor
+    right: Tensor
+    projection: Tensor
+    spectrum: Tensor = field(default_factory=lambda: torch.zeros(2))
+    portable: bool = False
+
+    def mixing(self, v: Tensor) -> Tensor:
+        """R of a vector ``[u]``: ``Σᵢ vᵢ Pᵢ``, ``[r, r]`` float32, under autocast too; differentiable in v."""
+        with torch.autocast(self.projection.device.type, enabled=False):
+            return torch.einsum("u,ujk->jk", v.to(self.projection.device), self.projection)
+
+    def to(self, device: torch.device) -> Factors:
+        """Moves the factors to a device, in place, and returns them."""
+        if self.left.device != device:
+            self.left, self.right = self.left.to(device), self.right.to(device)
+            self.projection = self.projection.to(device)
+        return self
+
+    def check(self, name: str, shape: tuple[int, ...], config: TinyLoraConfig) -> None:
+        """Raises ``ValueError`` where given factors do not fit a module of a shape, or are not finite float32."""
+        r, u = config.rank, config.u
+        for part, wanted in (("left", (shape[0], r)), ("right", (r, shape[1])), ("projection", (u, r, r))):
+            tensor = getattr(self, part)
+            if tuple(tensor.shape) != wanted or tensor.dtype != torch.float32:
+                found = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+                raise ValueError(f"{name}: the given factor {part} is {found}, not torch.float32 of shape {wanted}")
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"{name}: the given factor {part} holds NaN or infinity")
+
+
+def factors_of(triplets: Decomposition, config: TinyLoraConfig, index: int, name: str) -> Factors:
+    """The factors that a config asks for, from the singular triplets of a weight.
+
+    Args:
+        triplets: the weight's truncated SVD.
+        config: rank, u, seed, sigma and projection count.
+        index: the module's position in tying order, which its random P depends on.
+        name: the module's name, by which a calibrated basis knows it.
+    """
+    S, power = triplets.S, LEFT_POWER[config.sigma]
+    return Factors(
+        left=triplets.U * S**power,
+        right=S[:, None] ** (1 - power) * triplets.Vh,
+        projection=projection_of(config, index, name).to(S.device),
+        spectrum=torch.stack([S[-1], triplets.beyond]).cpu(),
+        portable=triplets.portable,
+    )
+
+
+def projection_of(config: TinyLoraConfig, index: int, name: str) -> Tensor:
+    """P of a module, ``[u, r, r]`` float32; arguments as in :func:`factors_of`."""
+    if isinstance(config.projection, Basis):
+        P = config.projection.projection(name, config.u)
+    elif config.projection == "identity":
+        P = torch.eye(config.u)
+    else:
+        P = random_projection(config.seed, index, config.u, config.rank)
+    return P.reshape(config.u, config.rank, config.rank).float()
+
+
+class Vectors(Protocol):
+    """What a hook needs of its adapter: v, and whether the update is added."""
+
+    vectors: nn.Parameter
+    enabled: bool
+
+
+class Hook:
     """What the forward hooks of this library have in common: a module that has one is adapted."""
 
 
-class AddUpdate(UpdateHook):
+class AddUpdate(Hook):
     """The forward hook of one module: adds ``x rightᵀ Rᵀ leftᵀ`` to its output; an object, so that it can be pickled.
 
     Attributes:
-        adapter: whose numbers drive the module.
+        adapter: holds v.
+        group: the row of ``adapter.vectors`` that drives the module.
         factors: the module's own.
-        group: the row of ``adapter.vectors``.
+        float32: whether everything is computed and added in float32, as PEFT does.
     """
 
-    def __init__(self, adapter: TinyLoraAdapter, factors: Factors, group: int) -> None:
-        self.adapter, self.factors, self.group = adapter, factors, group
+    def __init__(self, adapter: Vectors, group: int, factors: Factors, float32: bool) -> None:
+        self.adapter, self.group, self.factors, self.float32 = adapter, group, factors, float32
 
     def __call__(
         self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
@@ -38,13 +122,13 @@ class AddUpdate(UpdateHook):
         if not self.adapter.enabled:
             return output
         # bitsandbytes calls its argument x, torch calls it input.
-        x, factors = args[0] if args else next(iter(kwargs.values())), self.factors
-        factors.move_to(x.device)
+        x = args[0] if args else next(iter(kwargs.values()))
+        factors = self.factors.to(x.device)
         R = factors.mixing(self.adapter.vectors[self.group])
         # The r-dimensional middle and v's gradient stay in float32, under autocast too: they cost nothing.
         device = x.device.type
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-            if self.adapter.config.arithmetic == "float32":
+            if self.float32:
                 narrow = F.linear(F.linear(x.float(), factors.right), R)
                 return (output + F.linear(narrow, factors.left)).to(output.dtype)
             left, right = factors.left.to(output.dtype), factors.right.to(output.dtype)
@@ -54,13 +138,13 @@ class AddUpdate(UpdateHook):
             return added
 
     def _is_fresh(self, module: nn.Module, output: Tensor) -> bool:
-        """Whether nobody else can have seen the output yet, so that it may be changed in place."""
+        """Whether nothing else can have seen the output yet, so that it may be changed in place."""
         plain = type(module) is nn.Linear and next(iter(module._forward_hooks.values())) is self
         return plain and not output._is_view() and output.is_contiguous()
 
 
 class _Added(torch.autograd.Function):
-    """``output + x rightᵀ Rᵀ leftᵀ``, made where the output lies: a second tensor of its size would cost the most.
+    """``output + x rightᵀ Rᵀ leftᵀ``, written over the output: a second tensor of its size would cost the most.
 
     It has a gradient, and no gradient of the gradient.
     """
@@ -83,3 +167,37 @@ class _Added(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             of_x = ((onto_left @ R).to(right.dtype) @ right).view(*gradient.shape[:-1], right.shape[1])
         return gradient, of_x, onto_left.T @ narrow, None, None
+
+
+_ROWS: ContextVar[Tensor | None] = ContextVar("rows", default=None)
+
+
+@contextmanager
+def rows_of(adapters: Tensor | None) -> Iterator[None]:
+    """Inside, row i of what the model is given is computed with adapter ``adapters[i]`` of its population.
+
+    Args:
+        adapters: ``[batch]`` int64; ``None`` where the model carries no population, and changes nothing.
+    """
+    token = _ROWS.set(adapters) if adapters is not None else None
+    try:
+        yield
+    finally:
+        if token is not None:
+            _ROWS.reset(token)
+
+
+def adapters_of_rows(batch: int) -> Tensor:
+    """The adapter of each row that the model is computing, ``[batch]`` int64.
+
+    Raises:
+        RuntimeError: the caller of the model did not set it, or set it for another number of rows.
+    """
+    adapters = _ROWS.get()
+    if adapters is None or len(adapters) != batch:
+        problem = "for none" if adapters is None else f"for {len(adapters)}"
+        raise RuntimeError(
+            f"the model carries a population and is given {batch} rows, but adapters are set {problem}; "
+            "call it inside tinylora_lite.adapter.layer.rows_of(...)"
+        )
+    return adapters

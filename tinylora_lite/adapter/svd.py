@@ -1,19 +1,43 @@
-"""The truncated SVD that TinyLoRA's frozen factors come from, with signs that every machine agrees on."""
+"""The truncated SVD that TinyLoRA's frozen factors come from, with signs that every machine agrees on.
+
+Small matrices are decomposed exactly, in float64. Where the rank is far below both sides, ARPACK's Lanczos iteration
+(Lehoucq, Sorensen and Yang 1998, through SciPy) runs on products with the weight, which stays on its device.
+"""
 
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
+import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor
 
-from tinylora_lite.adapter.krylov import EQUAL, leading_triplets
+from tinylora_lite.adapter.weights import weight_fingerprint
+from tinylora_lite.utils.record import atomic_write, cache_folder
 
 EXACT_UP_TO = 512
 """Matrices whose smaller side is at most this are decomposed exactly: it takes well under a second."""
 EXACT_AT_WORST = 1024
-"""Up to this smaller side, so is a matrix on which the iteration does not settle."""
+"""Up to this smaller side, so is a matrix on which the iteration does not converge."""
+MOST_RESTARTS = 30
+"""Restarts after which the iteration stops; directions that stand out at all take one to five."""
+CLOSE = 1e-3
+"""Values closer than this, as a fraction of the largest, are told apart by products in float64."""
+EQUAL = 1e-5
+"""Values closer than this, as a fraction of the largest, count as one value, whose vectors may rotate freely."""
+FORMAT = "svd-2"
+"""Part of every cached file's name: a method that finds other vectors gets another number."""
+CACHED_FROM = 1 << 17
+"""Smaller weights are not kept in the user's cache: decomposing them again takes milliseconds."""
+CACHE_LIMIT = 4 << 30
+"""Bytes of the user's cache; the entries that were not used for longest are deleted above it."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +49,7 @@ class Decomposition:
         S: ``[rank]`` float32, in falling order.
         Vh: ``[rank, in]`` float32, orthonormal rows.
         beyond: the first singular value left out, ``[]`` float32; 0 where there is none.
-        portable: whether other machines find the same vectors: no two of the values kept and the first left out lie
+        portable: whether other machines find the same vectors: no two of the values kept and the first left out are
             closer than 1e-5 of the largest, and the iteration settled.
     """
 
@@ -40,15 +64,13 @@ def truncated_svd(weight: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Ten
     """The ``rank`` leading singular triplets of a matrix, ``weight ≈ U @ diag(S) @ Vh``.
 
     Singular vectors come in pairs of free sign, and LAPACK, cuSOLVER and randomised methods choose differently.
-    Here the entry of largest magnitude in each column of ``U`` is positive, so that the same numbers ``v`` mean
-    the same update everywhere. Where two singular values agree to five digits their vectors are free to
-    rotate into each other, and no rule makes them agree between machines; the sum ``U @ diag(S) @ Vh`` still
-    does, unless the tie is between the last value kept and the first one left out (:func:`decompose` says so).
+    Here the entry of largest magnitude in each column of ``U`` is positive, so that the same v means the same update
+    everywhere. Where two singular values agree to five digits their vectors may rotate into each other, and no rule
+    makes them agree between machines; the sum ``U @ diag(S) @ Vh`` still does, unless the tie is between the last value
+    kept and the first one left out (:func:`decompose` reports it).
 
-    Small matrices are decomposed exactly, in float64. Where ``rank`` is far below both sides, block Krylov iteration
-    (Musco and Musco, arXiv 1504.05477) runs in float32 until the residuals say that every vector stands still to
-    1e-4 radians, and in float64 where singular values lie too close for that. A large matrix without leading
-    directions, one of mere noise for instance, never settles; it gets a good approximation of low rank.
+    Products are in float32, and in float64 where singular values are close. A large matrix without leading directions,
+    one of mere noise for instance, may not converge; it gets a good approximation of low rank.
 
     Args:
         weight: ``[out, in]``, any floating dtype.
@@ -60,7 +82,7 @@ def truncated_svd(weight: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Ten
 
     Raises:
         ValueError: ``weight`` is no matrix, has no values or no floating-point ones, or holds NaN or infinity, or
-            ``rank`` is no whole number or lies outside ``1 … min(out, in)``.
+            ``rank`` is no integer or is outside ``1 … min(out, in)``.
     """
     found = decompose(weight, rank, seed)
     return found.U, found.S, found.Vh
@@ -75,30 +97,54 @@ def decompose(weight: Tensor, rank: int, seed: int = 0) -> Decomposition:
     matrix = matrix if scale == 1 else matrix.double() / scale
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
     smaller, settled = tall.shape[1], False
-    if smaller > EXACT_UP_TO and rank * 8 <= smaller:
-        found, settled = leading_triplets(tall, rank, seed)
-        left, values, right = found.left, found.values, found.right
-    if not settled and smaller <= EXACT_AT_WORST:
-        left, values, right = torch.linalg.svd(tall.double(), full_matrices=False)
-        settled = True
+    with _few_threads(smaller):
+        if smaller > EXACT_UP_TO and rank * 8 <= smaller:
+            left, values, right, settled = _leading(tall, rank, seed)
+        if not settled and smaller <= EXACT_AT_WORST:
+            left, values, right = torch.linalg.svd(tall.double(), full_matrices=False)
+            settled = True
     if tall is not matrix:
         left, right = right.T, left.T
     U, S, Vh = canonical_signs(left[:, :rank], values[:rank], right[:rank])
     beyond = values[rank] if rank < smaller else values.new_zeros(())
     apart = S - torch.cat([S[1:], beyond[None]]) > EQUAL * S[0]
-    portable = settled and bool(apart.all())
     parts = (U, S * scale, Vh, beyond * scale)
     U, S, Vh, beyond = (part.to(weight.device, torch.float32) for part in parts)
-    return Decomposition(U, S, Vh, beyond, portable)
+    return Decomposition(U, S, Vh, beyond, settled and bool(apart.all()))
 
 
-def _scale(matrix: Tensor) -> float:
-    """What to divide by so that squares stay within float32's range; 1 for the weights of any usual model."""
-    low, high = (float(bound) for bound in matrix.aminmax())
-    largest = max(-low, high)
-    if not math.isfinite(largest):
-        raise ValueError("the weight holds NaN or infinity and has no SVD; load the model again")
-    return 1.0 if 1e-10 < largest < 1e10 or largest == 0 else 2.0 ** math.floor(math.log2(largest))
+def cached_decompose(weight: Tensor, rank: int, seed: int = 0, cache: str | Path | None = None) -> Decomposition:
+    """:func:`decompose`, from the cache where the result is there, and into it where it is not.
+
+    Equal values give one entry, whatever the dtype. A damaged entry is computed again.
+
+    Args:
+        weight: ``[out, in]``, any floating dtype.
+        rank: how many triplets.
+        seed: of the random start.
+        cache: a folder, made where it is missing; ``None`` takes ``svd`` in the user's cache
+            (:func:`~tinylora_lite.utils.record.cache_folder`), which holds 4 GiB at most and no small weights.
+
+    Raises:
+        ValueError: see :func:`truncated_svd`.
+        OSError: the folder ``cache`` cannot be written.
+    """
+    folder = Path(cache) if cache else cache_folder("svd") if weight.numel() >= CACHED_FROM else None
+    if folder is None or weight.is_meta:
+        return decompose(weight, rank, seed)
+    path = folder / f"{FORMAT}-{weight_fingerprint(weight)}-{rank}-{seed}.safetensors"
+    found = _read(path, weight, rank)
+    if found is None:
+        found = decompose(weight, rank, seed)
+        try:
+            parts = {name: getattr(found, name).cpu().contiguous() for name in ("U", "S", "Vh", "beyond")}
+            atomic_write(path, safetensors.torch.save(parts, {"portable": str(found.portable)}))
+            if not cache:
+                _prune(folder)
+        except OSError:
+            if cache:  # the user's cache is a convenience: a full disk or a read-only home must not stop anybody
+                raise
+    return found
 
 
 def canonical_signs(U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,9 +155,87 @@ def canonical_signs(U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor, T
     magnitudes = U.abs()
     # argmax returns the first of equals for integers too, and unlike nonzero it needs no loop over columns.
     first = (magnitudes >= (1 - 1e-4) * magnitudes.amax(dim=0)).int().argmax(dim=0)
-    negative = U.gather(0, first[None])[0] < 0
-    signs = torch.where(negative, -1.0, 1.0).to(U.dtype)
+    signs = torch.where(U.gather(0, first[None])[0] < 0, -1.0, 1.0).to(U.dtype)
     return (U * signs).contiguous(), S.contiguous(), (Vh * signs[:, None]).contiguous()
+
+
+def _leading(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """``rank + 1`` leading triplets of a tall matrix, in float64, and whether the iteration converged."""
+    found = _arpack(matrix.float(), rank + 1, seed)
+    if found is not None and bool((found[1].diff().abs() < CLOSE * found[1][0]).any()):
+        found = _arpack(matrix.double(), rank + 1, seed)
+    if found is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            left, values, right = torch.svd_lowrank(matrix.float(), q=rank + 16, niter=16)
+        return left.double(), values.double(), right.T.double(), False
+    return *found, True
+
+
+def _arpack(matrix: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Leading triplets from products with the matrix, in its dtype; ``None`` where the iteration does not converge."""
+    from scipy.sparse.linalg import ArpackError, LinearOperator, svds
+
+    def times(matrix: Tensor, x: np.ndarray) -> np.ndarray:
+        return (matrix @ torch.from_numpy(x.reshape(-1)).to(matrix)).cpu().double().numpy()
+
+    operator = LinearOperator(
+        matrix.shape, matvec=lambda x: times(matrix, x), rmatvec=lambda y: times(matrix.T, y), dtype=np.float64
+    )
+    start = np.random.default_rng(seed).standard_normal(matrix.shape[1])
+    tolerance = 1e-7 if matrix.dtype == torch.float32 else 1e-13
+    try:
+        left, values, right = svds(operator, k=count, v0=start, tol=tolerance, maxiter=MOST_RESTARTS)
+    except ArpackError:  # it did not converge, or the matrix is zero
+        return None
+    order = np.argsort(-values)
+    parts = (left[:, order], values[order], right[order])
+    left, values, right = (torch.from_numpy(part.copy()).to(matrix.device) for part in parts)
+    return left, values, right
+
+
+@contextmanager
+def _few_threads(smaller: int) -> Iterator[None]:
+    """One thread for small matrices: several wait for one another and take longer on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if smaller <= EXACT_AT_WORST else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _read(path: Path, weight: Tensor, rank: int) -> Decomposition | None:
+    shapes = {"U": (weight.shape[0], rank), "S": (rank,), "Vh": (rank, weight.shape[1]), "beyond": ()}
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            portable = (file.metadata() or {})["portable"] == "True"
+            parts = {name: file.get_tensor(name).clone() for name in shapes}
+        os.utime(path)  # the entries that were not used for longest go first
+    except (OSError, safetensors.SafetensorError, KeyError):
+        return None
+    for name, part in parts.items():
+        if tuple(part.shape) != shapes[name] or part.dtype != torch.float32 or not torch.isfinite(part).all():
+            return None
+    return Decomposition(**{name: part.to(weight.device) for name, part in parts.items()}, portable=portable)
+
+
+def _prune(folder: Path) -> None:
+    """Deletes the entries that were not used for longest, down to the limit of the cache."""
+    entries = sorted(((e.stat().st_mtime, e.stat().st_size, e) for e in folder.glob("svd-*")), reverse=True)
+    total = 0
+    for _, size, entry in entries:
+        total += size
+        if total > CACHE_LIMIT:
+            entry.unlink(missing_ok=True)
+
+
+def _scale(matrix: Tensor) -> float:
+    """What to divide by so that squares stay within float32's range; 1 for the weights of any usual model."""
+    largest = max(abs(float(bound)) for bound in matrix.aminmax())
+    if not math.isfinite(largest):
+        raise ValueError("the weight holds NaN or infinity and has no SVD; load the model again")
+    return 1.0 if 1e-10 < largest < 1e10 or largest == 0 else 2.0 ** math.floor(math.log2(largest))
 
 
 def _check(weight: Tensor, rank: int) -> None:
@@ -121,8 +245,9 @@ def _check(weight: Tensor, rank: int) -> None:
         raise ValueError("the weight is on the meta device and has no values; load it first")
     if not weight.is_floating_point():
         raise ValueError(f"the weight holds {weight.dtype}, no floating-point numbers; convert it with .float()")
-    smaller = min(weight.shape)
     if type(rank) is not int:
-        raise ValueError(f"rank must be a whole number, not {rank!r}")
-    if not 1 <= rank <= smaller:
-        raise ValueError(f"rank must be between 1 and {smaller} for a weight of {tuple(weight.shape)}, not {rank}")
+        raise ValueError(f"rank must be an integer, not {rank!r}")
+    if not 1 <= rank <= min(weight.shape):
+        raise ValueError(
+            f"rank must be between 1 and {min(weight.shape)} for a weight of {tuple(weight.shape)}, not {rank}"
+        )

@@ -92,6 +92,17 @@ def groups_of(sites: Sequence[Site], n_tie: int | Literal["all"], tying: Tying) 
     return [numbers.setdefault(run_of[position], len(numbers)) for position in range(len(sites))]
 
 
+def vector_groups(
+    sites: Sequence[Site], n_tie: int | Literal["all"], tying: Tying, groups: Sequence[int] | None = None
+) -> tuple[int, ...]:
+    """For each module, in tying order, the row of ``vectors`` that drives it: ``groups``, or what the tying gives."""
+    if groups is None:
+        return tuple(groups_of(sites, n_tie, tying))
+    if len(groups) != len(sites):
+        raise ValueError(f"groups names a vector for {len(groups)} modules; the model has {len(sites)} to adapt")
+    return tuple(groups)
+
+
 def _balanced_runs(count: int, n_tie: int) -> list[int]:
     groups = -(-count // n_tie)
     return [index * groups // count for index in range(count)]

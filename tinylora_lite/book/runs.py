@@ -80,7 +80,7 @@ class Result:
     Attributes:
         model: the base's name on the hub, or of a checkpoint of one's own.
         revision: the commit of the hub, 40 hexadecimal digits; ``"local"`` for a checkpoint of one's own.
-        base: SHA-256 of its weights (:func:`~tinylora_lite.adapter.fingerprint.base_fingerprint`).
+        base: SHA-256 of its weights (:func:`~tinylora_lite.adapter.weights.base_fingerprint`).
         task: what it was trained on.
         prompt: how a problem was put: the template and the system message, in words or as they are.
         method: ``"grpo"`` or ``"sft"``.

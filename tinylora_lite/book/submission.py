@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tinylora_lite.adapter.basis import load_basis
 from tinylora_lite.book.runs import Result, measured, record
 from tinylora_lite.evaluation.score import Score
 from tinylora_lite.experiment.settings import RunSettings, load_settings
+from tinylora_lite.files.basis import load_basis
 from tinylora_lite.utils.record import Run
 
 BITS = {"float32": 32, "bfloat16": 16, "float16": 16}

@@ -40,10 +40,10 @@ def run(arguments: argparse.Namespace) -> None:
     """Calibrates and writes the basis; prints where it is and how much of the gradients it holds, or JSON."""
     from transformers.utils import logging
 
-    from tinylora_lite.adapter.basis import save_basis
     from tinylora_lite.experiment.models import load_model
     from tinylora_lite.experiment.run import task_named
     from tinylora_lite.experiment.settings import RunSettings
+    from tinylora_lite.files.basis import save_basis
     from tinylora_lite.training.calibrate import calibrate
 
     logging.disable_progress_bar()

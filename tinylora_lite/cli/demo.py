@@ -17,12 +17,13 @@ from rich.console import Console
 
 from tinylora_lite import nano
 from tinylora_lite.adapter.adapter import attach
-from tinylora_lite.adapter.basis import Basis, save_basis
 from tinylora_lite.adapter.config import TinyLoraConfig
+from tinylora_lite.adapter.projection import Basis
 from tinylora_lite.cli.report import report
 from tinylora_lite.evaluation.evaluate import evaluate
 from tinylora_lite.evaluation.score import Completion, Score
 from tinylora_lite.files.adapter_file import save
+from tinylora_lite.files.basis import save_basis
 from tinylora_lite.planning.counting import plan
 from tinylora_lite.training.calibrate import calibrate as calibrate_basis
 from tinylora_lite.training.grpo import train_grpo

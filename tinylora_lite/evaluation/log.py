@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinylora_lite.adapter.fingerprint import base_fingerprint
+from tinylora_lite.adapter.weights import base_fingerprint
 from tinylora_lite.tasks.task import Example, Task
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tinylora_lite.adapter.adapter import TinyLoraAdapter, attach
-from tinylora_lite.adapter.basis import Basis, load_basis, save_basis
+from tinylora_lite.adapter.projection import Basis
 from tinylora_lite.evaluation.compare import Comparison, compare
 from tinylora_lite.evaluation.evaluate import evaluate
 from tinylora_lite.evaluation.log import write_whole
@@ -25,6 +25,7 @@ from tinylora_lite.evaluation.score import Score
 from tinylora_lite.experiment.models import is_nano, load_model
 from tinylora_lite.experiment.settings import RunSettings
 from tinylora_lite.files.adapter_file import save
+from tinylora_lite.files.basis import load_basis, save_basis
 from tinylora_lite.sampling.rollouts import Rollouts, Sampler, encode_prompts
 from tinylora_lite.sampling.sampler import ModelSampler
 from tinylora_lite.tasks.task import Example, Task
@@ -33,8 +34,8 @@ from tinylora_lite.training.grpo import train_grpo
 from tinylora_lite.training.settings import SFTSettings
 from tinylora_lite.training.sft import train_sft
 from tinylora_lite.utils import distributed
+from tinylora_lite.utils.distributed import is_sharded, shard_model
 from tinylora_lite.utils.record import Run
-from tinylora_lite.utils.sharding import is_sharded, shard
 from tinylora_lite.view.progress import Progress
 
 if TYPE_CHECKING:
@@ -275,7 +276,7 @@ class Workbench:
         self._changed = config is None or settings.shard
         adapter = None if config is None else attach(self.model, config)
         if settings.shard and not is_sharded(self.model):
-            shard(self.model)
+            shard_model(self.model)
         training = settings.training_settings(len(self.task.train))
         rate, folder = training.learning_rate, Path(settings.folder)
         name = f"{settings.method}, rate {rate:g}"

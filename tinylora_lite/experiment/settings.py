@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tinylora_lite.adapter.basis import Basis
 from tinylora_lite.adapter.config import Sigma, TinyLoraConfig, lora_xs
+from tinylora_lite.adapter.projection import Basis
 from tinylora_lite.adapter.tying import Tying
 from tinylora_lite.experiment import settings_yaml
 from tinylora_lite.experiment.settings_comments import COMMENTS

@@ -8,6 +8,7 @@ without a sign. The checks find accidents and careless edits; a file is not sign
 from __future__ import annotations
 
 import json
+import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -21,11 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from tinylora_lite.adapter.adapter import TinyLoraAdapter, attach
-from tinylora_lite.adapter.basis import Basis, load_basis
 from tinylora_lite.adapter.config import TinyLoraConfig
-from tinylora_lite.adapter.factors import Factors
-from tinylora_lite.adapter.fingerprint import base_fingerprint, decomposition
+from tinylora_lite.adapter.layer import Factors
+from tinylora_lite.adapter.projection import Basis
 from tinylora_lite.adapter.tying import find_sites
+from tinylora_lite.adapter.weights import base_fingerprint
+from tinylora_lite.files.basis import load_basis
 from tinylora_lite.files.file_format import (
     DTYPES,
     FACTORS,
@@ -58,7 +60,7 @@ def save(
     weight the singular values beside the cut and a number that the singular vectors and P determine, so that
     :func:`load` notices where another machine decomposes a weight differently. Beside them: the settings and the
     seed, a hash of the modules' names, the base's name, revision where the hub named one, and
-    :func:`~tinylora_lite.adapter.fingerprint.base_fingerprint`, the fingerprint of a calibrated basis, and a checksum.
+    :func:`~tinylora_lite.adapter.weights.base_fingerprint`, the fingerprint of a calibrated basis, and a checksum.
     13 numbers take 26 bytes, and their file less than 4 KiB on a model of 7 billion weights.
 
     The frozen factors are computed from the base again when the file is loaded. Where singular values near the cut
@@ -279,3 +281,22 @@ def find_basis(wanted: str, given: Basis | str | Path | None, path: Path) -> Bas
         if basis.fingerprint() == wanted:
             return basis
     raise AdapterFileError(f"{path} needs the calibrated basis {wanted[:12]}…, not found {searched}; pass it as basis=")
+
+
+def decomposition(adapter: TinyLoraAdapter) -> Tensor:
+    """``[modules, 3]`` float32, what :func:`~tinylora_lite.load` compares: two singular values and one probe.
+
+    The values are the last one kept and the first one left out (zeros where the factors were given). The probe is
+    ``yᵀ (UΣ) M Vᵀ x`` over the norm of ``(UΣ) M Vᵀ``, with fixed waves x and y and a fixed mixture M of the module's
+    P: about 0.5 in size, it changes with any sign or rotation of singular vectors and with any other P.
+    """
+    rows = []
+    for name in adapter.names:
+        factors = adapter.factors(name)
+        left, right, P = (t.detach().double().cpu() for t in (factors.left, factors.right, factors.projection))
+        M = torch.einsum("u,ujk->jk", torch.cos(torch.arange(len(P), dtype=torch.float64)), P)
+        y = torch.sin(torch.arange(1, len(left) + 1, dtype=torch.float64))
+        x = torch.cos(torch.arange(1, right.shape[1] + 1, dtype=torch.float64))
+        norm = math.sqrt(max(float(((left.T @ left @ M) * (M @ right @ right.T)).sum()), 1e-300))
+        rows.append([*factors.spectrum.tolist(), float(y @ left @ M @ (right @ x)) / norm])
+    return torch.tensor(rows, dtype=torch.float32)

@@ -12,7 +12,7 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from tinylora_lite.adapter.quantized import quantization_of
+from tinylora_lite.adapter.weights import quantization_of
 
 FORMAT = "tinylora-adapter-1"
 KEY = "tinylora"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tinylora_lite.adapter.adapter import TinyLoraAdapter
-from tinylora_lite.adapter.quantized import FLOATING, dense_weight
+from tinylora_lite.adapter.weights import FLOATING, dense_weight
 
 ENTRIES_AT_ONCE = 1 << 22
 """Of a weight, in the report: its float64 sums then need no copies of a whole weight."""

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 
 from tinylora_lite.adapter.adapter import TinyLoraAdapter, attach
 from tinylora_lite.adapter.config import TinyLoraConfig
-from tinylora_lite.adapter.factors import Factors
-from tinylora_lite.adapter.quantized import dense_weight, weight_shape
+from tinylora_lite.adapter.layer import Factors
 from tinylora_lite.adapter.tying import find_sites
+from tinylora_lite.adapter.weights import dense_weight, weight_shape
 from tinylora_lite.files.file_format import AdapterFileError, base_name
 from tinylora_lite.files.peft_format import DEFAULTS, read_settings, read_tensors, write_folder
 from tinylora_lite.files.peft_rules import (

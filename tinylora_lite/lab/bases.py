@@ -13,10 +13,11 @@ import torch
 
 from tinylora_lite import nano
 from tinylora_lite.adapter.adapter import attach
-from tinylora_lite.adapter.basis import Basis, load_basis, save_basis
 from tinylora_lite.adapter.config import TinyLoraConfig
-from tinylora_lite.adapter.fingerprint import base_fingerprint
+from tinylora_lite.adapter.projection import Basis
+from tinylora_lite.adapter.weights import base_fingerprint
 from tinylora_lite.evaluation.evaluate import evaluate
+from tinylora_lite.files.basis import load_basis, save_basis
 from tinylora_lite.lab.trial import Trial
 from tinylora_lite.sampling.logprobs import completion_logprobs
 from tinylora_lite.tasks.task import Example, Task

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tinylora_lite import nano
-from tinylora_lite.adapter.factors import LEFT_POWER, Factors
+from tinylora_lite.adapter.layer import LEFT_POWER, Factors
 from tinylora_lite.adapter.tying import find_sites
 from tinylora_lite.lab.tasks import task_of
 from tinylora_lite.lab.trial import Trial

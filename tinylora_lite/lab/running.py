@@ -17,8 +17,8 @@ from tinylora_lite import nano
 from tinylora_lite.adapter.adapter import attach
 from tinylora_lite.adapter.batched import Population, attach_population
 from tinylora_lite.adapter.config import TinyLoraConfig, lora_xs
-from tinylora_lite.adapter.fingerprint import base_fingerprint
 from tinylora_lite.adapter.tying import find_sites
+from tinylora_lite.adapter.weights import base_fingerprint
 from tinylora_lite.evaluation.evaluate import evaluate
 from tinylora_lite.evaluation.score import Score
 from tinylora_lite.lab.bases import calibrated_basis

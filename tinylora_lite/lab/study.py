@@ -21,10 +21,10 @@ from rich.console import Console
 
 from tinylora_lite import nano
 from tinylora_lite.adapter.adapter import attach
-from tinylora_lite.adapter.basis import load_basis, save_basis
 from tinylora_lite.adapter.config import TinyLoraConfig, lora_xs
 from tinylora_lite.evaluation.evaluate import evaluate
 from tinylora_lite.evaluation.score import Completion
+from tinylora_lite.files.basis import load_basis, save_basis
 from tinylora_lite.lab.study_trials import (
     ALL,
     CALIBRATED,

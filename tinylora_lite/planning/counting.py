@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from tinylora_lite.adapter.config import TinyLoraConfig
-from tinylora_lite.adapter.quantized import stored_parameters, weight_shape
 from tinylora_lite.adapter.tying import Site, Tying, find_sites, groups_of
+from tinylora_lite.adapter.weights import stored_parameters, weight_shape
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tinylora_lite.adapter.members import rows_belong_to
+from tinylora_lite.adapter.layer import rows_of
 from tinylora_lite.sampling.rollouts import Rollouts
-from tinylora_lite.utils.sharding import is_sharded
+from tinylora_lite.utils.distributed import is_sharded
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -42,7 +42,7 @@ def completion_logprobs(model: PreTrainedModel, rollouts: Rollouts, temperature:
     attention = torch.cat([rollouts.prompt_mask, rollouts.completion_mask], dim=1)
     positions = (attention.cumsum(dim=1) - 1).clamp(min=0)
     if not _can_share_prompts(model):
-        with rows_belong_to(rollouts.members):
+        with rows_of(rollouts.members):
             return _logprobs_after(
                 model,
                 ids,
@@ -56,7 +56,7 @@ def completion_logprobs(model: PreTrainedModel, rollouts: Rollouts, temperature:
     first = torch.log_softmax(logits.float() / temperature, dim=-1).gather(1, ids[:, :1])
     if tokens == 1:
         return first
-    with rows_belong_to(rollouts.members):
+    with rows_of(rollouts.members):
         following = _logprobs_after(
             model,
             ids[:, 1:],
@@ -91,7 +91,7 @@ def read_prompts(
     distinct, place = torch.unique(torch.cat([whose, ids, mask], dim=1), dim=0, return_inverse=True)
     distinct_members, distinct_ids, distinct_mask = distinct.split([1, ids.shape[1], ids.shape[1]], dim=1)
     cache = DynamicCache(config=model.config)
-    with rows_belong_to(None if members is None else distinct_members[:, 0]):
+    with rows_of(None if members is None else distinct_members[:, 0]):
         logits = model(
             input_ids=distinct_ids,
             attention_mask=distinct_mask,

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from tinylora_lite.adapter.members import rows_belong_to
+from tinylora_lite.adapter.layer import rows_of
 from tinylora_lite.sampling.logprobs import read_prompts
 from tinylora_lite.sampling.rollouts import Rollouts
 from tinylora_lite.utils import distributed
+from tinylora_lite.utils.distributed import is_sharded
 from tinylora_lite.utils.seeds import seed_of
-from tinylora_lite.utils.sharding import is_sharded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -162,7 +162,7 @@ def sample(
             if 0 < len(keep) <= 0.9 * len(alive):
                 cache.reorder_cache(keep)  # type: ignore[arg-type]  # any tensor of indices will do
                 alive, token, attention, position = (t[keep] for t in (alive, token, attention, position))
-            with rows_belong_to(None if members is None else members[alive]):
+            with rows_of(None if members is None else members[alive]):
                 logits = model(
                     input_ids=token,
                     attention_mask=attention,

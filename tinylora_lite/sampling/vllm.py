@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from tinylora_lite.adapter.quantized import dense_weight
+from tinylora_lite.adapter.weights import dense_weight
 from tinylora_lite.files.lora import export_lora
 from tinylora_lite.files.merge import merged_weights
 from tinylora_lite.sampling.rollouts import Rollouts

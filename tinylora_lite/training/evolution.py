@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tinylora_lite.adapter.batched import Population, attach_population
 from tinylora_lite.adapter.config import TinyLoraConfig
-from tinylora_lite.adapter.fingerprint import base_fingerprint
+from tinylora_lite.adapter.weights import base_fingerprint
 from tinylora_lite.sampling.rollouts import Rollouts, encode_prompts
 from tinylora_lite.sampling.sampler import sample
 from tinylora_lite.tasks.task import Example, Task

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tinylora_lite.adapter.adapter import TinyLoraAdapter
 from tinylora_lite.adapter.batched import Population
-from tinylora_lite.adapter.fingerprint import base_fingerprint
+from tinylora_lite.adapter.weights import base_fingerprint
 from tinylora_lite.evaluation.evaluate import evaluate
 from tinylora_lite.sampling.rollouts import Rollouts, Sampler
 from tinylora_lite.sampling.sampler import ModelSampler

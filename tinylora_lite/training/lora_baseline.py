@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tinylora_lite.adapter.fingerprint import base_fingerprint
 from tinylora_lite.adapter.tying import MODULE_TYPES
+from tinylora_lite.adapter.weights import base_fingerprint
 from tinylora_lite.sampling.logprobs import completion_logprobs
 from tinylora_lite.sampling.rollouts import Rollouts
 from tinylora_lite.tasks.task import Task

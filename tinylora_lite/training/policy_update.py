@@ -17,7 +17,7 @@ from tinylora_lite.training.losses import grpo_loss
 from tinylora_lite.training.ready import add_gradients, loss_scale
 from tinylora_lite.training.settings import GRPOSettings
 from tinylora_lite.utils import distributed
-from tinylora_lite.utils.sharding import is_sharded
+from tinylora_lite.utils.distributed import is_sharded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tinylora_lite.adapter.batched import Population
-from tinylora_lite.adapter.fingerprint import base_fingerprint
+from tinylora_lite.adapter.weights import base_fingerprint
 from tinylora_lite.evaluation.score import Completion, Score, judge
 from tinylora_lite.sampling.logprobs import completion_logprobs
 from tinylora_lite.sampling.rollouts import Rollouts, check_tokenizer, encode_prompts

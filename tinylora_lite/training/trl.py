@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tinylora_lite.adapter.adapter import TinyLoraAdapter
-from tinylora_lite.adapter.fingerprint import base_fingerprint
+from tinylora_lite.adapter.weights import base_fingerprint
 from tinylora_lite.files.adapter_file import save
 from tinylora_lite.files.file_format import read_file
 from tinylora_lite.sampling.logprobs import recomputes

@@ -1,23 +1,59 @@
-"""The record of a training run: everything that is needed to trust it, draw it and repeat it."""
+"""What a training run leaves behind: its record, and files that appear whole or not at all."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+import secrets
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
+from tinylora_lite import __version__
+
+CACHE = "TINYLORA_CACHE"
+"""The environment variable that names another folder than ``~/.cache/tinylora_lite``; ``off`` keeps no cache."""
+
+
+def atomic_write(path: str | Path, content: str | bytes) -> Path:
+    """Writes a file under a temporary name and renames it, so that no reader finds half of it.
+
+    Text is written as UTF-8. The folder is made where it is missing. A failed write leaves no temporary file.
+
+    Returns:
+        The path.
+
+    Raises:
+        OSError: the folder cannot be made or written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def cache_folder(name: str) -> Path | None:
+    """The folder of that name in the user's cache; ``None`` where ``TINYLORA_CACHE=off`` keeps no cache."""
+    root = os.environ.get(CACHE)
+    if root == "off":
+        return None
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return (Path(root) if root else home / "tinylora_lite") / name
 
 
 def environment() -> dict[str, str]:
     """Versions of what computed a result, and on what: tinylora_lite, torch, transformers, python, machine."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    from tinylora_lite import __version__  # the package imports this module
+    import torch  # here, so that whoever only reads records starts without it
 
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     return {
         "tinylora_lite": __version__,
         "torch": str(torch.__version__),  # a class of its own, which files would keep
@@ -36,24 +72,25 @@ def _version(package: str) -> str:
 
 @dataclass
 class Run:
-    """One training run.
+    """One training run: everything that is needed to trust it, draw it and repeat it.
 
     Attributes:
-        method: ``"grpo"`` or ``"sft"``.
+        method: ``"grpo"``, ``"sft"`` or ``"es"``.
         settings: the settings of training.
-        adapter: the settings of the adapter in words, or ``"all weights"``.
-        parameters: how many numbers train.
+        adapter: what trains: the adapter's settings and a hash of its modules, or ``{"kind": "all weights"}``. Records
+            of version 0.1.0 before this was a dictionary hold a sentence.
+        parameters: how many parameters train.
         task: the task's name.
-        base: SHA-256 of the base that training started from (:mod:`~tinylora_lite.adapter.fingerprint`).
-        steps: one row per step: reward, length, entropy, gradient norm and more, and seconds since the start.
-        evaluations: one row per evaluation: the step it follows, accuracy, low, high, n, samples.
+        base: SHA-256 of the base before training (:mod:`tinylora_lite.adapter.weights`).
+        steps: one row for each step: reward, length, entropy, gradient norm and more, and seconds since the start.
+        evaluations: one row for each evaluation: the step it follows, accuracy, low, high, n, samples.
         seconds: of training and evaluating, interruptions left out.
         environment: versions and machine.
     """
 
     method: str
     settings: dict[str, Any]
-    adapter: str
+    adapter: dict[str, Any] | str
     parameters: int
     task: str
     base: str = ""
@@ -73,12 +110,7 @@ class Run:
 
     def save(self, path: str | Path) -> Path:
         """Writes the record as JSON; the file appears whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-        return path
+        return atomic_write(path, json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Run:
@@ -95,7 +127,11 @@ class Run:
 
     @classmethod
     def from_dict(cls, values: Any) -> Run:
-        """A record from its fields. Raises ``ValueError`` where one is missing or unknown."""
+        """A record from its fields; of those that have a default, any may be missing.
+
+        Raises:
+            ValueError: a field without a default is missing, or one is unknown.
+        """
         if not isinstance(values, dict):
             raise ValueError(f"it holds a {type(values).__name__} where fields are expected")
         unknown = values.keys() - {f.name for f in fields(cls)}

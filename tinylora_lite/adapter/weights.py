@@ -1,4 +1,4 @@
-"""Quantized linear layers: their weights as plain matrices, and the true gradient through them.
+"""The weights of a base: plain or quantized, as matrices, as what identifies them, and the gradient through them.
 
 Known are the layers of bitsandbytes (4 and 8 bits) and the weights of torchao. The layers stay as they are; neither
 library is imported before a layer of it is at hand. Run on a CPU: all of bitsandbytes, and torchao's int8, intx, float8
@@ -8,7 +8,9 @@ tested with a stand-in for the kernel.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import json
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
+
+from tinylora_lite.utils.distributed import whole
 
 Quantization = Literal["bitsandbytes 4-bit", "bitsandbytes 8-bit", "torchao"]
 
@@ -276,3 +280,51 @@ def _inner_tensors(tensor: Tensor) -> Iterator[Tensor]:
         return
     for name in tensor.__tensor_flatten__()[0]:
         yield from _inner_tensors(getattr(tensor, name))
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """SHA-256 of a model's weights in hexadecimal: names, shapes, and the exact value of every entry.
+
+    All parameters count, adapted or not, since an adapter is trained against all of them. An entry counts by its
+    value as float32, so one checkpoint loaded as bfloat16, float16 or float32 has one fingerprint where the
+    conversion was lossless, and another where it rounded. Upper and lower halves of the bits are hashed apart, and
+    lower halves of zeros not at all: 15 GB of bfloat16 take about 20 seconds on one core, far less than the
+    decompositions of ``attach``. Of quantized weights, the packed numbers and scales count.
+
+    Raises:
+        ValueError: a parameter is on the meta device and has no values.
+    """
+    digest = hashlib.sha256()
+    for name, shape, parts in sorted(stored_parameters(model), key=lambda stored: stored.name):
+        if any(part.is_meta for part in parts):
+            raise ValueError(f"{name} is on the meta device and has no values; load all weights first")
+        digest.update(json.dumps([name, list(shape)]).encode())
+        for part in parts:
+            _update(digest, part)
+    return digest.hexdigest()
+
+
+def weight_fingerprint(weight: Tensor) -> str:
+    """SHA-256 of one matrix in hexadecimal: its shape and the exact value of every entry as float32, as above."""
+    digest = hashlib.sha256(json.dumps(list(weight.shape)).encode())
+    _update(digest, weight.detach())
+    return digest.hexdigest()
+
+
+def _update(digest: hashlib._Hash, values: Tensor) -> None:
+    for part in _exact_bytes(values):
+        digest.update(part)
+
+
+def _exact_bytes(values: Tensor, chunk_size: int = 1 << 22) -> Iterator[memoryview]:
+    for chunk in whole(values).reshape(-1).split(chunk_size):
+        chunk = chunk.cpu()
+        if chunk.dtype == torch.bfloat16:
+            yield chunk.view(torch.int16).numpy().data
+        elif chunk.is_floating_point():
+            halves = chunk.float().view(torch.int16).view(-1, 2)
+            yield halves[:, 1].contiguous().numpy().data
+            if halves[:, 0].any():
+                yield halves[:, 0].contiguous().numpy().data
+        else:
+            yield chunk.numpy().data
