@@ -10,6 +10,9 @@ from tinylora_lite import nano
 from tinylora_lite.adapter.adapter import adapter_of
 from tinylora_lite.adapter.batched import Population
 from tinylora_lite.adapter.layer import rows_of
+from tinylora_lite.training.grpo import GRPO
+from tinylora_lite.training.loop import fit
+from tinylora_lite.training.sft import SFT
 
 TASK = nano.task(train=64, validation=8, test=40)
 SETTINGS = tl.GRPOSettings(
@@ -58,7 +61,7 @@ def alone():
 def together():
     model, tokenizer = nano.load()
     population = tl.attach_population(model, [config for config, _ in MEMBERS])
-    runs = tl.train_grpo(model, tokenizer, population, TASK, [own for _, own in MEMBERS], progress=False)
+    runs = fit(GRPO(model, tokenizer, population, TASK, [own for _, own in MEMBERS]), progress=False)
     scores = tl.evaluate(
         model,
         tokenizer,
@@ -113,7 +116,7 @@ def test_the_gradient_is_the_one_alone_to_float64(base, normalise):
         for v, start in zip(population.vectors, starts, strict=True):
             v.copy_(start)
     members = [replace(settings, seed=k) for k in range(3)]
-    tl.train_grpo(model, tokenizer, population, TASK, members, progress=False)
+    fit(GRPO(model, tokenizer, population, TASK, members), progress=False)
     for v, gradient in zip(population.vectors, wanted, strict=True):
         assert gradient.abs().max() > 1e-4
         torch.testing.assert_close(v.grad, gradient, rtol=2e-5, atol=1e-8)
@@ -130,7 +133,7 @@ def test_imitation_too_is_the_one_alone(base):
         alone.append((run.curve("loss"), adapter.vectors.detach().clone()))
         adapter.detach()
     population = tl.attach_population(model, configs)
-    runs = tl.train_sft(model, tokenizer, population, TASK, [replace(settings, seed=k) for k in (0, 1)], progress=False)
+    runs = fit(SFT(model, tokenizer, population, TASK, [replace(settings, seed=k) for k in (0, 1)]), progress=False)
     for (losses, vectors), run, v in zip(alone, runs, population.vectors, strict=True):
         assert run.curve("loss") == pytest.approx(losses, rel=1e-4)
         torch.testing.assert_close(v.detach(), vectors, rtol=0, atol=1e-3)
@@ -212,16 +215,15 @@ def test_what_cannot_be_is_refused_and_leaves_the_model_untouched(base):
         tl.attach(model, one)
     with pytest.raises(ValueError, match="carries an adapter"):
         tl.train_grpo(model, tokenizer, None, TASK, SETTINGS)
-    task = TASK
     for settings, message in (
-        ([SETTINGS], "2 members, and there are settings for 1"),
-        ([SETTINGS, replace(SETTINGS, group_size=8)], "members share group_size"),
-        ([replace(SETTINGS, kl=0.1)] * 2, "kl=0"),
+        ([SETTINGS], "2 adapters, and there are settings for 1"),
+        ([SETTINGS, replace(SETTINGS, group_size=8)], "share group_size"),
+        ([replace(SETTINGS, kl=0.1)] * 2, "without a KL penalty"),
     ):
         with pytest.raises(ValueError, match=message):
-            tl.train_grpo(model, tokenizer, population, task, settings)
-    with pytest.raises(ValueError, match="without sampler, folder"):
-        tl.train_grpo(model, tokenizer, population, task, [SETTINGS] * 2, folder="x")
+            GRPO(model, tokenizer, population, TASK, settings)
+    with pytest.raises(ValueError, match="leave folder out"):
+        fit(GRPO(model, tokenizer, population, TASK, [SETTINGS] * 2), folder="x")
     ids = torch.ones(2, 3, dtype=torch.long)
     with pytest.raises(RuntimeError, match="given 2 rows, but adapters are set for none"):
         model(ids)

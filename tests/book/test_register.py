@@ -15,7 +15,7 @@ from tinylora_lite.book.published import HOW, Published, Source, load_published
 from tinylora_lite.book.register_table import COLUMNS, table
 from tinylora_lite.book.runs import Result, collect, measured, record
 from tinylora_lite.book.submission import _score
-from tinylora_lite.evaluation.log import close_evaluation, open_evaluation
+from tinylora_lite.evaluation.evaluate import close_evaluation, open_evaluation
 from tinylora_lite.evaluation.score import Completion, Score
 from tinylora_lite.experiment.run import run_experiment
 from tinylora_lite.experiment.settings import RunSettings

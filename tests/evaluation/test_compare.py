@@ -10,8 +10,7 @@ import pytest
 from scipy import stats
 
 import tinylora_lite as tl
-from tinylora_lite.evaluation.intervals import Z, bootstrap_interval, paired_interval
-from tinylora_lite.evaluation.score import Completion, Score
+from tinylora_lite.evaluation.score import Completion, Score, Z, bootstrap_interval, paired_interval
 
 
 def score(rewards, lenient=None, prompt="p") -> Score:
@@ -50,7 +49,7 @@ def quartic(n: int, better: int, worse: int) -> tuple[float, float]:
 
 class TestPairedInterval:
     def test_worked_example(self):
-        assert doctest.testmod(sys.modules["tinylora_lite.evaluation.intervals"]) == (0, 2)
+        assert doctest.testmod(sys.modules["tinylora_lite.evaluation.score"]) == (0, 4)
 
     @pytest.mark.parametrize(
         ("better", "worse", "n", "expected"),

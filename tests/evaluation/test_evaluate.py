@@ -13,8 +13,7 @@ from scipy import stats
 
 import tinylora_lite as tl
 from tinylora_lite import Example, Task, evaluate
-from tinylora_lite.evaluation.log import read_rows
-from tinylora_lite.evaluation.score import Completion, Score, interval
+from tinylora_lite.evaluation.score import Completion, Score, interval, read_rows
 from tinylora_lite.sampling.rollouts import Rollouts
 from tinylora_lite.sampling.sampler import ModelSampler
 
@@ -22,7 +21,7 @@ from tinylora_lite.sampling.sampler import ModelSampler
 def test_worked_example():
     import sys
 
-    assert doctest.testmod(sys.modules["tinylora_lite.evaluation.score"]) == (0, 2)
+    assert doctest.testmod(sys.modules["tinylora_lite.evaluation.score"]) == (0, 4)
 
 
 def column(right: int, n: int) -> np.ndarray:
@@ -432,7 +431,7 @@ class TestFolder:
 
     def test_completions_without_their_record(self, model, tokenizer, task, tmp_path):
         (tmp_path / "completions.jsonl").write_text("{}\n")
-        with pytest.raises(ValueError, match=r"stands without its evaluation\.json"):
+        with pytest.raises(ValueError, match=r"is there without its evaluation\.json"):
             evaluate(model, tokenizer, task, folder=tmp_path)
 
     def test_nothing_there(self, tmp_path):

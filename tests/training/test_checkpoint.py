@@ -5,14 +5,16 @@ import dataclasses
 import pytest
 import torch
 
-from tinylora_lite import GRPOSettings, Run
-from tinylora_lite.training.checkpoint import resume, save_checkpoint
+from tinylora_lite import GRPOSettings
+from tinylora_lite.training.loop import _resume as resume
+from tinylora_lite.utils.record import Run, save_checkpoint
 
 
 def a_run(**changes) -> Run:
     settings = dataclasses.asdict(GRPOSettings(steps=3, **changes.pop("settings", {})))
     return Run(
-        **{"method": "grpo", "settings": settings, "adapter": "two numbers", "parameters": 2, "task": "t"} | changes
+        **{"method": "grpo", "settings": settings, "adapter": {"kind": "two parameters"}, "parameters": 2, "task": "t"}
+        | changes
     )
 
 
@@ -64,7 +66,7 @@ def test_steps_and_save_every_may_differ(folder):
     [
         ({"settings": {"learning_rate": 0.5}}, "learning_rate = 0.01, not 0.5"),
         ({"settings": {"seed": 1}}, "seed = 0, not 1"),
-        ({"adapter": "all weights"}, "adapter = 'two numbers', not 'all weights'"),
+        ({"adapter": {"kind": "all weights"}}, "kind = 'two parameters', not 'all weights'"),
         ({"task": "u"}, "task = 't', not 'u'"),
         ({"method": "sft"}, "method = 'grpo', not 'sft'"),
         ({"base": "ab12"}, "base = '', not 'ab12'"),
@@ -121,11 +123,10 @@ def test_a_foreign_file(folder):
 def test_a_save_that_fails_leaves_the_old_checkpoint(folder, monkeypatch):
     before = (folder / "checkpoint.pt").read_bytes()
 
-    def half(state, path):
-        path.write_bytes(b"half")
+    def full(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(torch, "save", half)
+    monkeypatch.setattr("os.replace", full)
     with pytest.raises(OSError, match="no space"):
         save_checkpoint(folder, a_run(), *numbers())
     assert (folder / "checkpoint.pt").read_bytes() == before

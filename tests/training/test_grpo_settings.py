@@ -7,7 +7,7 @@ from tinylora_lite.training import settings as grpo_settings
 
 
 def test_worked_example():
-    assert doctest.testmod(grpo_settings) == (0, 1)
+    assert doctest.testmod(grpo_settings) == (0, 2)
 
 
 def test_variants_are_the_papers():

@@ -180,7 +180,7 @@ class TestRun:
     def test_all_weights_learn_by_heart(self, model, tokenizer, worked):
         same = dataclasses.replace(worked, train=[dataclasses.replace(e, solution=ANSWERS[1]) for e in worked.train])
         run = train_sft(model, tokenizer, None, same, dataclasses.replace(QUICK, steps=25, learning_rate=0.01))
-        assert (run.adapter, run.parameters) == ("all weights", sum(p.numel() for p in model.parameters()))
+        assert (run.adapter, run.parameters) == ({"kind": "all weights"}, sum(p.numel() for p in model.parameters()))
         assert run.curve("loss")[0] > 3
         assert run.curve("loss")[-1] < 0.1
         score = tl.evaluate(model, tokenizer, same, temperature=0, max_new_tokens=20)
@@ -262,9 +262,9 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("change", "match"),
         [
-            ({"steps": 0}, "steps must be a whole number of at least 1"),
-            ({"prompts_per_step": 2.0}, "prompts_per_step must be a whole number"),
-            ({"warmup": True}, "warmup must be a whole number"),
+            ({"steps": 0}, "steps must be an integer of at least 1"),
+            ({"prompts_per_step": 2.0}, "prompts_per_step must be an integer"),
+            ({"warmup": True}, "warmup must be an integer"),
             ({"seed": -1}, "seed must be"),
             ({"learning_rate": 0.0}, "learning_rate must be a finite number above 0"),
             ({"learning_rate": None}, "learning_rate must be a finite number above 0"),

@@ -1,11 +1,11 @@
 import doctest
 
-from tinylora_lite.utils import seeds
-from tinylora_lite.utils.seeds import seed_of
+from tinylora_lite.utils import record
+from tinylora_lite.utils.record import seed_of
 
 
 def test_worked_example():
-    assert doctest.testmod(seeds) == (0, 1)
+    assert doctest.testmod(record) == (0, 1)
 
 
 def test_the_same_on_every_machine():

@@ -10,8 +10,6 @@ adapter alone keeps no model in memory. A deep copy or a pickle of the model tak
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from tinylora_lite.adapter.config import TinyLoraConfig
 from tinylora_lite.adapter.layer import AddUpdate, Factors, Hook, factors_of
@@ -27,7 +26,7 @@ from tinylora_lite.adapter.projection import Basis
 from tinylora_lite.adapter.svd import cached_decompose
 from tinylora_lite.adapter.tying import find_sites, vector_groups
 from tinylora_lite.adapter.weights import allow_packing, check_weight, dense_weight, train_through, weight_shape
-from tinylora_lite.utils.progress import progress_bar
+from tinylora_lite.utils.record import describe, short_hash
 
 LARGE = 10**8
 """How many weights to decompose are worth a progress bar."""
@@ -229,23 +228,9 @@ def take_off(model: nn.Module | None, hooks: list[Any], trainable: Mapping[str, 
 
 def identity(config: TinyLoraConfig, names: Sequence[str], given: Mapping[str, Factors]) -> dict[str, Any]:
     """What tells one adapter from another, as JSON holds it: settings, hashes of the modules and of given factors."""
-    factors = {name: [_short_hash(part.tolist()) for part in _parts(given[name])] for name in given}
-    return {"kind": "tinylora", **config.as_dict(), "modules": len(names), "modules_hash": _short_hash(names)} | (
-        {"given_factors": _short_hash(factors)} if factors else {}
-    )
-
-
-def describe(of: Mapping[str, Any], parameters: int) -> str:
-    """An identity in words; runs that were saved by version 0.1.0 know their adapter by this sentence."""
-    P = of["projection"]
-    projection = P if P in ("random", "identity") else f"calibrated {P[:12]}"
-    tying = f"n_tie={of['n_tie']}, tying={of['tying']}"
-    return (
-        f"{parameters} numbers on {of['modules']} modules ({of['modules_hash']}), rank={of['rank']}, u={of['u']}, "
-        f"{tying if of['groups'] is None else 'groups=' + _short_hash(of['groups'])}, seed={of['seed']}, "
-        f"sigma={of['sigma']}, projection={projection}"
-        + (f", arithmetic={of['arithmetic']}" if of["arithmetic"] != "model" else "")
-        + (f", given factors {of['given_factors']}" if "given_factors" in of else "")
+    factors = {name: [short_hash(part.tolist()) for part in _parts(given[name])] for name in given}
+    return {"kind": "tinylora", **config.as_dict(), "modules": len(names), "modules_hash": short_hash(names)} | (
+        {"given_factors": short_hash(factors)} if factors else {}
     )
 
 
@@ -259,27 +244,21 @@ def _all_factors(
     weights = {name: modules[name].get_parameter("weight") for name in names}
     large = sum(weight.numel() for name, weight in weights.items() if name not in given) > LARGE
     found = {}
-    with progress_bar("SVD", len(names), show=large) as advance:
-        for index, (name, weight) in enumerate(weights.items()):
-            if name in given:
-                left, right, projection = (part.to(weight.device) for part in _parts(given[name]))
-                found[name] = Factors(left, right, projection)
-            else:
-                try:
-                    triplets = cached_decompose(dense_weight(modules[name]), config.rank, config.seed, cache)
-                except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from error
-                found[name] = factors_of(triplets, config, index, name)
-            advance(name)
+    for index, (name, weight) in enumerate(tqdm(weights.items(), "SVD", disable=None if large else True)):
+        if name in given:
+            left, right, projection = (part.to(weight.device) for part in _parts(given[name]))
+            found[name] = Factors(left, right, projection)
+            continue
+        try:
+            triplets = cached_decompose(dense_weight(modules[name]), config.rank, config.seed, cache)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        found[name] = factors_of(triplets, config, index, name)
     return found
 
 
 def _parts(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
     return factors.left, factors.right, factors.projection
-
-
-def _short_hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:8]
 
 
 def _no_model() -> None:

@@ -20,12 +20,12 @@ from tinylora_lite.adapter.adapter import (
     attach,
     carries_updates,
     check_modules,
-    describe,
     identity,
     take_off,
 )
 from tinylora_lite.adapter.config import TinyLoraConfig
 from tinylora_lite.adapter.layer import Factors, Hook, adapters_of_rows, projection_of
+from tinylora_lite.utils.record import describe
 
 SHARED = ("rank", "u", "sigma", "target_modules", "arithmetic")
 """The settings that all adapters of a population have in common."""

@@ -25,7 +25,6 @@ from tinylora_lite.adapter.adapter import TinyLoraAdapter
 from tinylora_lite.cli import bases
 from tinylora_lite.evaluation.compare import Comparison, compare
 from tinylora_lite.evaluation.evaluate import evaluate
-from tinylora_lite.evaluation.log import write_whole
 from tinylora_lite.evaluation.score import Score
 from tinylora_lite.experiment.models import is_nano, load_model, load_tokenizer
 from tinylora_lite.files.adapter_file import load
@@ -34,7 +33,7 @@ from tinylora_lite.files.peft import import_peft
 from tinylora_lite.sampling.rollouts import Sampler
 from tinylora_lite.tasks.task import Task
 from tinylora_lite.utils.progress import progress_bar
-from tinylora_lite.utils.record import environment
+from tinylora_lite.utils.record import atomic_write, environment
 from tinylora_lite.view.progress import PlainProgress
 
 if TYPE_CHECKING:
@@ -118,7 +117,7 @@ def run(arguments: argparse.Namespace) -> None:
         "environment": environment(),
     }
     if arguments.folder is not None:
-        write_whole(arguments.folder / "result.json", json.dumps(record, indent=1) + "\n")
+        atomic_write(arguments.folder / "result.json", json.dumps(record, indent=1) + "\n")
     if arguments.json:
         print(json.dumps(record))
         return

@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tinylora_lite.evaluation.intervals import bootstrap_interval, paired_interval
-from tinylora_lite.evaluation.score import Score
+from tinylora_lite.evaluation.score import Score, bootstrap_interval, paired_interval
 
 RESAMPLES = 9999
 

@@ -20,7 +20,6 @@ from tinylora_lite.adapter.adapter import TinyLoraAdapter, attach
 from tinylora_lite.adapter.projection import Basis
 from tinylora_lite.evaluation.compare import Comparison, compare
 from tinylora_lite.evaluation.evaluate import evaluate
-from tinylora_lite.evaluation.log import write_whole
 from tinylora_lite.evaluation.score import Score
 from tinylora_lite.experiment.models import is_nano, load_model
 from tinylora_lite.experiment.settings import RunSettings
@@ -35,7 +34,7 @@ from tinylora_lite.training.settings import SFTSettings
 from tinylora_lite.training.sft import train_sft
 from tinylora_lite.utils import distributed
 from tinylora_lite.utils.distributed import is_sharded, shard_model
-from tinylora_lite.utils.record import Run
+from tinylora_lite.utils.record import Run, atomic_write
 from tinylora_lite.view.progress import Progress
 
 if TYPE_CHECKING:
@@ -137,7 +136,7 @@ def run_experiment(
             bench.model.save_pretrained(folder / "model")
             bench.tokenizer.save_pretrained(folder / "model")
         settings.save(folder / "settings.yaml")  # again: what may differ between two calls, may
-        write_whole(folder / "outcome.json", json.dumps(outcome.summary(), indent=1) + "\n")
+        atomic_write(folder / "outcome.json", json.dumps(outcome.summary(), indent=1) + "\n")
     bench.clear(adapter)
     distributed.barrier()
     return outcome

@@ -23,7 +23,7 @@ from tinylora_lite.sampling.sampler import ModelSampler
 from tinylora_lite.training.batches import draw_prompts, rollout, score
 from tinylora_lite.training.losses import grpo_advantages
 from tinylora_lite.training.settings import GRPOSettings
-from tinylora_lite.utils.seeds import seed_of
+from tinylora_lite.utils.record import seed_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -175,7 +175,7 @@ def imitation_losses(
     rows, K = encode_solutions(tokenizer, task, examples), len(population)
     sums = torch.zeros(K)
     for index in torch.argsort(rows.lengths, stable=True).split(max(1, ROWS // 4 // K)):
-        part = replace(rows.rows(index.repeat(K)), members=torch.arange(K).repeat_interleave(len(index)))
+        part = replace(rows.rows(index.repeat(K)), adapters=torch.arange(K).repeat_interleave(len(index)))
         sums -= (completion_logprobs(model, part) * part.completion_mask).view(K, -1).sum(dim=1)
     return sums / rows.lengths.sum()
 

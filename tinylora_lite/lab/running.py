@@ -28,10 +28,11 @@ from tinylora_lite.lab.tasks import task_of
 from tinylora_lite.lab.trial import Trial
 from tinylora_lite.planning.counting import count_parameters
 from tinylora_lite.training.evolution import ESSettings, train_es
-from tinylora_lite.training.grpo import train_grpo
+from tinylora_lite.training.grpo import GRPO, train_grpo
+from tinylora_lite.training.loop import fit
 from tinylora_lite.training.lora_baseline import train_lora
 from tinylora_lite.training.settings import GRPOSettings, SFTSettings
-from tinylora_lite.training.sft import train_sft
+from tinylora_lite.training.sft import SFT, train_sft
 from tinylora_lite.utils.record import Run, environment
 
 SWEEP_PROBLEMS = 500
@@ -129,10 +130,10 @@ def _together(trials: Sequence[Trial], bases: Path | None) -> list[Record]:
     try:
         if first.method == "grpo":
             own = [grpo_settings(trial) for trial in trials]
-            runs = train_grpo(model, tokenizer, population, task, own, on_step=after, progress=False)
+            runs = fit(GRPO(model, tokenizer, population, task, own), on_step=after, progress=False)
         else:
             shown = [sft_settings(trial) for trial in trials]
-            runs = train_sft(model, tokenizer, population, task, shown, on_step=after, progress=False)
+            runs = fit(SFT(model, tokenizer, population, task, shown), on_step=after, progress=False)
         # Answers of one seed for all: what a member scores must not depend on who else is in the batch.
         scored = _scored(replace(first, seed=0))
         scores = {n: evaluate(model, tokenizer, population=population, **how) for n, how in scored}

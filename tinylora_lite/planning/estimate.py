@@ -14,7 +14,7 @@ from typing import Literal
 from tinylora_lite.adapter.tying import groups_of
 from tinylora_lite.experiment.settings import RunSettings
 from tinylora_lite.planning.shapes import ModelShape
-from tinylora_lite.sampling.logprobs import LOGITS_AT_ONCE
+from tinylora_lite.sampling.logits import LOGITS_AT_ONCE
 from tinylora_lite.training.calibrate import MICRO_BATCH
 from tinylora_lite.training.settings import SFTSettings
 
@@ -190,7 +190,7 @@ def backward_workspace(shape: ModelShape, batch: Batch, element: int) -> float:
 def logits_bytes(shape: ModelShape, batch: Batch, element: int) -> float:
     """Bytes of logits, their logarithms, the softmax and its gradient, of as many tokens as exist at once.
 
-    Below :data:`~tinylora_lite.sampling.logprobs.LOGITS_AT_ONCE` they are made once, and wait for the backward pass.
+    Below :data:`~tinylora_lite.sampling.logits.LOGITS_AT_ONCE` they are made once, and wait for the backward pass.
     """
     numbers = min(batch.rows * batch.completion * shape.vocabulary, LOGITS_AT_ONCE)
     return 3 * FLOAT * numbers + element * batch.rows * batch.completion * shape.width

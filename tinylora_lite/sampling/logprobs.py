@@ -2,34 +2,22 @@
 
 Prompts that occur more than once (the groups of GRPO) are read once: their keys and values are computed for one row and
 repeated for the others.
-
-With a vocabulary of 152,000 the logits of a single completion of 4,096 tokens take 2.5 GB in float32, and their softmax
-and its gradient as much again: more than everything else a frozen model keeps for its backward pass. So they are made
-in chunks, and made again in the backward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from tinylora_lite.adapter.layer import rows_of
+from tinylora_lite.sampling.logits import head_gives_logprobs, tokens_at_once
 from tinylora_lite.sampling.rollouts import Rollouts
 from tinylora_lite.utils.distributed import is_sharded
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
-
-LOGITS_AT_ONCE = 1 << 27
-"""How many logits exist at a time: 512 MiB in float32, 883 tokens of Qwen2.5's vocabulary."""
-
-PLAIN_HEADS = frozenset({"llama", "mistral", "qwen2", "qwen3"})
-"""Model types of transformers whose logits are what the head puts out: nothing scales or caps them afterwards."""
 
 
 def completion_logprobs(model: PreTrainedModel, rollouts: Rollouts, temperature: float = 1.0) -> Tensor:
@@ -42,7 +30,7 @@ def completion_logprobs(model: PreTrainedModel, rollouts: Rollouts, temperature:
     attention = torch.cat([rollouts.prompt_mask, rollouts.completion_mask], dim=1)
     positions = (attention.cumsum(dim=1) - 1).clamp(min=0)
     if not _can_share_prompts(model):
-        with rows_of(rollouts.members):
+        with rows_of(rollouts.adapters):
             return _logprobs_after(
                 model,
                 ids,
@@ -52,11 +40,11 @@ def completion_logprobs(model: PreTrainedModel, rollouts: Rollouts, temperature:
                 position_ids=positions[:, :-1],
                 use_cache=False,
             )
-    logits, cache = read_prompts(model, rollouts.prompt_ids, rollouts.prompt_mask, rollouts.members)
+    logits, cache = read_prompts(model, rollouts.prompt_ids, rollouts.prompt_mask, rollouts.adapters)
     first = torch.log_softmax(logits.float() / temperature, dim=-1).gather(1, ids[:, :1])
     if tokens == 1:
         return first
-    with rows_of(rollouts.members):
+    with rows_of(rollouts.adapters):
         following = _logprobs_after(
             model,
             ids[:, 1:],
@@ -82,16 +70,16 @@ def _logprobs_after(model: PreTrainedModel, ids: Tensor, temperature: float, **i
 
 
 def read_prompts(
-    model: PreTrainedModel, ids: Tensor, mask: Tensor, members: Tensor | None = None
+    model: PreTrainedModel, ids: Tensor, mask: Tensor, adapters: Tensor | None = None
 ) -> tuple[Tensor, Cache]:
     """Logits after each prompt, ``[batch, vocabulary]``, and a cache of all prompts; equal prompts are read once."""
     from transformers import DynamicCache  # its modules take seconds, which import tinylora_lite should not
 
-    whose = torch.zeros_like(ids[:, :1]) if members is None else members[:, None]
+    whose = torch.zeros_like(ids[:, :1]) if adapters is None else adapters[:, None]
     distinct, place = torch.unique(torch.cat([whose, ids, mask], dim=1), dim=0, return_inverse=True)
-    distinct_members, distinct_ids, distinct_mask = distinct.split([1, ids.shape[1], ids.shape[1]], dim=1)
+    distinct_adapters, distinct_ids, distinct_mask = distinct.split([1, ids.shape[1], ids.shape[1]], dim=1)
     cache = DynamicCache(config=model.config)
-    with rows_of(None if members is None else distinct_members[:, 0]):
+    with rows_of(None if adapters is None else distinct_adapters[:, 0]):
         logits = model(
             input_ids=distinct_ids,
             attention_mask=distinct_mask,
@@ -102,57 +90,6 @@ def read_prompts(
         ).logits[:, -1]
     cache.reorder_cache(place)
     return logits[place], cache
-
-
-def chosen_logprobs(
-    head: Callable[[Tensor], Tensor], hidden: Tensor, ids: Tensor, temperature: float, at_once: int
-) -> Tensor:
-    """The log-probability of one token after each hidden state, ``[...]`` float32, differentiable.
-
-    Args:
-        head: hidden states ``[tokens, width]`` to logits ``[tokens, vocabulary]``.
-        hidden: ``[..., width]``.
-        ids: ``[...]`` int64.
-        temperature: divides the logits.
-        at_once: tokens whose logits exist at the same time.
-    """
-
-    def logprobs(hidden: Tensor, ids: Tensor) -> Tensor:
-        distribution = torch.log_softmax(head(hidden).float() / temperature, dim=-1)
-        return distribution.gather(1, ids[:, None])[:, 0]
-
-    pieces = zip(hidden.flatten(0, -2).split(at_once), ids.flatten().split(at_once), strict=True)
-    chosen = [checkpoint(logprobs, states, tokens, use_reentrant=False) for states, tokens in pieces]
-    return torch.cat(chosen).view(ids.shape)
-
-
-def tokens_at_once(model: PreTrainedModel) -> int | None:
-    """How many tokens' logits should exist at a time; ``None`` for a model whose head cannot be taken by itself.
-
-    That is one that does something to its logits afterwards, or that has hooks on its head (an adapter's, for one).
-    """
-    head = model.get_output_embeddings()
-    if head is None or head._forward_hooks or head._forward_pre_hooks or model.config.model_type not in PLAIN_HEADS:
-        return None
-    return max(1, LOGITS_AT_ONCE // int(model.config.vocab_size))
-
-
-@contextmanager
-def head_gives_logprobs(model: PreTrainedModel, ids: Tensor, temperature: float, at_once: int) -> Iterator[None]:
-    """Inside, the ``logits`` of ``model`` are log-probabilities of ``ids``, ``[batch, tokens, 1]`` float32.
-
-    The head is called from inside the model, where wrappers that gather weights for the forward pass expect it.
-    """
-    head = model.get_output_embeddings()
-    replaced, forward = head.__dict__.get("forward"), head.forward
-    head.forward = lambda hidden: chosen_logprobs(forward, hidden, ids, temperature, at_once)[..., None]
-    try:
-        yield
-    finally:
-        if replaced is None:
-            del head.forward
-        else:
-            head.forward = replaced
 
 
 def _can_share_prompts(model: PreTrainedModel) -> bool:

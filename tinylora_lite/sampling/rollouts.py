@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
-
-from tinylora_lite.tasks.task import Example, Task
+from torch.nn.utils.rnn import pad_sequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from tinylora_lite.adapter.adapter import TinyLoraAdapter
+    from tinylora_lite.tasks.task import Example, Task
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Rollouts:
             A sampler that keeps only the drawn token's probability puts ``-logprobs`` here, whose mean is the same.
         truncated: ``[batch]`` bool, where the length limit came before an end token.
         texts: the completions without special tokens.
-        members: ``[batch]`` int64, whose rows these are where the model carries a population; ``None`` elsewhere.
+        adapters: ``[batch]`` int64, the adapter of each row where the model carries a population; ``None`` elsewhere.
     """
 
     prompt_ids: Tensor
@@ -42,7 +43,7 @@ class Rollouts:
     entropies: Tensor
     truncated: Tensor
     texts: list[str]
-    members: Tensor | None = None
+    adapters: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -65,7 +66,7 @@ class Rollouts:
             self.entropies[index, :tokens],
             self.truncated[index],
             [self.texts[i] for i in index.tolist()],
-            None if self.members is None else self.members[index],
+            None if self.adapters is None else self.adapters[index],
         )
 
 
@@ -115,10 +116,14 @@ def encode_prompts(
         tokenizer.apply_chat_template(task.messages(e), tokenize=False, add_generation_prompt=True) for e in examples
     ]
     rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), tokenizer.pad_token_id)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, width - len(row) :] = torch.tensor(row)
-        mask[i, width - len(row) :] = 1
-    return ids.to(device), mask.to(device)
+    return padded(rows, tokenizer, "left", device)
+
+
+def padded(
+    rows: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, side: str, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """Token ids as one tensor and the mask of those that are no padding, both ``[rows, longest]`` int64."""
+    ids = [torch.tensor(row) for row in rows]
+    ones = [torch.ones_like(row) for row in ids]
+    pad = partial(pad_sequence, batch_first=True, padding_side=side)
+    return pad(ids, padding_value=tokenizer.pad_token_id).to(device), pad(ones).to(device)

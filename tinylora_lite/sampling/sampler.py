@@ -15,7 +15,7 @@ from tinylora_lite.sampling.logprobs import read_prompts
 from tinylora_lite.sampling.rollouts import Rollouts
 from tinylora_lite.utils import distributed
 from tinylora_lite.utils.distributed import is_sharded
-from tinylora_lite.utils.seeds import seed_of
+from tinylora_lite.utils.record import seed_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -99,7 +99,7 @@ def sample(
     temperature: float = 1.0,
     seed: int = 0,
     first_row: int = 0,
-    members: Tensor | None = None,
+    adapters: Tensor | None = None,
     streams: Sequence[tuple[int, int]] | None = None,
 ) -> Rollouts:
     """One completion for each prompt, decoded together with a key-value cache that drops finished rows.
@@ -116,7 +116,7 @@ def sample(
             top-k or top-p: their renormalised probabilities would not be the trainer's.
         seed: of the draw. Every row has random numbers of its own, so what it draws does not depend on its company.
         first_row: where this batch stands in a larger one that is sampled in parts.
-        members: ``[batch]`` int64, who answers each row where the model carries a population.
+        adapters: ``[batch]`` int64, who answers each row where the model carries a population.
         streams: a seed and a place for each row, in place of ``seed`` and of the rows' numbers from ``first_row``.
 
     Raises:
@@ -142,7 +142,7 @@ def sample(
 
     with modes_kept(model):
         model.eval()
-        logits, cache = read_prompts(model, prompt_ids, prompt_mask, members)
+        logits, cache = read_prompts(model, prompt_ids, prompt_mask, adapters)
         for step in range(max_new_tokens):
             log_distribution = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
             if log_distribution.isnan().any():
@@ -162,7 +162,7 @@ def sample(
             if 0 < len(keep) <= 0.9 * len(alive):
                 cache.reorder_cache(keep)  # type: ignore[arg-type]  # any tensor of indices will do
                 alive, token, attention, position = (t[keep] for t in (alive, token, attention, position))
-            with rows_of(None if members is None else members[alive]):
+            with rows_of(None if adapters is None else adapters[alive]):
                 logits = model(
                     input_ids=token,
                     attention_mask=attention,
@@ -185,7 +185,7 @@ def sample(
         entropies[:, :width] * mask,
         ~done,
         [text.strip() for text in texts],
-        members,
+        adapters,
     )
 
 

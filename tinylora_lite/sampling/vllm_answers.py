@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tinylora_lite.sampling.rollouts import Rollouts
-from tinylora_lite.utils.seeds import seed_of
+from tinylora_lite.utils.record import seed_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

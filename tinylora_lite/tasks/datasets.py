@@ -20,7 +20,7 @@ from tinylora_lite.tasks.catalog import PROBLEM_SETS, ProblemSet
 from tinylora_lite.tasks.problem_files import Row, read_problems
 from tinylora_lite.tasks.rewards import gsm8k_reward, keeps_format, math_reward
 from tinylora_lite.tasks.task import Example, Task
-from tinylora_lite.utils.seeds import seed_of
+from tinylora_lite.utils.record import seed_of
 
 
 @dataclass(frozen=True)

@@ -1,28 +1,51 @@
-"""What a step trains on: prompts drawn, sampled and scored for GRPO, worked answers encoded for SFT."""
+"""What a step trains on: completions that were sampled and scored (GRPO), or worked answers (SFT)."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from tinylora_lite.sampling.rollouts import Rollouts, Sampler, check_tokenizer, encode_prompts
-from tinylora_lite.sampling.sampler import ModelSampler
-from tinylora_lite.tasks.task import Example, Task
-from tinylora_lite.training.settings import GRPOSettings, SFTSettings
+from tinylora_lite.sampling.rollouts import Rollouts, Sampler, check_tokenizer, encode_prompts, padded
+from tinylora_lite.sampling.sampler import sample
+from tinylora_lite.training.settings import GRPOSettings, TrainingSettings
 from tinylora_lite.utils import distributed
-from tinylora_lite.utils.seeds import seed_of
+from tinylora_lite.utils.record import seed_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from tinylora_lite.tasks.task import Example, Task
 
-def draw_prompts(examples: Sequence[Example], settings: GRPOSettings | SFTSettings, step: int) -> list[Example]:
-    """The prompts of a step: the training problems in an order of the seed's, reshuffled when all were used."""
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows of one step, those of one adapter after those of another.
+
+    Attributes:
+        rollouts: prompts and completions.
+        advantages: ``[batch]`` float32; 1 in imitation.
+        denominators: ``[batch]`` float32, what the sum over a row's tokens is divided by in its adapter's loss.
+        counted: ``[batch]`` bool, the rows that take part in the loss.
+        tokens: ``[adapters]`` int64, tokens of the rows that take part, in all processes.
+        metrics: what the record of each adapter's run says of the batch.
+    """
+
+    rollouts: Rollouts
+    advantages: Tensor
+    denominators: Tensor
+    counted: Tensor
+    tokens: Tensor
+    metrics: list[dict[str, float]]
+
+
+def draw_prompts(examples: Sequence[Example], settings: TrainingSettings, step: int) -> list[Example]:
+    """The problems of a step: the training problems in an order of the seed's, reshuffled when all were used."""
 
     @cache
     def order(epoch: int) -> list[int]:
@@ -37,8 +60,8 @@ def rollout(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
-    examples: list[Example],
-    settings: GRPOSettings,
+    examples: Sequence[Example],
+    settings: GRPOSettings | Sequence[GRPOSettings],
     step: int,
     sampler: Sampler | None = None,
 ) -> Rollouts:
@@ -47,30 +70,61 @@ def rollout(
     Args:
         model: answers where there is no ``sampler``.
         tokenizer: the model's.
-        task: knows the prompts' conversations.
-        examples: this process's share of the step's prompts.
-        settings: group size, length limit, temperature and seed.
+        task: makes the prompts' conversations.
+        examples: this process's share of the step's problems; of a population, each adapter's after another's.
+        settings: group size, length limit, temperature and seed; a list of them where the model carries a population.
         step: moves the seed.
-        sampler: who answers, already in step with the policy.
+        sampler: what answers, already in step with the policy.
     """
+    several = settings if isinstance(settings, Sequence) else [settings]
+    shared, rows = several[0], len(examples) * several[0].group_size
     ids, mask = encode_prompts(tokenizer, task, examples, next(model.parameters()).device)
-    repeated = (tensor.repeat_interleave(settings.group_size, dim=0) for tensor in (ids, mask))
-    return (sampler or ModelSampler(model, tokenizer)).sample(
-        *repeated,
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        seed=seed_of("rollout", settings.seed, step),
-        first_row=distributed.rank() * len(examples) * settings.group_size,
-    )
+    ids, mask = (tensor.repeat_interleave(shared.group_size, dim=0) for tensor in (ids, mask))
+    seeds = [seed_of("rollout", own.seed, step) for own in several]
+    limits: Any = {"max_new_tokens": shared.max_new_tokens, "temperature": shared.temperature}
+    if isinstance(settings, Sequence):
+        each = rows // len(several)
+        streams = [(seed, row) for seed in seeds for row in range(each)]
+        adapters = torch.arange(len(several)).repeat_interleave(each)
+        return sample(model, tokenizer, ids, mask, streams=streams, adapters=adapters, **limits)
+    first_row = distributed.rank() * rows
+    if sampler is None:
+        return sample(model, tokenizer, ids, mask, seed=seeds[0], first_row=first_row, **limits)
+    return sampler.sample(ids, mask, seed=seeds[0], first_row=first_row, **limits)
 
 
-def score(rollouts: Rollouts, task: Task, examples: list[Example], settings: GRPOSettings) -> Tensor:
+def score(rollouts: Rollouts, task: Task, examples: Sequence[Example], settings: GRPOSettings) -> Tensor:
     """Rewards of a rollout, ``[prompts, group_size]`` float32. Raises ``ValueError`` where one is no finite number."""
     golds = [example.gold for example in examples for _ in range(settings.group_size)]
     rewards = torch.tensor([task.score(text, gold) for text, gold in zip(rollouts.texts, golds, strict=True)])
     if settings.truncated != "score":
         rewards[rollouts.truncated.cpu()] = 0.0
     return rewards.view(len(examples), settings.group_size)
+
+
+def encode_solutions(
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    examples: Sequence[Example],
+    device: torch.device | str = "cpu",
+) -> Rollouts:
+    """Worked answers as if a model had sampled them, the end token included; their log-probabilities are zeros.
+
+    Prompt and answer are tokenized apart, as in sampling, where the answer follows a prompt whose tokens are fixed.
+    What the chat template puts between them (a space, an empty thought) belongs to the answer.
+    """
+    prompt_ids, prompt_mask = encode_prompts(tokenizer, task, examples, device)
+    ids, mask = padded(_solution_ids(tokenizer, task, examples), tokenizer, "right", device)
+    zeros = torch.zeros(ids.shape, device=device)
+    whole = torch.zeros(len(ids), dtype=torch.bool, device=device)
+    texts = [example.solution or "" for example in examples]
+    return Rollouts(prompt_ids, prompt_mask, ids, mask, zeros, zeros, whole, texts)
+
+
+def micro_batches(lengths: Tensor, live: Tensor, size: int) -> Iterator[Tensor]:
+    """Indices of the live rows in parts of ``size``, rows of like length together: less padding to compute."""
+    order = torch.argsort(lengths, stable=True)
+    return (chunk for chunk in order[live[order]].split(size) if len(chunk))
 
 
 def check_task(tokenizer: PreTrainedTokenizerBase, task: Task, settings: GRPOSettings) -> None:
@@ -83,47 +137,16 @@ def check_task(tokenizer: PreTrainedTokenizerBase, task: Task, settings: GRPOSet
     task.score("", task.train[0].gold)
 
 
-def encode_solutions(
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    examples: Sequence[Example],
-    device: torch.device | str = "cpu",
-) -> Rollouts:
-    """Worked answers as if a model had sampled them, the end token included; their log-probabilities are zeros.
-
-    Prompt and answer become tokens apart from each other, as they do in sampling, where the answer follows a prompt
-    whose tokens are fixed. What the chat template puts between them (a space, an empty thought) belongs to the answer.
-    """
-    prompt_ids, prompt_mask = encode_prompts(tokenizer, task, examples, device)
-    solutions = _solution_ids(tokenizer, task, examples)
-    ids = torch.full((len(solutions), max(map(len, solutions))), tokenizer.pad_token_id)
-    mask = torch.zeros_like(ids)
-    for i, solution in enumerate(solutions):
-        ids[i, : len(solution)] = torch.tensor(solution)
-        mask[i, : len(solution)] = 1
-    nothing = torch.zeros(ids.shape, device=device)
-    return Rollouts(
-        prompt_ids,
-        prompt_mask,
-        ids.to(device),
-        mask.to(device),
-        logprobs=nothing,
-        entropies=nothing,
-        truncated=torch.zeros(len(ids), dtype=torch.bool, device=device),
-        texts=[_solution(example) for example in examples],
-    )
-
-
 def check_solutions(
     tokenizer: PreTrainedTokenizerBase, task: Task, examples: Sequence[Example], which: str, longest: int
 ) -> None:
     """Raises ``ValueError`` where imitation lacks an answer, or where one is longer than ``longest`` tokens."""
+    training = which == "training"
     if not examples:
-        cure = "" if which == "training" else "; set evaluate_every=0"
-        raise ValueError(f"task {task.name} has no {which} problems{cure}")
+        raise ValueError(f"task {task.name} has no {which} problems" + ("" if training else "; set evaluate_every=0"))
     for place, example in enumerate(examples):
         if example.solution is None:
-            cure = "train with train_grpo, which needs none" if which == "training" else "set evaluate_every=0"
+            cure = "train with train_grpo, which needs none" if training else "set evaluate_every=0"
             raise ValueError(
                 f"{which} problem {place + 1} of task {task.name} has no worked answer to imitate; "
                 f"give Example(..., solution=...), or {cure}"
@@ -137,16 +160,12 @@ def check_solutions(
         )
 
 
-def _solution(example: Example) -> str:
-    if example.solution is None:
-        raise ValueError("an example has no worked answer; give Example(..., solution=...)")
-    return example.solution
-
-
 def _solution_ids(tokenizer: PreTrainedTokenizerBase, task: Task, examples: Sequence[Example]) -> list[list[int]]:
     texts = []
     for example in examples:
-        solution, asked = _solution(example).strip(), task.messages(example)
+        if example.solution is None:
+            raise ValueError("an example has no worked answer; give Example(..., solution=...)")
+        solution, asked = example.solution.strip(), task.messages(example)
         prompt = str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
         answered = [*asked, {"role": "assistant", "content": solution}]
         whole = str(tokenizer.apply_chat_template(answered, tokenize=False))

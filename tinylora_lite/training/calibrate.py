@@ -29,8 +29,8 @@ from tinylora_lite.sampling.rollouts import Rollouts, Sampler
 from tinylora_lite.sampling.sampler import ModelSampler
 from tinylora_lite.tasks.task import Example, Task
 from tinylora_lite.training.batches import check_task, draw_prompts, rollout, score
+from tinylora_lite.training.loop import ready_to_train
 from tinylora_lite.training.losses import grpo_advantages, grpo_loss
-from tinylora_lite.training.ready import ready_to_train
 from tinylora_lite.training.settings import GRPOSettings, Truncated
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def calibrate(
                 f"R has {adapter.num_parameters} entries at rank={rank}, fewer than directions={directions}; "
                 "raise the rank, or ask for fewer"
             )
-        with ready_to_train(model, adapter):
+        with ready_to_train(model, [adapter.vectors]):
             answers = sampler or ModelSampler(model, tokenizer)
             samples = _Samples(model, tokenizer, adapter, task, settings, answers, progress, problems)
             found = [samples.gradients(problems // looks)]

@@ -28,11 +28,10 @@ from tinylora_lite.sampling.rollouts import Rollouts, encode_prompts
 from tinylora_lite.sampling.sampler import sample
 from tinylora_lite.tasks.task import Example, Task
 from tinylora_lite.training.batches import check_task, draw_prompts
-from tinylora_lite.training.grpo import RECORDED_NUMBERS
+from tinylora_lite.training.loop import RECORDED_PARAMETERS
 from tinylora_lite.training.settings import GRPOSettings
 from tinylora_lite.utils.progress import progress_bar
-from tinylora_lite.utils.record import Run
-from tinylora_lite.utils.seeds import seed_of
+from tinylora_lite.utils.record import Run, seed_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -190,7 +189,7 @@ def _answers(
         mask.repeat(K, 1),
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,
-        members=torch.arange(K).repeat_interleave(len(examples)),
+        adapters=torch.arange(K).repeat_interleave(len(examples)),
         streams=[(stream, place) for place in range(len(examples))] * K,
     )
 
@@ -204,4 +203,4 @@ def _rewards(rollouts: Rollouts, task: Task, examples: list[Example], settings: 
 
 
 def _is_short(shape: torch.Size) -> bool:
-    return shape.numel() <= RECORDED_NUMBERS
+    return shape.numel() <= RECORDED_PARAMETERS

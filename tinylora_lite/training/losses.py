@@ -1,4 +1,4 @@
-"""The two formulas of GRPO: what a completion was worth, and what to do about it.
+"""The two formulas of GRPO: advantages, and the clipped policy-gradient loss.
 
 Deviations from the first GRPO paper (DeepSeekMath, arXiv 2402.03300), each by an argument: advantages without
 the standard deviation and a constant length normaliser (Dr. GRPO, arXiv 2503.20783); asymmetric clipping and a
@@ -8,20 +8,17 @@ differ from the trainer's (Yao et al. 2025, which the TinyLoRA paper follows).
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-Scale = Literal["group", "batch", "none"]
-Normalise = Literal["token", "sequence", "constant"]
+from tinylora_lite.training.settings import Normalise, Scale
 
 
 def grpo_advantages(rewards: Tensor, scale: Scale = "group", eps: float = 1e-4) -> Tensor:
     """Rewards relative to the other completions of the same prompt.
 
     ``A = (reward - mean of its group) / (std + eps)`` with the standard deviation (Bessel's, as TRL) of its group
-    (GRPO), of the whole batch, or none (Dr. GRPO). A group whose rewards are all equal has nothing to say: zeros.
+    (GRPO), of the whole batch, or none (Dr. GRPO). A group whose rewards are all equal gets zeros.
 
     Args:
         rewards: ``[prompts, group_size]``, any real dtype, finite.
@@ -67,7 +64,7 @@ def grpo_loss(
     clip_high: float = 0.2,
     normalise: Normalise = "token",
     max_tokens: int | None = None,
-    denominator: float | None = None,
+    denominator: float | Tensor | None = None,
     sampler_logprobs: Tensor | None = None,
     tis_cap: float = 2.0,
     ref_logprobs: Tensor | None = None,
@@ -91,7 +88,8 @@ def grpo_loss(
             over completions (GRPO), ``"constant"`` divides by ``batch · max_tokens`` (Dr. GRPO).
         max_tokens: the longest completion allowed; needed by ``"constant"`` unless ``denominator`` is given.
         denominator: what the sum is divided by in place of this batch's own count, so that the losses of
-            micro-batches add up to the loss of the whole: its tokens, completions, or ``completions · max_tokens``.
+            micro-batches add up to the loss of the whole: its tokens, completions, or ``completions · max_tokens``. A
+            tensor ``[batch]`` divides the sum over each completion's tokens, whatever ``normalise`` is.
         sampler_logprobs: ``[batch, tokens]`` as the sampler saw them; ``None`` leaves the correction out.
         tis_cap: the largest importance weight.
         ref_logprobs: ``[batch, tokens]`` under the reference policy; needed when ``kl > 0``.
@@ -138,6 +136,8 @@ def grpo_loss(
         gap = difference(ref_logprobs.detach(), logprobs)
         per_token = per_token + kl * (torch.exp(gap) - gap - 1)
     per_token = per_token * mask
+    if isinstance(denominator, Tensor):
+        return (per_token.sum(dim=1) / denominator).sum()
     if normalise == "token":
         total, count = per_token.sum(), int(mask.sum())
     elif normalise == "sequence":

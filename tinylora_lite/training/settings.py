@@ -1,4 +1,4 @@
-"""How to train: by GRPO, and by imitation of worked answers."""
+"""How to train: what GRPO and imitation share, and what is each one's own."""
 
 from __future__ import annotations
 
@@ -6,36 +6,30 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from tinylora_lite.training.losses import Normalise, Scale
-
+Scale = Literal["group", "batch", "none"]
+Normalise = Literal["token", "sequence", "constant"]
 Truncated = Literal["zero", "mask", "score"]
 Schedule = Literal["constant", "linear"]
 
 
 @dataclass(frozen=True)
-class GRPOSettings:
-    """How to train. :meth:`variant` gives the settings of GRPO, Dr. GRPO and DAPO.
+class TrainingSettings:
+    """What every way of training needs.
 
     Attributes:
-        steps: updates of the policy from fresh samples.
-        prompts_per_step: prompts drawn for one step, without repetition until all were used.
-        group_size: G, completions sampled for one prompt.
-        max_new_tokens: the length limit of a completion.
-        temperature: of sampling and of the log-probabilities.
+        steps: updates.
+        prompts_per_step: problems drawn for one step, without repetition until all were used.
+        max_new_tokens: the length limit of a completion, or of a worked answer with its end token.
+        temperature: of sampling; GRPO takes its log-probabilities at it, imitation always at 1.
         learning_rate: of Adam, after ``warmup`` steps.
         warmup: steps over which the learning rate rises linearly.
         schedule: ``"constant"``, or ``"linear"``: from ``learning_rate`` at the first step down to zero after the last.
         max_grad_norm: gradients longer than this are shortened to it.
-        epochs_per_step: updates from the same samples; above 1 the clipping of the ratio matters.
-        scale, normalise, clip_low, clip_high, tis_cap, kl: see :mod:`tinylora_lite.training.losses`; ``tis_cap=None``
-            leaves the correction for the sampler out.
-        truncated: what a completion cut off at the limit is worth: ``"zero"`` reward; ``"mask"``, zero reward in its
-            group's mean and no part in the loss; or ``"score"``, its text is scored like any other.
-        micro_batch: completions in one forward and backward pass; changes memory and speed, the result by rounding.
+        micro_batch: rows in one forward and backward pass; changes memory and speed, the result by rounding.
         evaluate_every: steps between evaluations on the validation split; 0 never evaluates.
         evaluate_problems: problems of an evaluation.
         save_every: steps between checkpoints, where a folder is given.
-        seed: moves the order of prompts and the sampling.
+        seed: moves the order of the problems and the sampling.
 
     Raises:
         ValueError: a setting is outside its range.
@@ -43,13 +37,66 @@ class GRPOSettings:
 
     steps: int = 40
     prompts_per_step: int = 32
-    group_size: int = 8
     max_new_tokens: int = 256
     temperature: float = 1.0
     learning_rate: float = 1e-2
     warmup: int = 0
     schedule: Schedule = "constant"
     max_grad_norm: float = 1.0
+    micro_batch: int = 64
+    evaluate_every: int = 0
+    evaluate_problems: int = 128
+    save_every: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least_one = ("steps", "prompts_per_step", "max_new_tokens", "micro_batch", "evaluate_problems", "save_every")
+        self._check_integers(dict.fromkeys(at_least_one, 1) | {"warmup": 0, "evaluate_every": 0, "seed": 0})
+        self._check_positive("learning_rate", "max_grad_norm")
+        self._check_choices(schedule=Schedule)
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        falling = 1 - step / self.steps if self.schedule == "linear" else 1.0
+        return self.learning_rate * min(1.0, (step + 1) / (self.warmup + 1)) * falling
+
+    def _check_integers(self, least: dict[str, int]) -> None:
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if type(value) is not int or value < bound:  # True is an int too
+                why = " (a group of one has no better half)" if name == "group_size" else ""
+                raise ValueError(f"{name} must be an integer of at least {bound}{why}, not {value!r}")
+
+    def _check_positive(self, *names: str) -> None:
+        for name in names:
+            if not (_is_finite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"{name} must be a finite number above 0, not {getattr(self, name)!r}")
+
+    def _check_choices(self, **choices: Any) -> None:
+        for name, allowed in choices.items():
+            if getattr(self, name) not in get_args(allowed):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, not {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True)
+class GRPOSettings(TrainingSettings):
+    """How to train by GRPO. :meth:`variant` gives the settings of GRPO, Dr. GRPO and DAPO.
+
+    Attributes:
+        group_size: G, completions sampled for one prompt.
+        epochs_per_step: updates from the same samples; above 1 the clipping of the ratio matters.
+        scale, normalise, clip_low, clip_high, tis_cap, kl: see :mod:`tinylora_lite.training.losses`; ``tis_cap=None``
+            leaves the correction for the sampler out.
+        truncated: what a completion cut off at the limit is worth: ``"zero"`` reward; ``"mask"``, zero reward in its
+            group's mean and no part in the loss; or ``"score"``, its text is scored like any other.
+
+    The other settings are :class:`TrainingSettings`'.
+
+    Raises:
+        ValueError: a setting is outside its range.
+    """
+
+    group_size: int = 8
     epochs_per_step: int = 1
     scale: Scale = "group"
     normalise: Normalise = "token"
@@ -58,39 +105,17 @@ class GRPOSettings:
     tis_cap: float | None = 2.0
     kl: float = 0.0
     truncated: Truncated = "zero"
-    micro_batch: int = 64
-    evaluate_every: int = 0
-    evaluate_problems: int = 128
-    save_every: int = 10
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        counted = {"steps": 1, "prompts_per_step": 1, "group_size": 2, "max_new_tokens": 1, "epochs_per_step": 1}
-        counted |= {"micro_batch": 1, "evaluate_problems": 1, "save_every": 1, "warmup": 0, "evaluate_every": 0}
-        for name, least in (counted | {"seed": 0}).items():
-            value = getattr(self, name)
-            if type(value) is not int or value < least:  # True is an int too
-                why = " (a group of one has no better half)" if name == "group_size" else ""
-                raise ValueError(f"{name} must be a whole number of at least {least}{why}, not {value!r}")
-        for name in ("temperature", "learning_rate", "max_grad_norm", "tis_cap"):
-            value = getattr(self, name)
-            if not (_is_finite(value) and value > 0) and (name, value) != ("tis_cap", None):
-                raise ValueError(f"{name} must be a finite number above 0, not {value!r}")
+        super().__post_init__()
+        self._check_integers({"group_size": 2, "epochs_per_step": 1})
+        self._check_positive("temperature", *(["tis_cap"] if self.tis_cap is not None else []))
         for name, most in (("clip_low", 1.0), ("clip_high", math.inf), ("kl", math.inf)):
             value = getattr(self, name)
             if not (_is_finite(value) and 0 <= value <= most):
-                raise ValueError(
-                    f"{name} must be a finite number {'from 0 to 1' if most == 1 else 'of at least 0'}, not {value!r}"
-                )
-        named = {"scale": Scale, "normalise": Normalise, "truncated": Truncated, "schedule": Schedule}
-        for name, choices in named.items():
-            if getattr(self, name) not in get_args(choices):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, not {getattr(self, name)!r}")
-
-    def learning_rate_at(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
-        falling = 1 - step / self.steps if self.schedule == "linear" else 1.0
-        return self.learning_rate * min(1.0, (step + 1) / (self.warmup + 1)) * falling
+                bounds = "from 0 to 1" if most == 1 else "of at least 0"
+                raise ValueError(f"{name} must be a finite number {bounds}, not {value!r}")
+        self._check_choices(scale=Scale, normalise=Normalise, truncated=Truncated)
 
     @classmethod
     def variant(cls, name: Literal["grpo", "dr_grpo", "dapo"], **settings: Any) -> GRPOSettings:
@@ -117,60 +142,29 @@ class GRPOSettings:
 
 
 @dataclass(frozen=True)
-class SFTSettings:
-    """How to train on worked answers; what :class:`~tinylora_lite.GRPOSettings` has too means the same.
+class SFTSettings(TrainingSettings):
+    """How to train on worked answers.
 
     Attributes:
-        steps: updates.
         epochs: passes over the training problems, in whole steps; where given, it decides instead of ``steps``.
-        prompts_per_step: worked answers in one update, without repetition until all were used.
-        max_new_tokens: the length limit of a worked answer, its end token included, and of completions in evaluations.
-        learning_rate: of Adam, after ``warmup`` steps.
-        warmup: steps over which the learning rate rises linearly.
-        schedule: ``"constant"``, or ``"linear"``: from ``learning_rate`` at the first step down to zero after the last.
-        max_grad_norm: gradients longer than this are shortened to it.
-        micro_batch: answers in one forward and backward pass; changes memory and speed, the result by rounding.
-        evaluate_every: steps between evaluations on the validation split; 0 never evaluates.
-        evaluate_problems: problems of an evaluation.
-        evaluate_accuracy: whether an evaluation samples answers too, and does not take the loss alone.
-        temperature: of that sampling; 0 is greedy. The loss is at temperature 1.
-        save_every: steps between checkpoints, where a folder is given.
-        seed: moves the order of the problems, and the sampling.
+        evaluate_accuracy: whether an evaluation samples answers too, at ``temperature`` (0 is greedy), and does not
+            take the loss alone.
+
+    The other settings are :class:`TrainingSettings`'.
 
     Raises:
         ValueError: a setting is outside its range.
     """
 
-    steps: int = 40
     epochs: float | None = None
-    prompts_per_step: int = 32
-    max_new_tokens: int = 256
-    learning_rate: float = 1e-2
-    warmup: int = 0
-    schedule: Schedule = "constant"
-    max_grad_norm: float = 1.0
-    micro_batch: int = 64
-    evaluate_every: int = 0
-    evaluate_problems: int = 128
     evaluate_accuracy: bool = False
-    temperature: float = 1.0
-    save_every: int = 10
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        counted = {"steps": 1, "prompts_per_step": 1, "max_new_tokens": 1, "micro_batch": 1, "evaluate_problems": 1}
-        for name, least in (counted | {"save_every": 1, "warmup": 0, "evaluate_every": 0, "seed": 0}).items():
-            value = getattr(self, name)
-            if type(value) is not int or value < least:  # True is an int too
-                raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
-        for name in ("learning_rate", "max_grad_norm", "epochs"):
-            value = getattr(self, name)
-            if not (_is_finite(value) and value > 0) and (name, value) != ("epochs", None):
-                raise ValueError(f"{name} must be a finite number above 0, not {value!r}")
+        super().__post_init__()
+        if self.epochs is not None:
+            self._check_positive("epochs")
         if not (_is_finite(self.temperature) and self.temperature >= 0):
             raise ValueError(f"temperature must be a finite number of at least 0, not {self.temperature!r}")
-        if self.schedule not in get_args(Schedule):
-            raise ValueError(f"schedule must be one of {', '.join(get_args(Schedule))}, not {self.schedule!r}")
 
     def in_steps(self, problems: int) -> SFTSettings:
         """The same with ``epochs`` turned into ``steps``, for so many training problems.
@@ -181,11 +175,6 @@ class SFTSettings:
         if self.epochs is None:
             return self
         return replace(self, epochs=None, steps=max(1, math.floor(self.epochs * problems / self.prompts_per_step)))
-
-    def learning_rate_at(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
-        falling = 1 - step / self.steps if self.schedule == "linear" else 1.0
-        return self.learning_rate * min(1.0, (step + 1) / (self.warmup + 1)) * falling
 
 
 def _is_finite(value: Any) -> bool:

@@ -44,8 +44,7 @@ from tinylora_lite.training.trl_config import trl_config, trl_dataset
 from tinylora_lite.training.trl_optimizer import JoinedAdam
 from tinylora_lite.training.trl_record import check_same_run, numbers_of, rows_of
 from tinylora_lite.utils import distributed
-from tinylora_lite.utils.record import Run, environment
-from tinylora_lite.utils.seeds import seed_of
+from tinylora_lite.utils.record import Run, environment, seed_of
 
 try:
     import trl

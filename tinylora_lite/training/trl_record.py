@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from tinylora_lite.adapter.adapter import TinyLoraAdapter
-from tinylora_lite.training.grpo import RECORDED_NUMBERS
+from tinylora_lite.training.loop import RECORDED_PARAMETERS
 from tinylora_lite.training.settings import GRPOSettings
 from tinylora_lite.utils.record import Run
 
@@ -25,7 +25,7 @@ RECORDED = {
     "lenient": "lenient",
     "formatted": "formatted",
     "seconds": "seconds",
-} | {f"v{i}": f"v{i}" for i in range(RECORDED_NUMBERS)}
+} | {f"v{i}": f"v{i}" for i in range(RECORDED_PARAMETERS)}
 """Columns of a run's record, and what TRL's log calls them."""
 
 
@@ -33,7 +33,7 @@ def numbers_of(adapter: TinyLoraAdapter) -> dict[str, float]:
     """The numbers v for a log: its norm, its largest entry, and every number (``v0`` and so on) where they are few."""
     v = adapter.vectors.detach().flatten()
     summary = {"norm": v.norm().item(), "largest": v.abs().max().item()}
-    return summary | ({f"v{i}": value for i, value in enumerate(v.tolist())} if len(v) <= RECORDED_NUMBERS else {})
+    return summary | ({f"v{i}": value for i, value in enumerate(v.tolist())} if len(v) <= RECORDED_PARAMETERS else {})
 
 
 def rows_of(history: Iterable[Mapping[str, float]], settings: GRPOSettings) -> list[dict[str, float]]:

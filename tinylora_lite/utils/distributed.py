@@ -6,6 +6,7 @@ those of ``torch.distributed`` (``accelerate launch`` or ``torchrun`` starts the
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,6 +48,16 @@ def all_reduce(tensor: Tensor) -> Tensor:
     total = tensor.detach().clone()
     dist.all_reduce(total)
     return total
+
+
+def all_reduce_gradients(parameters: Iterable[Tensor], scale: float = 1.0) -> None:
+    """Puts the sum of the processes' gradients, divided by ``scale``, in the place of each process's own."""
+    for parameter in parameters:
+        if world_size() > 1:
+            own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = all_reduce(own)
+        if parameter.grad is not None and scale != 1:
+            parameter.grad /= scale
 
 
 def max_of_all(value: float, device: torch.device) -> float:

@@ -1,17 +1,28 @@
-"""What a training run leaves behind: its record, and files that appear whole or not at all."""
+"""What makes a run repeatable: seeds, its record, checkpoints, and files that appear whole or not at all.
+
+Everything random in a run depends on its seed and the step alone, so a run that goes on from a checkpoint computes what
+the uninterrupted one computes.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
 import platform
 import secrets
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tinylora_lite import __version__
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 CACHE = "TINYLORA_CACHE"
 """The environment variable that names another folder than ``~/.cache/tinylora_lite``; ``off`` keeps no cache."""
@@ -40,6 +51,25 @@ def atomic_write(path: str | Path, content: str | bytes) -> Path:
     return path
 
 
+def seed_of(*parts: str | int) -> int:
+    """A seed for each purpose: ``seed_of("rollout", seed, step)``, the same on every machine.
+
+    A hash instead of arithmetic, because sums coincide: ``seed * 1000 + step`` gives run 0 at step 1000 and run 1 at
+    step 0 the same stream.
+
+    Args:
+        parts: what the stream is for; the same parts give the same seed, other parts another one.
+
+    Returns:
+        An integer from 0 to 2⁶³ - 1, as :class:`torch.Generator` takes it.
+
+    >>> seed_of("rollout", 0, 1) == seed_of("rollout", 0, 1), seed_of("rollout", 0, 1) == seed_of("rollout", 1, 0)
+    (True, False)
+    """
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
 def cache_folder(name: str) -> Path | None:
     """The folder of that name in the user's cache; ``None`` where ``TINYLORA_CACHE=off`` keeps no cache."""
     root = os.environ.get(CACHE)
@@ -47,6 +77,37 @@ def cache_folder(name: str) -> Path | None:
         return None
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return (Path(root) if root else home / "tinylora_lite") / name
+
+
+def check_same(
+    folder: str | Path,
+    what: str,
+    saved: Mapping[str, Any],
+    now: Mapping[str, Any],
+    *,
+    defaults: Mapping[str, Any] | None = None,
+    may_differ: Collection[str] = (),
+) -> None:
+    """Raises ``ValueError`` where a folder holds work with other settings, and names the first that differs.
+
+    Args:
+        folder: where it is.
+        what: what it is, for the message: ``"a run"``.
+        saved: its settings.
+        now: those asked for.
+        defaults: what a setting was that is missing in ``saved``, because its version did not have it yet.
+        may_differ: settings that decide when the work ends and not what it is.
+    """
+    for key in (key for key in {**saved, **now} if key not in may_differ):
+        if key not in now:
+            cure = "go on with the version that made it, or give another folder"
+            raise ValueError(f"{folder} holds {what} with {key} = {saved[key]!r}, which is unknown here; {cure}")
+        before = saved[key] if key in saved else (defaults or {}).get(key)
+        if before != now[key]:
+            raise ValueError(
+                f"{folder} holds {what} with {key} = {before!r}, not {now[key]!r}; "
+                "give another folder, or delete that one"
+            )
 
 
 def environment() -> dict[str, str]:
@@ -140,3 +201,89 @@ class Run:
             if names:
                 raise ValueError(f"{what} fields: {', '.join(sorted(names))}")
         return cls(**values)
+
+
+def describe(of: Mapping[str, Any], parameters: int) -> str:
+    """An identity in words; runs that were saved by version 0.1.0 know their adapter by this sentence."""
+    if of["kind"] != "tinylora":
+        return str(of["kind"])
+    P = of["projection"]
+    projection = P if P in ("random", "identity") else f"calibrated {P[:12]}"
+    tying = f"n_tie={of['n_tie']}, tying={of['tying']}"
+    return (
+        f"{parameters} numbers on {of['modules']} modules ({of['modules_hash']}), rank={of['rank']}, u={of['u']}, "
+        f"{tying if of['groups'] is None else 'groups=' + short_hash(of['groups'])}, seed={of['seed']}, "
+        f"sigma={of['sigma']}, projection={projection}"
+        + (f", arithmetic={of['arithmetic']}" if of["arithmetic"] != "model" else "")
+        + (f", given factors {of['given_factors']}" if "given_factors" in of else "")
+    )
+
+
+def short_hash(value: Any) -> str:
+    """The first 8 hexadecimal digits of the SHA-256 of a value that JSON can hold."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:8]
+
+
+def save_checkpoint(
+    folder: str | Path, run: Run, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer
+) -> None:
+    """Writes ``run.json`` and ``checkpoint.pt`` into ``folder``; each file appears whole or not at all."""
+    run.save(Path(folder) / "run.json")  # first, so that a finished checkpoint is never beside an older record
+    import torch
+
+    content = io.BytesIO()
+    state = {"optimizer": optimizer.state_dict(), "parameters": [parameter.detach() for parameter in parameters]}
+    torch.save({"run": json.dumps(asdict(run))} | state, content)
+    atomic_write(Path(folder) / "checkpoint.pt", content.getvalue())
+
+
+def resume(
+    folder: str | Path,
+    run: Run,
+    parameters: Sequence[Tensor],
+    optimizer: torch.optim.Optimizer,
+    defaults: Mapping[str, Any],
+) -> None:
+    """Puts run, parameters and optimizer where the checkpoint in ``folder`` left them; without one, changes nothing.
+
+    Args:
+        folder: holds ``checkpoint.pt``.
+        run: a new run with the settings asked for; takes the rows of the saved one.
+        parameters: what trains.
+        optimizer: of the parameters.
+        defaults: of settings that a saved run may lack, because its version did not have them yet.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or of a run of another method, task, adapter, base or other settings.
+            ``save_every`` may differ, and under a constant learning rate ``steps`` may, down to what is done: they
+            decide where training stops, not where it goes.
+    """
+    path = Path(folder) / "checkpoint.pt"
+    if not path.exists():
+        return
+    import torch
+
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        saved, values, moments = Run.from_dict(json.loads(state["run"])), state["parameters"], state["optimizer"]
+    except Exception as error:  # pickle, zip and tensor formats each raise their own
+        raise ValueError(f"{path} is damaged ({type(error).__name__}); delete it to start the run again") from error
+    may_differ = {"save_every", "steps"} if run.settings.get("schedule") == "constant" else {"save_every"}
+    before, now = ({name: getattr(r, name) for name in ("method", "task", "base")} for r in (saved, run))
+    check_same(folder, "a run", before, now)
+    check_same(folder, "a run", saved.settings, run.settings, defaults=defaults, may_differ=may_differ)
+    now = run.adapter if isinstance(run.adapter, dict) else {"kind": run.adapter}
+    if isinstance(saved.adapter, str):  # the sentence that was there before it became a dictionary
+        check_same(folder, "a run", {"adapter": saved.adapter}, {"adapter": describe(now, run.parameters)})
+    else:
+        check_same(folder, "a run of an adapter", saved.adapter, now, defaults=defaults)
+    if [v.shape for v in values] != [p.shape for p in parameters]:
+        raise ValueError(f"{folder} holds a run of a model of another shape; give another folder, or delete that one")
+    if len(saved.steps) > run.settings["steps"]:
+        raise ValueError(f"{folder} holds a run of {len(saved.steps)} steps, more than steps={run.settings['steps']}")
+    with torch.no_grad():
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.copy_(value)
+    optimizer.load_state_dict(moments)
+    run.steps, run.evaluations = saved.steps, saved.evaluations
+    run.seconds, run.environment = saved.seconds, saved.environment

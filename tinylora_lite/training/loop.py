@@ -1,0 +1,321 @@
+"""The training loop: the same for GRPO and imitation, and for an adapter, a population, PEFT's LoRA or all weights.
+
+An objective makes the batch of a step; the loop makes the updates, the record and the checkpoints. A single adapter is
+a population of one.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import MISSING, asdict, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tinylora_lite.adapter.adapter import TinyLoraAdapter, adapter_of, carries_updates
+from tinylora_lite.adapter.config import TinyLoraConfig
+from tinylora_lite.adapter.weights import base_fingerprint
+from tinylora_lite.evaluation.evaluate import evaluate
+from tinylora_lite.sampling.logprobs import completion_logprobs, recomputes
+from tinylora_lite.sampling.rollouts import Sampler
+from tinylora_lite.sampling.sampler import modes_kept
+from tinylora_lite.training.batches import Batch, micro_batches
+from tinylora_lite.training.losses import grpo_loss
+from tinylora_lite.training.settings import GRPOSettings, SFTSettings, TrainingSettings
+from tinylora_lite.utils import distributed
+from tinylora_lite.utils.record import Run, resume, save_checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from tinylora_lite.adapter.batched import Population
+    from tinylora_lite.evaluation.score import Score
+    from tinylora_lite.tasks.task import Task
+
+S = TypeVar("S", bound=TrainingSettings)
+
+RECORDED_PARAMETERS = 64
+"""Up to how many parameters a run's record holds v at every step."""
+OWN = ("seed", "learning_rate")
+"""The settings that may differ between the adapters of a population."""
+
+
+class Objective(Generic[S]):
+    """What trains, and on what: GRPO and SFT say how a step's batch is made and how an evaluation is recorded.
+
+    Attributes:
+        settings: one for each adapter; ``shared`` is the first, for what all of them have in common.
+        population: whether the model carries a population.
+        parameters: what trains, of each adapter; the parameters of one are clipped and stepped together.
+        identities: what tells each adapter from others, as JSON holds it.
+        loss: how the loss of a token is computed.
+    """
+
+    method: str
+    loss: GRPOSettings
+    settings: list[S]
+    parameters: list[list[Tensor]]
+    identities: list[dict[str, Any]]
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        adapter: TinyLoraAdapter | Population | None,
+        task: Task,
+        settings: Sequence[S],
+        sampler: Sampler | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.adapter, self.task, self.sampler = model, tokenizer, adapter, task, sampler
+        self.population = not isinstance(adapter, TinyLoraAdapter | None)
+        self.settings, self.shared = list(settings), settings[0]
+        if adapter is None:
+            if carries_updates(model):
+                raise ValueError("the model carries an adapter; pass it, or call its detach() to train all weights")
+            self.parameters, self.identities = [list(model.parameters())], [{"kind": "all weights"}]
+        elif isinstance(adapter, TinyLoraAdapter):
+            if adapter_of(model) is not adapter:
+                raise ValueError("the adapter is not attached to this model; pass the model that attach() was given")
+            self.parameters, self.identities = [[adapter.vectors]], [adapter.identity()]
+        else:
+            self.parameters = [[v] for v in adapter.vectors]
+            self.identities = [adapter.identity(k) for k in range(len(adapter))]
+            self._check_population()
+
+    def batch(self, step: int) -> Batch:
+        """The rows of a step, counted from 0."""
+        raise NotImplementedError
+
+    def validate(self) -> list[dict[str, float]]:
+        """An evaluation of each adapter on the validation split, as its record keeps it."""
+        raise NotImplementedError
+
+    def scores(self, **options: Any) -> list[Score]:
+        """Each adapter's score on the validation split; of a population, with the seed that each has alone."""
+        options |= {"split": "validation", "problems": self.shared.evaluate_problems}
+        options |= {"temperature": self.shared.temperature, "max_new_tokens": self.shared.max_new_tokens}
+        if self.population:
+            options |= {"population": self.adapter, "seed": [own.seed for own in self.settings]}
+        else:
+            options |= {"sampler": self.sampler, "seed": self.shared.seed}
+        found: Any = evaluate(self.model, self.tokenizer, self.task, **options)
+        return found if isinstance(found, list) else [found]
+
+    def _check_population(self) -> None:
+        if len(self.settings) != len(self.parameters):
+            count = f"{len(self.parameters)} adapters, and there are settings for {len(self.settings)}"
+            raise ValueError(f"the population has {count}")
+        for own in self.settings:
+            for name, value in asdict(own).items():
+                if name not in OWN and value != getattr(self.shared, name):
+                    raise ValueError(
+                        f"the adapters of a population share {name}, and these have {getattr(self.shared, name)!r} and "
+                        f"{value!r}; only {' and '.join(OWN)} may differ"
+                    )
+        if distributed.world_size() > 1 or self.sampler is not None or getattr(self.shared, "kl", 0.0) > 0:
+            raise ValueError("a population trains in one process, without another sampler and without a KL penalty")
+
+
+def fit(
+    objective: Objective[S],
+    *,
+    folder: str | Path | None = None,
+    on_step: Callable[[list[Run]], None] | None = None,
+    progress: bool = True,
+) -> list[Run]:
+    """Trains until the last step of the settings, and returns a run for each adapter.
+
+    Arguments and errors are those of :func:`~tinylora_lite.train_grpo`.
+    """
+    model, shared, base = objective.model, objective.shared, base_fingerprint(objective.model)
+    each = list(zip(objective.parameters, objective.settings, objective.identities, strict=True))
+    optimizers = [torch.optim.Adam(own, lr=settings.learning_rate) for own, settings, _ in each]
+    runs = [
+        Run(objective.method, asdict(settings), known_as, sum(p.numel() for p in own), objective.task.name, base)
+        for own, settings, known_as in each
+    ]
+    # Of the weights before training, and so before a checkpoint is read.
+    reference = copy.deepcopy(model) if objective.adapter is None and objective.loss.kl > 0 else None
+    if folder is not None:
+        if objective.population:
+            raise ValueError("the run of a population is not saved; leave folder out")
+        _resume(folder, runs[0], objective.parameters[0], optimizers[0])
+    done = len(runs[0].steps)
+    if len(set(distributed.all_gather_object(done))) > 1:
+        raise ValueError(f"not every process finds the checkpoint in {folder}; give a folder that all of them share")
+    started, show = time.perf_counter() - runs[0].seconds, progress and distributed.rank() == 0
+    with (
+        ready_to_train(model, [p for own in objective.parameters for p in own]),
+        tqdm(total=shared.steps, initial=done, desc=objective.method.upper(), disable=None if show else True) as bar,
+    ):
+        for step in range(done, shared.steps):
+            batch = objective.batch(step)
+            for optimizer, (_, settings, _) in zip(optimizers, each, strict=True):
+                optimizer.param_groups[0]["lr"] = settings.learning_rate_at(step)
+            rows = update(objective, optimizers, batch, reference)
+            for run, row, metrics, (own, settings, _) in zip(runs, rows, batch.metrics, each, strict=True):
+                row["learning_rate"] = settings.learning_rate_at(step)
+                row["norm"] = math.sqrt(sum(p.detach().float().pow(2).sum().item() for p in own))
+                if run.parameters <= RECORDED_PARAMETERS:
+                    row |= {f"v{i}": value for i, value in enumerate(own[0].flatten().tolist())}
+                run.seconds = (time.perf_counter() - started) / len(runs)
+                run.steps.append({"step": step + 1} | metrics | row | {"seconds": run.seconds})
+            if shared.evaluate_every and (step + 1) % shared.evaluate_every == 0:
+                for run, scores in zip(runs, objective.validate(), strict=True):
+                    run.evaluations.append({"step": step + 1} | scores)
+                    run.seconds = (time.perf_counter() - started) / len(runs)
+            if folder is not None and ((step + 1) % shared.save_every == 0 or step + 1 == shared.steps):
+                if distributed.rank() == 0:
+                    save_checkpoint(folder, runs[0], objective.parameters[0], optimizers[0])
+                distributed.barrier()
+            shown = "reward" if "reward" in runs[0].steps[-1] else "loss"
+            bar.set_postfix_str(f"{shown} " + " ".join(f"{run.steps[-1][shown]:.2f}" for run in runs), refresh=False)
+            bar.update()
+            if on_step is not None:
+                on_step(runs)
+    return runs
+
+
+def only(on_step: Callable[[Run], None] | None) -> Callable[[list[Run]], None] | None:
+    """``on_step`` of a single run, for the loop, which calls it with a list."""
+    return None if on_step is None else lambda runs: on_step(runs[0])
+
+
+def update(
+    objective: Objective[S],
+    optimizers: Sequence[torch.optim.Optimizer],
+    batch: Batch,
+    reference: PreTrainedModel | None = None,
+) -> list[dict[str, float]]:
+    """``epochs_per_step`` updates of every adapter from one batch, and what happened, for the record of each.
+
+    Rows without advantage have no gradient unless there is a KL penalty, and are not computed. Where several processes
+    train, each has rows of its own, as many as the others', and all of them make the same update.
+
+    Returns:
+        For each adapter ``loss`` (the mean of ``-log p``, weighted by advantages, in the first epoch),
+        ``gradient_norm`` (before clipping, of the last epoch), ``clipped`` (the share of tokens whose ratio was
+        clipped), and of the first epoch, when the policy is the one that sampled: ``logprob_diff_mean`` and
+        ``logprob_diff_max`` (of the sampler's and the trainer's log-probability of a token, in nats, absolute, over
+        the tokens of the rows that were computed), ``tis_clip_frac`` (the share of these tokens whose importance
+        weight was cut off at ``tis_cap``).
+
+    Raises:
+        FloatingPointError: a gradient is not finite; that update is not made.
+    """
+    model, s, device, K = objective.model, objective.loss, batch.rollouts.logprobs.device, len(objective.parameters)
+    # In float16 the gradient of one token among 100,000 is below the smallest number: the loss stays undivided on its
+    # way back, and the gradient of v is divided in float32.
+    half = model.dtype == torch.float16
+    scale = distributed.max_of_all(float(batch.denominators.max()), device) if half else 1.0
+    live = batch.counted & (batch.advantages != 0) if s.kl == 0 else batch.counted
+    chunks = list(micro_batches(batch.rollouts.lengths, live, objective.shared.micro_batch))
+    parts = [(batch.rollouts.rows(i), batch.advantages[i], batch.denominators[i]) for i in chunks]
+    if distributed.is_sharded(model):  # every process makes as many passes as the one with the most rows
+        nothing = batch.rollouts.rows(torch.zeros(1, dtype=torch.long, device=device))
+        nothing = replace(nothing, completion_mask=torch.zeros_like(nothing.completion_mask))
+        missing = int(distributed.max_of_all(len(parts), device)) - len(parts)
+        parts += [(nothing, batch.advantages[:1], batch.denominators[:1])] * missing
+
+    def logprobs_of(policy: PreTrainedModel) -> list[Tensor]:
+        with torch.no_grad():
+            return [completion_logprobs(policy, rows, s.temperature) for rows, *_ in parts]
+
+    olds: list[Tensor | None] = [*logprobs_of(model)] if s.epochs_per_step > 1 else [None] * len(parts)
+    references: list[Tensor | None] = [None] * len(parts)
+    if s.kl > 0:
+        with objective.adapter.disabled() if isinstance(objective.adapter, TinyLoraAdapter) else nullcontext():
+            references = [*logprobs_of(reference or model)]
+
+    norms = [0.0] * K
+    seen = torch.zeros(K, 5)  # of each adapter: loss, clipped tokens; of the first epoch: tokens, differences, capped
+    largest = torch.zeros(K)
+    for epoch in range(s.epochs_per_step):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        for (rows, advantages, denominators), old, ref in zip(parts, olds, references, strict=True):
+            logprobs = completion_logprobs(model, rows, s.temperature)
+            old = logprobs.detach() if old is None else old
+            loss = grpo_loss(
+                logprobs,
+                old,
+                advantages,
+                rows.completion_mask,
+                clip_low=s.clip_low,
+                clip_high=s.clip_high,
+                denominator=denominators,
+                sampler_logprobs=None if s.tis_cap is None else rows.logprobs,
+                tis_cap=s.tis_cap or 1.0,
+                ref_logprobs=ref,
+                kl=s.kl,
+            )
+            (loss * scale).backward()
+            with torch.no_grad():
+                mask, A = rows.completion_mask.bool(), advantages[:, None]
+                ratio, apart = torch.exp(logprobs - old), torch.where(mask, old - rows.logprobs, 0.0)
+                outside = ((ratio < 1 - s.clip_low) & (A < 0)) | ((ratio > 1 + s.clip_high) & (A > 0))
+                whose = torch.zeros(len(mask), dtype=torch.long) if rows.adapters is None else rows.adapters.cpu()
+                nll = -torch.where(mask, logprobs, 0.0).sum(dim=1) * advantages / denominators
+                capped = (apart > math.log(s.tis_cap or math.inf)).sum(dim=1)
+                first = torch.stack([nll, mask.sum(dim=1), apart.abs().sum(dim=1), capped], dim=1) * (epoch == 0)
+                counts = torch.cat([(outside & mask).sum(dim=1)[:, None], first], dim=1)
+                seen.index_add_(0, whose, counts.float().cpu())
+                if epoch == 0:
+                    largest.scatter_reduce_(0, whose, apart.abs().amax(dim=1).cpu(), "amax")
+        for k, (parameters, optimizer) in enumerate(zip(objective.parameters, optimizers, strict=True)):
+            distributed.all_reduce_gradients(parameters, scale)
+            norms[k] = torch.nn.utils.clip_grad_norm_(parameters, objective.shared.max_grad_norm).item()
+            if not math.isfinite(norms[k]):
+                of = f" of adapter {k}" if K > 1 else ""
+                cure = "lower the learning rate, or load a wider dtype"
+                raise FloatingPointError(f"the loss{of} or its gradient is not finite; {cure}")
+            if norms[k] > 0:  # where every group agrees, Adam's momentum waits for the next step
+                optimizer.step()
+    seen = distributed.all_reduce(seen.to(device)).cpu()
+    clipped, loss_sums, compared, differences, capped_tokens = seen.T.tolist()
+    return [
+        {
+            "loss": loss_sums[k],
+            "gradient_norm": norms[k],
+            "clipped": clipped[k] / max(1, int(batch.tokens[k])) / s.epochs_per_step,
+            "logprob_diff_mean": differences[k] / max(1, compared[k]),
+            "logprob_diff_max": distributed.max_of_all(float(largest[k]), device),
+            "tis_clip_frac": capped_tokens[k] / max(1, compared[k]),
+        }
+        for k in range(K)
+    ]
+
+
+@contextmanager
+def ready_to_train(model: PreTrainedModel, parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, ``parameters`` alone take gradients and dropout is off; afterwards flags and modes are as before.
+
+    Where gradient checkpointing is on, dropout that a recomputed block calls as a function of its own stays on (OPT has
+    such blocks); that of the modules inside it is off.
+    """
+    flags, trained = [(p, p.requires_grad) for p in model.parameters()], set(map(id, parameters))
+    for parameter, _ in flags:
+        parameter.requires_grad_(id(parameter) in trained)
+    try:
+        with modes_kept(model):
+            model.eval()
+            for module in filter(recomputes, model.modules()):
+                module.training = True  # transformers recomputes in training mode only
+            yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def _resume(folder: str | Path, run: Run, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """Goes on from the checkpoint in ``folder``, if there is one; see :func:`~tinylora_lite.utils.record.resume`."""
+    classes = (SFTSettings, GRPOSettings, TinyLoraConfig)
+    defaults = {f.name: f.default for of in classes for f in fields(of) if f.default is not MISSING}
+    resume(folder, run, parameters, optimizer, defaults)
