@@ -15,7 +15,6 @@ from collections.abc import Callable
 from html import escape
 from importlib import import_module
 from importlib.util import find_spec
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -87,7 +86,8 @@ class Dashboard(Progress):
         runs = runs if isinstance(runs, list) else [runs]
         for number, run in enumerate(runs):
             name = run.method if len(runs) == 1 else f"{run.method}, adapter {number}"
-            self.steps, self.measure = run.settings["steps"], "reward" if "reward" in run.steps[-1] else "loss"
+            self.steps = run.settings.get("steps", len(run.steps))
+            self.measure = "reward" if "reward" in run.steps[-1] else "loss"
             if number == 0 and (name not in self.curves or len(run.steps) == 1):
                 self.begin(f"training: {run.method}", self.steps)
             if "length" in run.steps[-1]:
@@ -118,9 +118,7 @@ class Dashboard(Progress):
         if not self.live:
             self._plain.tell(line, minor)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Leaves the last state as plain HTML, since a stored widget needs its kernel."""
         if self._box is not None:
             self._safely(self._leave)
@@ -163,7 +161,8 @@ class Dashboard(Progress):
         from tinylora_lite.view import plot
 
         with plot.style():
-            drawn = Figure(figsize=(2 * plot.WIDTH, 2.4), layout="none")  # the style's layout takes half of the time
+            drawn = Figure(figsize=(2 * plot.WIDTH, 2.4))
+            drawn.set_layout_engine("none")  # the style's constrained layout takes half of the time
             drawn.subplots_adjust(left=0.05, right=0.99, bottom=0.2, wspace=0.22)
             left, middle, right = drawn.subplots(1, 3)
             for axes, title, curves, top in (
@@ -214,8 +213,8 @@ class Dashboard(Progress):
 def has_front_end() -> bool:
     """Whether this is a notebook that has a reader, and ipywidgets to draw with."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    read = any(name in os.environ for name in FRONT_ENDS)
-    return read and hasattr(shell, "kernel") and find_spec("ipywidgets") is not None
+    has_reader = any(name in os.environ for name in FRONT_ENDS)
+    return has_reader and hasattr(shell, "kernel") and find_spec("ipywidgets") is not None
 
 
 def _escaped(text: str) -> str:

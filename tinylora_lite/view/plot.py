@@ -295,7 +295,7 @@ def counts(rows: Sequence[tuple[str, str, int]]) -> Figure:
 
 
 def bars(axes: Axes, values: Sequence[float], colour: str, most: int = 200) -> None:
-    """Draws a bar for each value; of more than ``most``, neighbours share a bar from their least to their greatest."""
+    """Draws a bar for each value; of more than ``most``, neighbours share a bar from their minimum to their maximum."""
     finite = np.nan_to_num(np.asarray(values, dtype=float), nan=0, posinf=0, neginf=0)
     parts = np.array_split(finite, max(1, min(len(values), most)))
     low = np.array([part.min(initial=0.0) for part in parts])

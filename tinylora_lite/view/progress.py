@@ -6,7 +6,6 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import Self, TextIO
 
 from rich import progress
@@ -21,7 +20,7 @@ COLOURS = ("#D55E00", "#009E73", "#0072B2")
 """Okabe and Ito's, one for each run in order; the book's figures use the same."""
 
 LOG_EVERY = 30.0
-"""Seconds of one phase after which a log gets a line."""
+"""Seconds without a line after which a log gets one."""
 
 
 class Progress:
@@ -38,10 +37,11 @@ class Progress:
     """
 
     def __init__(self) -> None:
-        columns = (progress.BarColumn(20), progress.MofNCompleteColumn(), progress.TimeElapsedColumn())
         self.bar = progress.Progress(
             progress.TextColumn("{task.description}", markup=False),
-            *columns,
+            progress.BarColumn(bar_width=20),
+            progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(),
             progress.TimeRemainingColumn(),
             speed_estimate_period=3600,  # one step of training can take minutes
         )
@@ -65,7 +65,7 @@ class Progress:
 
     def step(self, name: str, curve: Sequence[float], vectors: Sequence[float]) -> None:
         """A run made a step of training; ``curve`` has one value for each of its steps so far."""
-        self.curves[name], self.vectors[name] = list(curve), list(vectors)
+        self.vectors[name], self.curves[name] = list(vectors), list(curve)  # v first: Live draws in a thread
         self.bar.update(self._task, completed=len(curve))
         self.tell(f"  {name}: step {len(curve)} of {self.steps}, {self.measure} {curve[-1]:.3f}")
 
@@ -80,14 +80,12 @@ class Progress:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         return None
 
 
 class PlainProgress(Progress):
-    """A line for each phase, step and score, and at least every ``LOG_EVERY`` seconds; on stderr by default."""
+    """A line for each phase, step and score, and every ``LOG_EVERY`` seconds in between; on stderr by default."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         super().__init__()
@@ -112,15 +110,13 @@ class LiveProgress(Progress):
         self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._live.stop()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width = max(8, min(60, options.max_width - 34))
         runs = Table.grid(padding=(0, 1, 0, 0))
-        for number, (name, curve) in enumerate(list(self.curves.items())):  # a copy: Live draws in a thread
+        for number, (name, curve) in enumerate(list(self.curves.items())):
             colour, v = COLOURS[number % len(COLOURS)], self.vectors[name]
             line = sparkline(curve, width, (0.0, 1.0) if self.measure == "reward" else (0.0,), self.steps)
             runs.add_row(Text(name, colour), Text(line, colour), f"{self.measure} {curve[-1]:.2f}")
