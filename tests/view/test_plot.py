@@ -163,6 +163,26 @@ def test_counts_are_written_out():
     assert drawn.axes[0].get_xscale() == "log"
 
 
+def heights(values: list[float]) -> list[tuple[float, float]]:
+    _, axes = plot.figure()
+    plot.bars(axes, values, plot.INK)
+    return [(bar.get_y(), bar.get_height()) for bar in axes.patches]
+
+
+def test_bars_show_every_value_on_its_side_of_zero():
+    assert heights([0.5, -1.0, 0.0]) == [(0.0, 0.5), (-1.0, 1.0), (0.0, 0.0)]
+    assert heights([np.nan, np.inf, 0.5]) == [(0.0, 0.0), (0.0, 0.0), (0.0, 0.5)]
+
+
+def test_many_bars_share_columns_that_lose_no_extreme():
+    values = [0.0] * 100_352
+    values[70_000], values[3] = 2.0, -1.0
+    columns = heights(values)
+    assert len(columns) == 200
+    assert sorted(columns)[0] == (-1.0, 1.0)
+    assert sorted(columns)[-1] == (0.0, 2.0)
+
+
 def test_matrices_name_every_factor():
     words = texts(diagrams.matrices("lora", "lora_xs", "tinylora"))
     assert words.count("W") == 3

@@ -131,7 +131,6 @@ def run(arguments: argparse.Namespace) -> None:
         print(json.dumps(demo.summary()))
         return
     if isinstance(progress, LiveProgress):
-        progress.begin("done")
         console.print(progress)
     else:
         console.print(score_table(progress.scores))

@@ -58,7 +58,6 @@ def run(arguments: argparse.Namespace) -> None:
         print(json.dumps(outcome.summary()))
         return
     if isinstance(progress, LiveProgress):
-        progress.begin("done")
         console.print(progress)
     elif progress.scores:
         console.print(score_table(progress.scores))

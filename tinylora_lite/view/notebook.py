@@ -1,111 +1,102 @@
-"""Training as one watches it in a notebook: curves, scores, v itself, and samples to read.
+"""Training as a notebook shows it: reward, length, v, scores, and completions to read, updated in place.
 
-The picture is HTML of our own in a widget, sent at most once a second and never for more than 1 % of the time. Training
-never fails by it: whatever goes wrong while drawing is said once, and lines of text take the picture's place.
+The display must neither slow training down nor end it. It is drawn at most once a second and for at most 1 % of the
+time. An error while drawing is printed once, and lines of text take the place of the display.
 """
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import sys
 import time
-from collections.abc import Callable, Sequence
-from types import TracebackType
+from collections.abc import Callable
+from html import escape
+from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
 from torch import Tensor
 
-from tinylora_lite.evaluation.score import Score
+from tinylora_lite.adapter.adapter import TinyLoraAdapter
 from tinylora_lite.sampling.rollouts import Rollouts
-from tinylora_lite.view import dashboard_html as html
-from tinylora_lite.view.progress import PlainProgress, Progress
+from tinylora_lite.utils.record import Run
+from tinylora_lite.view.progress import COLOURS, PlainProgress, Progress, score_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-EVERY = 1.0
-"""Seconds between two pictures at least."""
-
-SHARE = 0.01
-"""Of the time, that may go into pictures of steps."""
+EVERY, SHARE = 1.0, 0.01
+"""Seconds between two drawings at least, and the part of the time that drawing may take."""
 
 SAMPLES = 8
-"""Completions of a step that can be read."""
+"""Completions of a step that are shown."""
 
 FRONT_ENDS = ("JPY_SESSION_NAME", "VSCODE_PID", "COLAB_RELEASE_TAG", "KAGGLE_URL_BASE")
-"""Environment variables of kernels that someone looks at: Jupyter's, VS Code's, Colab's, Kaggle's.
+"""Environment variables of kernels that have a reader: Jupyter's, VS Code's, Colab's, Kaggle's.
 
-A notebook that is run from top to bottom by a program has none of them, and would store a widget that shows nothing.
+A notebook that a program runs from top to bottom has none of them, and would store a widget that shows nothing.
 """
+
+# Explicit colours, since VS Code shows widgets on white in a dark theme, too.
+FRAME = (
+    "background:var(--colab-primary-surface-color,var(--vscode-editor-background,var(--jp-layout-color0,#fff)));"
+    "color:var(--colab-primary-text-color,var(--vscode-editor-foreground,var(--jp-ui-font-color0,#1b1f24)));padding:8px"
+)
+TEXT = "white-space:pre-wrap;overflow-wrap:anywhere;font:12px/1.45 ui-monospace,monospace;color:inherit;background:none"
 
 
 class Dashboard(Progress):
-    """A live view of :func:`~tinylora_lite.experiment.run.run_experiment` in a notebook.
+    """A live view of training in a notebook, for every loop that takes ``on_step`` and ``on_rollouts``.
 
-    In Jupyter, VS Code, Colab and Kaggle a picture is drawn and stays behind as plain HTML; elsewhere, or without
-    ipywidgets, lines are printed.
+    In Jupyter, VS Code, Colab and Kaggle it needs ipywidgets and matplotlib, and stays behind as plain HTML. Elsewhere,
+    or without them, it prints lines.
 
+    >>> with Dashboard(tokenizer, adapter) as board:  # doctest: +SKIP
+    ...     tl.train_grpo(..., on_step=board.on_step, on_rollouts=board.on_rollouts)
     >>> with Dashboard(tokenizer) as board:  # doctest: +SKIP
-    ...     run_experiment(settings, progress=board, on_rollouts=board.rollouts)
+    ...     run_experiment(settings, progress=board, on_rollouts=board.on_rollouts)
 
     Args:
-        tokenizer: shows the prompts beside the completions; ``None`` leaves them out.
-        live: whether to draw; ``None`` looks whether someone would see it.
-        measure: what the curve of training is: the reward, or the loss.
+        tokenizer: decodes the prompts; without it completions are shown alone.
+        adapter: :meth:`on_step` shows its v.
+        live: whether to draw; ``None`` finds out whether there is a reader.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase | None = None, *, live: bool | None = None, measure: str = "reward"
+        self,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        adapter: TinyLoraAdapter | None = None,
+        *,
+        live: bool | None = None,
     ) -> None:
         super().__init__()
-        self.tokenizer, self.measure = tokenizer, measure
-        self.trouble: str | None = None
-        """What went wrong while drawing; nothing is drawn after it."""
+        self.tokenizer, self.adapter = tokenizer, adapter
+        self.live = has_front_end() if live is None else live
+        """Whether it draws; ``False`` after drawing failed."""
+        self._samples: list[tuple[str, str]] = []
+        self._box: Any = None
         self._plain = PlainProgress(sys.stdout)
-        self._rows: dict[str, str] = {}
-        self._titles: list[str] = []
-        self._texts: list[str] = []
         self._draw_next = 0.0
-        self._phase_at, self._phase_done = time.perf_counter(), -1
-        self._view: _View | None = None
-        if has_front_end() if live is None else live:
-            self._safely(self._open)
 
-    def _open(self) -> None:
-        self._view = _View()
+    def on_step(self, runs: Run | list[Run]) -> None:
+        """Shows a run, or the runs of a population, after each step."""
+        runs = runs if isinstance(runs, list) else [runs]
+        for number, run in enumerate(runs):
+            name = run.method if len(runs) == 1 else f"{run.method}, adapter {number}"
+            self.steps = run.settings.get("steps", len(run.steps))
+            self.measure = "reward" if "reward" in run.steps[-1] else "loss"
+            if number == 0 and (name not in self.curves or len(run.steps) == 1):
+                self.begin(f"training: {run.method}", self.steps)
+            if "length" in run.steps[-1]:
+                self.lengths[name] = run.curve("length")
+            v = [] if self.adapter is None else self.adapter.vectors.flatten().tolist()
+            self.step(name, run.curve(self.measure), v)
 
-    @property
-    def live(self) -> bool:
-        """Whether a picture is drawn."""
-        return self._view is not None and self.trouble is None
-
-    def begin(self, phase: str, total: int = 0) -> None:
-        """A new phase of ``total`` parts."""
-        super().begin(phase, total)
-        self._phase_at, self._phase_done = time.perf_counter(), -1
-        self._tell(lambda: self._plain.begin(phase, total), now=True)
-
-    def advance(self, done: int, total: int) -> None:
-        """``done`` of ``total`` parts of the phase are over."""
-        super().advance(done, total)
-        self._count_from(done)
-        self._tell(lambda: self._plain.advance(done, total))
-
-    def step(self, name: str, rewards: Sequence[float], vectors: Sequence[float]) -> None:
-        """A step of training."""
-        super().step(name, rewards, vectors)
-        self._count_from(len(rewards))
-        self._plain.steps = self.steps
-        self._tell(lambda: self._plain.step(name, rewards, vectors))
-
-    def scored(self, name: str, score: Score) -> None:
-        """Something was evaluated."""
-        super().scored(name, score)
-        self._safely(lambda: self._rows.update({name: html.score_row(name, score)}))
-        self._tell(lambda: self._plain.scored(name, score), now=True)
-
-    def rollouts(self, rollouts: Rollouts, rewards: Tensor) -> None:
-        """Keeps some completions to read; give it to ``run_experiment`` as ``on_rollouts``.
+    def on_rollouts(self, rollouts: Rollouts, rewards: Tensor) -> None:
+        """Keeps some completions of a step to read.
 
         Args:
             rollouts: what was sampled.
@@ -113,128 +104,120 @@ class Dashboard(Progress):
         """
         self._safely(lambda: self._keep(rollouts, rewards))
 
-    def page(self) -> str:
-        """The picture as HTML that needs no widget, the samples folded below it."""
-        return self._picture() + html.folded(self._titles, self._texts)
+    def begin(self, phase: str, total: int = 0) -> None:
+        """Starts a phase of ``total`` parts; 0 means unknown."""
+        self._draw_next = 0.0
+        super().begin(phase, total)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Leaves the last picture as plain HTML: a stored widget would need its kernel to be seen again."""
-        if kind is None:
-            super().begin("done")
-        if self._view is not None:
-            view, self._view = self._view, None
-            self._safely(lambda: view.leave(self.page()))
+    def tell(self, line: str, minor: bool = False) -> None:
+        """Draws, unless it is too early; prints ``line`` where nothing is drawn."""
+        start = time.perf_counter()
+        if self.live and start >= self._draw_next:
+            self._safely(self._draw)
+            self._draw_next = start + max(EVERY, (time.perf_counter() - start) / SHARE)
+        if not self.live:
+            self._plain.tell(line, minor)
+
+    def __exit__(self, *error: object) -> None:
+        """Leaves the last state as plain HTML, since a stored widget needs its kernel."""
+        if self._box is not None:
+            self._safely(self._leave)
+
+    def page(self) -> str:
+        """Everything as HTML that needs no widget, the samples folded."""
+        folded = (f"<details><summary>{title}</summary>{text}</details>" for title, text in self._samples)
+        return self._picture() + f'<div style="{FRAME}">{"".join(folded)}</div>'
+
+    def _draw(self) -> None:
+        pages = [self._picture(), *(text for _, text in self._samples)]
+        if self._box is None:
+            import ipywidgets
+
+            self._pages = [ipywidgets.HTML() for _ in range(1 + SAMPLES)]
+            self._accordion = ipywidgets.Accordion()  # opens in the browser, without asking the busy kernel
+            self._box = ipywidgets.VBox([self._pages[0], self._accordion])
+            import_module("IPython.display").display(self._box)
+        for widget, page in zip(self._pages, pages, strict=False):
+            widget.value = page
+        self._accordion.children = self._pages[1 : len(pages)]
+        for place, (title, _) in enumerate(self._samples):
+            self._accordion.set_title(place, title)
+
+    def _leave(self) -> None:
+        ipython, page = import_module("IPython.display"), self.page()
+        self._box.close()
+        self._box = None
+        ipython.display(ipython.HTML(page))
 
     def _picture(self) -> str:
-        rewards, lengths = self.curves, self.lengths
-        base = next(iter(self.scores.values())).accuracy if len(self.scores) and self.measure == "reward" else None
-        steps = self.steps
-        parts = [
-            html.phase_line(self.phase, self.done, self.total, time.perf_counter() - self.started, self._left()),
-            html.panel(
-                f"{self.measure} of each step",
-                html.chart(rewards, steps=steps, unit=self.measure, share=self.measure == "reward", base=base),
-            ),
-            html.panel(
-                "length of completions, tokens", html.chart(lengths, steps=steps, unit="mean tokens", share=False)
-            ),
-        ]
-        for name, values in list(self.vectors.items())[-1:]:
-            if values:
-                parts.append(html.panel("v itself", html.bars(values), f"{name}: {html.reach(values)}"))
-        parts.append(html.panel("pass@1 and its 95 % interval", html.score_rows(list(self._rows.values()))))
-        return html.frame(*parts)
+        console = Console(record=True, width=100, file=io.StringIO(), force_jupyter=False)
+        console.print(self.bar, score_table(self.scores))
+        text = console.export_html(inline_styles=True, code_format=f'<pre style="{TEXT}">{{code}}</pre>')
+        return f'<div style="{FRAME}">{text}{self._figure()}</div>'
+
+    def _figure(self) -> str:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+
+        from tinylora_lite.view import plot
+
+        # The style's constrained layout would take half of the time.
+        with rc_context(plot.STYLE | {"figure.constrained_layout.use": False}):
+            drawn = Figure(figsize=(2 * plot.WIDTH, 2.4))
+            drawn.subplots_adjust(left=0.05, right=0.99, bottom=0.2, wspace=0.22)
+            left, middle, right = drawn.subplots(1, 3)
+            for axes, title, curves, top in (
+                (left, f"{self.measure} of each step", self.curves, self.measure == "reward"),
+                (middle, "mean tokens of a completion", self.lengths, 0),
+            ):
+                for number, (name, values) in enumerate(curves.items()):
+                    look = {"color": COLOURS[number % 3], "ls": ("-", "--", ":", "-.")[number % 4]}
+                    axes.plot(range(1, len(values) + 1), values, label=f"{name}: {values[-1]:.3g}", **look)
+                    axes.legend(fontsize=8)
+                axes.update_datalim([(1, 0), (max(2, self.steps), top)])  # the whole run and range are in view
+                axes.autoscale_view()
+                axes.set(title=title, xlabel="step")
+            if self.scores and self.measure == "reward":
+                left.axhline(next(iter(self.scores.values())).accuracy, ls="--", lw=1, color=plot.INK)
+            v = next((v for v in reversed(self.vectors.values()) if v), [])
+            plot.bars(right, v, COLOURS[0])
+            right.set(title=f"v, {len(v):,} parameters")
+        last = "; ".join(f"{name} {values[-1]:.3g}" for name, values in self.curves.items())
+        return plot.show(drawn, f"The {self.measure} of each step ({last}), the length of completions, and v.").svg
 
     def _keep(self, rollouts: Rollouts, rewards: Tensor) -> None:
-        group = rewards.shape[1]
-        # Groups that disagree first: the others teach nothing in this step.
-        order = sorted(range(len(rewards)), key=lambda i: bool((rewards[i] == rewards[i, 0]).all()))
-        rows = [g * group + i for g in order for i in range(group)][:SAMPLES]
-        values, lengths = rewards.flatten().tolist(), rollouts.lengths.tolist()
-        self._titles = [
-            html.sample_title(number, values[row], lengths[row], bool(rollouts.truncated[row]))
-            for number, row in enumerate(rows, 1)
-        ]
-        self._texts = [html.sample_text(self._prompt(rollouts, row), rollouts.texts[row]) for row in rows]
-        if self._view is not None and self.trouble is None:
-            self._view.show_samples(self._titles, self._texts)
+        # Groups whose rewards differ come first: the others give no gradient.
+        groups = sorted(range(len(rewards)), key=lambda i: bool((rewards[i] == rewards[i, 0]).all()))
+        size = rewards.shape[1]
+        self._samples = []
+        for row in [group * size + i for group in groups for i in range(size)][:SAMPLES]:
+            shown = {"completion": rollouts.texts[row]}
+            if self.tokenizer is not None:
+                ids = rollouts.prompt_ids[row][rollouts.prompt_mask[row].bool()]
+                shown = {"prompt": str(self.tokenizer.decode(ids))} | shown
+            text = "".join(f'{name}<pre style="{TEXT}">{_escaped(each)}</pre>' for name, each in shown.items())
+            cut = ", cut off at the limit" if rollouts.truncated[row] else ""
+            reward = f"reward {rewards.flatten()[row]:.3g}, {rollouts.lengths[row]:,} tokens{cut}"
+            self._samples.append((reward, f'<div style="{FRAME};max-height:26em;overflow-y:auto">{text}</div>'))
 
-    def _prompt(self, rollouts: Rollouts, row: int) -> str:
-        if self.tokenizer is None:
-            return ""
-        ids = rollouts.prompt_ids[row][rollouts.prompt_mask[row].bool()]
-        return str(self.tokenizer.decode(ids))
-
-    def _count_from(self, done: int) -> None:
-        if self._phase_done < 0:  # an interrupted run begins anywhere, and only what follows was timed
-            self._phase_at, self._phase_done = time.perf_counter(), done
-
-    def _left(self) -> float | None:
-        timed = self.done - self._phase_done
-        if self._phase_done < 0 or timed <= 0 or self.total <= self.done:
-            return None
-        return (time.perf_counter() - self._phase_at) / timed * (self.total - self.done)
-
-    def _tell(self, in_a_line: Callable[[], None], now: bool = False) -> None:
-        if self._view is None or self.trouble is not None:
-            in_a_line()
-            return
-        start = time.perf_counter()
-        if now or start >= self._draw_next:
-            view = self._view
-            self._safely(lambda: view.show(self._picture()))
-            self._draw_next = start + max(EVERY, (time.perf_counter() - start) / SHARE)
-
-    def _safely(self, draw: Callable[[], Any]) -> None:
-        if self.trouble is not None:
+    def _safely(self, draw: Callable[[], None]) -> None:
+        if not self.live:
             return
         try:
             draw()
         except Exception as error:  # whatever it is, it must not end a run of hours
-            self.trouble = f"{type(error).__name__}: {error}".splitlines()[0]
-            print(f"The dashboard stopped, training goes on ({self.trouble}).", flush=True)
-
-
-class _View:
-    """The widgets: a picture, and samples that open in the browser, where the busy kernel need not answer."""
-
-    def __init__(self) -> None:
-        import ipywidgets as widgets
-        from IPython import display
-
-        self._display: Any = display
-        self._picture = widgets.HTML()
-        self._pages = [widgets.HTML() for _ in range(SAMPLES)]
-        self._samples = widgets.Accordion(children=[])
-        self._box = widgets.VBox([self._picture, self._samples])
-        self._display.display(self._box)
-
-    def show(self, picture: str) -> None:
-        self._picture.value = picture
-
-    def show_samples(self, titles: Sequence[str], texts: Sequence[str]) -> None:
-        for page, text in zip(self._pages, texts, strict=False):
-            page.value = text
-        if len(self._samples.children) != len(texts):
-            self._samples.children = self._pages[: len(texts)]
-            self._samples.selected_index = None
-        for place, title in enumerate(titles):
-            self._samples.set_title(place, title)
-
-    def leave(self, page: str) -> None:
-        self._box.close()
-        self._display.display(self._display.HTML(page))
+            self.live = False
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            print(f"The dashboard stopped, training goes on ({reason}).", flush=True)
 
 
 def has_front_end() -> bool:
-    """Whether this is a notebook that someone looks at, with ipywidgets to draw by."""
-    if "IPython" not in sys.modules or not any(name in os.environ for name in FRONT_ENDS):
-        return False
-    from importlib.util import find_spec
+    """Whether this is a notebook that has a reader, and ipywidgets to draw with."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    has_reader = any(name in os.environ for name in FRONT_ENDS)
+    return has_reader and hasattr(shell, "kernel") and find_spec("ipywidgets") is not None
 
-    from IPython.core.getipython import get_ipython
 
-    shell = get_ipython()
-    return shell is not None and hasattr(shell, "kernel") and find_spec("ipywidgets") is not None
+def _escaped(text: str) -> str:
+    """Text as HTML; control characters and surrogates, which a page cannot hold, are replaced."""
+    return escape(re.sub(r"[^\n\t\x20-\ud7ff\ue000-\U0010ffff]", "\ufffd", text))

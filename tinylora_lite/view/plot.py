@@ -1,9 +1,8 @@
-"""The book's figures: one style, one colour for each method, one way to draw matrices.
+"""The book's figures: one style, and one colour for each method.
 
-A figure is drawn with matplotlib and shown as SVG inside the page: ink is the colour of the page's text and the
-font is the page's, so that the same figure is read on white, in the dark and on paper. Colours are Okabe and
-Ito's, none without a marker or a line style of its own, and all stand out from a white and from a dark page
-by a contrast of at least 3.
+Figures are drawn with matplotlib and shown as SVG in the page's own text colour and font, so that the same figure works
+on a white page, on a dark one and on paper. The colours are Okabe and Ito's. Their contrast is at least 3 on both
+pages, and each method also has its own marker and line style.
 """
 
 from __future__ import annotations
@@ -29,17 +28,17 @@ if TYPE_CHECKING:
     from tinylora_lite.utils.record import Run
 
 INK = "#24292f"
-"""Text, axes and all that is no method. In :func:`show` it becomes the colour of the text around the figure."""
+"""Of text, axes and everything that is not a method; :func:`show` turns it into the colour of the page's text."""
 
 BLACK = "#010101"
-"""For letters on a coloured ground, where the page's ink would not do; plain black becomes ink, too."""
+"""For text on a coloured background, which must not follow the page; :func:`show` turns #000000 into ink, too."""
 
 WIDTH = 5.4
-"""Inches. A page as wide as its text shows it a fifth larger, a phone a quarter smaller."""
+"""Inches; shown a fifth larger on a wide page and a quarter smaller on a phone."""
 
 
 class Method(NamedTuple):
-    """How a method looks in every figure of the book."""
+    """How a method is drawn in every figure of the book."""
 
     label: str
     colour: str
@@ -91,21 +90,21 @@ STYLE: dict[Any, Any] = {
 
 @contextmanager
 def style() -> Iterator[None]:
-    """The style as a context or a decorator; ``matplotlib.rcParams.update(plot.STYLE)`` makes it stay."""
+    """The style as a context manager or decorator; ``matplotlib.rcParams.update(plot.STYLE)`` sets it for good."""
     with matplotlib.rc_context(STYLE):
         yield
 
 
 @style()
 def figure(height: float = 3.0, width: float = WIDTH) -> tuple[Figure, Axes]:
-    """An empty figure, its sides in inches. It knows no window and needs no closing."""
+    """An empty figure, its size in inches; it is not registered with pyplot, so nothing has to close it."""
     drawn = Figure(figsize=(width, height))
     return drawn, drawn.subplots()
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure as a notebook shows it: ``svg`` for the eye, ``alt`` for whoever does not see it."""
+    """A figure as a notebook shows it, with its alternative text."""
 
     svg: str
     alt: str
@@ -118,11 +117,11 @@ class Drawing:
 
 
 def show(drawn: Figure, alt: str) -> Drawing:
-    """Turns a figure into what a cell returns.
+    """A figure as the value of a notebook cell.
 
     Args:
-        drawn: any matplotlib figure, best made by this module.
-        alt: what the figure shows and finds, in a sentence.
+        drawn: any matplotlib figure, preferably in the :func:`style` of this module.
+        alt: one sentence about what the figure shows and what follows from it.
 
     Raises:
         ValueError: ``alt`` is empty.
@@ -130,7 +129,7 @@ def show(drawn: Figure, alt: str) -> Drawing:
     if not alt.strip():
         raise ValueError("a figure needs an alternative text that says what it shows")
     text = io.StringIO()
-    # The salt makes identifiers that no other figure of the page has, and the same in every build.
+    # The salt makes identifiers unique on the page and equal in every build.
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": alt}):
         drawn.savefig(text, format="svg", metadata={"Date": None})
     svg = text.getvalue()
@@ -147,7 +146,7 @@ def show(drawn: Figure, alt: str) -> Drawing:
 
 
 def human(number: float) -> str:
-    """A count as one would say it.
+    """A count in short form.
 
     >>> [human(n) for n in (1, 13, 784, 1000, 2_523_136, 7_615_616_512)]
     ['1', '13', '784', '1 k', '2.5 M', '7.6 G']
@@ -159,7 +158,7 @@ def human(number: float) -> str:
 
 
 def count_axis(axes: Axes, smallest: float, largest: float) -> None:
-    """Makes x a logarithmic axis of parameter counts, labelled 1, 13, 1 k, 1 M and so on."""
+    """Makes x a logarithmic axis of parameter counts with the labels 1, 13, 1 k, 1 M and so on."""
     axes.set_xscale("log")
     axes.set_xlim(smallest / 1.6, largest * 1.6)
     near = [1, 13, 100, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8, 1e9, 1e10]
@@ -170,7 +169,7 @@ def count_axis(axes: Axes, smallest: float, largest: float) -> None:
 
 
 class Curves(NamedTuple):
-    """Training runs that differ in their seed only: a key of ``METHODS``, the runs, and a label of their own."""
+    """Runs that differ only in their seed: a key of ``METHODS``, the runs, and a label in place of the method's."""
 
     method: str
     runs: Sequence[Run]
@@ -181,16 +180,16 @@ class Curves(NamedTuple):
 def learning_curves(
     curves: Sequence[Curves], *, key: str = "reward", base: float | None = None, ylabel: str = "mean reward"
 ) -> Figure:
-    """Runs against steps: every seed thin, their mean thick, labelled at its end.
+    """Runs against steps: a thin line for each seed, a thick one for their mean, its label at the right.
 
     Args:
-        curves: the runs; a mean ends with its shortest run.
+        curves: the runs; the mean ends where the shortest run ends.
         key: a column of ``run.steps``, or ``"accuracy"`` for that of ``run.evaluations``.
-        base: where the untrained model stands, a dashed line.
+        base: value of the untrained model, drawn as a dashed line.
         ylabel: what ``key`` is, in words.
 
     Raises:
-        ValueError: there are no curves, or one has no runs or no rows.
+        ValueError: there are no curves, or a curve has no runs or no rows.
     """
     ends: list[tuple[float, str, str]] = []
     drawn, axes = figure()
@@ -220,7 +219,7 @@ def learning_curves(
 
 
 def label_at_the_right(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
-    """Labels at the height of each end, pushed apart where they would overlap; a dash carries the colour."""
+    """Labels each end, given as (y, label, colour), at its height; labels that would overlap are pushed apart."""
     low, high = axes.get_ylim()
     ends = sorted(ends)
     heights = [(y - low) / (high - low) for y, _, _ in ends]
@@ -235,20 +234,20 @@ def label_at_the_right(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
 
 @style()
 def accuracy_against_numbers(rows: Iterable[Mapping[str, Any]], *, ylabel: str = "accuracy on the test set") -> Figure:
-    """Accuracy with its interval against how many numbers were trained, one line for each method.
+    """Accuracy with its interval against the number of trained parameters, one line for each method.
 
     Args:
         rows: mappings with ``method`` (a key of ``METHODS``), ``parameters``, ``accuracy``, ``low`` and ``high``,
-            accuracies between 0 and 1. Rows of ``"base"`` become a dashed line with a band.
+            accuracies from 0 to 1. A row of ``"base"`` becomes a dashed line with a band.
         ylabel: what was measured.
 
     Raises:
-        ValueError: no row has a trained number.
+        ValueError: there are only rows of ``"base"``, or none.
     """
     rows = sorted(rows, key=lambda row: row["parameters"])
     trained = [row for row in rows if row["method"] != "base"]
     if not trained:
-        raise ValueError("there are no rows with trained numbers to draw")
+        raise ValueError("there are no rows of a trained method to draw")
     drawn, axes = figure(3.4)
     count_axis(axes, min(1, trained[0]["parameters"]), trained[-1]["parameters"])
     for row in rows:
@@ -278,7 +277,7 @@ def counts(rows: Sequence[tuple[str, str, int]]) -> Figure:
     """A ladder of parameter counts on a logarithmic axis.
 
     Args:
-        rows: from top to bottom ``(method, label, count)``, the method a key of ``METHODS``.
+        rows: ``(method, label, count)`` from top to bottom; the method is a key of ``METHODS``.
     """
     drawn, axes = figure(0.9 + 0.27 * len(rows))
     count_axis(axes, 1, max(count for _, _, count in rows))
@@ -293,3 +292,14 @@ def counts(rows: Sequence[tuple[str, str, int]]) -> Figure:
     axes.grid(False)
     axes.set_xlabel("numbers that train")
     return drawn
+
+
+def bars(axes: Axes, values: Sequence[float], colour: str, most: int = 200) -> None:
+    """Draws a bar for each value; of more than ``most``, neighbours share a bar from their minimum to their maximum."""
+    finite = np.nan_to_num(np.asarray(values, dtype=float), nan=0, posinf=0, neginf=0)
+    parts = np.array_split(finite, max(1, min(len(values), most)))
+    low = np.array([part.min(initial=0.0) for part in parts])
+    high = np.array([part.max(initial=0.0) for part in parts])
+    axes.bar(range(len(parts)), high - low, bottom=low, color=colour)
+    axes.axhline(0, lw=1, color=INK)
+    axes.set_xticks([])
