@@ -215,7 +215,9 @@ class TestTable:
         )
 
     def test_a_task_that_only_a_run_knows(self, run):
-        assert list(table(task="sums", runs=[run]).kind) == ["run"]
+        rows = table(task="sums", runs=[run])
+        assert list(rows.kind) == ["run"]
+        assert markdown(main_rows(rows)).endswith("| this book: runs/seven-13-seed3 |")
 
     def test_press_is_no_evidence(self):
         assert not table(runs=[]).who.str.contains("MarkTechPost").any()

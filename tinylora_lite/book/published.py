@@ -34,6 +34,13 @@ HOW = {"P": "text or table", "F": "read off a figure", "S": "secondary source", 
 Kind = Literal["paper", "quoted by the paper", "replication", "evaluation of the untrained model", "press"]
 """What published a number, in the order of the tables."""
 
+COLUMNS = (
+    *("model", "task", "kind", "what", "training", "parameters", "accuracy", "low", "high", "untrained"),
+    *("n", "seeds", "who", "where", "url"),
+)
+"""Of the table. ``kind`` is one of ``Kind``; ``"run"``; or ``"not yet run"`` where a model has none on a task. Shares
+(``accuracy`` with its 95 % interval, where it was measured here, and ``untrained``) are from 0 to 1."""
+
 TRAINING = {"grpo": "RL", "sft": "SFT", None: ""}
 
 
@@ -180,9 +187,7 @@ def table(model: str | None = None, task: str | None = None, runs: Iterable[str 
         runs: folders of runs; ``None`` takes those that were sent in.
 
     Returns:
-        Columns ``model, task, kind`` (one of ``Kind``; ``"run"``; ``"not yet run"`` where a model has none on a task),
-        ``what, training, parameters, accuracy, low, high, untrained`` (shares from 0 to 1), ``n, seeds, who, where``
-        and ``url``.
+        ``COLUMNS``, with missing values where nothing is known.
 
     Raises:
         LookupError: nothing is known of the model on the task.
@@ -203,7 +208,7 @@ def table(model: str | None = None, task: str | None = None, runs: Iterable[str 
         raise LookupError(f"nothing is known of {model or 'any model'} on {task or 'any task'}; models are: {known}")
     kinds = [*get_args(Kind), "run", "not yet run"]
     chosen.sort(key=lambda row: (pairs.index((row["model"], row["task"])), kinds.index(row["kind"])))
-    return DataFrame(chosen).convert_dtypes()
+    return DataFrame(chosen, columns=list(COLUMNS)).convert_dtypes()
 
 
 def main_rows(rows: DataFrame, counts: tuple[int, ...] = (0, 13, 196), all_weights: bool = True) -> DataFrame:
@@ -241,8 +246,6 @@ def _row(row: Published) -> dict[str, Any]:
         "training": row.training,
         "parameters": 0 if row.method == "untrained" else row.parameters,
         "accuracy": row.value,
-        "low": None,
-        "high": None,
         "untrained": row.untrained,
         "n": row.n,
         "seeds": row.seeds,

@@ -43,9 +43,10 @@ def set_up(extras):
 
     smi = shutil.which("nvidia-smi")
     gpus = run(smi, "-L").stdout if smi else ""
-    useful = {"quantized"} if "T4" in gpus else {"vllm"} if gpus else set()
-    extras = [extra for extra in extras.split(",")
-              if extra in useful or extra not in ("quantized", "vllm")]
+    useless = {"quantized", "vllm"}
+    if "GPU 0" in gpus:
+        useless.remove("quantized" if "T4" in gpus else "vllm")
+    extras = [name for name in extras.split(",") if name not in useless]
     missing = []
     try:
         importlib.import_module("tinylora_lite")
@@ -58,17 +59,19 @@ def set_up(extras):
     except metadata.PackageNotFoundError:
         pass
     if missing:
-        print("Installing", *missing, "(minutes, with vLLM)", flush=True)
+        print("Installing", *missing, flush=True)
         pip = run(sys.executable, "-m", "pip", "install", "-q", *missing)
         importlib.invalidate_caches()
         if pip.returncode:
-            lines = pip.stderr.strip().splitlines() or ["no message"]
-            errors = [each for each in lines if "error" in each.lower()]
+            lines = [line.strip() for line in pip.stderr.splitlines()]
+            told = [line for line in lines
+                    if line.lower().startswith(("error: ", "fatal: "))]
+            told.sort(key=lambda line: "subprocess-exited" in line)
             raise SetupError(
                 f"pip could not install {' '.join(missing)}"
-                f" ({(errors or lines)[-1].strip()}): connect this machine to"
-                " the internet, with git and Python 3.11 or newer on it, and"
-                " run this cell again."
+                f" ({(told or lines or ['no message'])[0]}): connect this"
+                " machine to the internet, with git and Python 3.11 or newer"
+                " on it, and run this cell again."
             )
     try:
         loaded = [importlib.import_module(name)
