@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from tinylora_lite.adapter.tying import Site, groups_of
-from tinylora_lite.book import diagrams
+from tinylora_lite.book import diagrams, structure
 from tinylora_lite.view import plot
 
 
@@ -29,8 +29,8 @@ def contrast(one: str, other: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-@pytest.mark.parametrize("tone", diagrams.TONES)
-def test_numbers_on_the_map_can_be_read(tone):
+@pytest.mark.parametrize("tone", [*diagrams.TONES, structure.PAPER])
+def test_words_on_a_coloured_ground_can_be_read(tone):
     assert contrast(plot.BLACK, tone) >= 4.5
 
 
