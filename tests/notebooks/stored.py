@@ -1,8 +1,8 @@
 """The outputs that the chapters on GPUs show without a GPU: tables, plans and pictures, and nothing of a training run.
 
 ``python tests/notebooks/stored.py`` runs the cells that need no GPU and stores what they put out; the others, tagged
-``gpu``, are stored without outputs. A test runs them again and compares. So a page never shows what the library no
-longer says, and never numbers of a toy where a reader expects those of the model.
+``gpu``, and the cell that sets the notebook up are stored without outputs. A test runs them again and compares. So a
+page never shows what the library no longer says, and never numbers of a toy where a reader expects those of the model.
 """
 
 import os
@@ -15,7 +15,7 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("gpu_*.ipynb"))
-GPU = "gpu"
+GPU, SETUP = "gpu", "colab-setup"
 QUIET = {
     "CUDA_VISIBLE_DEVICES": "",
     "HF_HUB_OFFLINE": "1",
@@ -34,7 +34,7 @@ def outputs(paths: list[Path]) -> list[list[list[dict[str, Any]]]]:
     sources = [
         source
         for book in books
-        for source in [*(cell.source for cell in code_cells(book) if not needs_gpu(cell)), "%reset -f"]
+        for source in [*(cell.source for cell in code_cells(book) if not left_out(cell)), "%reset -f"]
     ]
     joined = nbformat.v4.new_notebook(cells=list(map(nbformat.v4.new_code_cell, sources)))
     NotebookClient(
@@ -48,7 +48,7 @@ def outputs(paths: list[Path]) -> list[list[list[dict[str, Any]]]]:
     done = iter(joined.cells)
     found = []
     for book in books:
-        found.append([[] if needs_gpu(cell) else clean(next(done).outputs) for cell in code_cells(book)])
+        found.append([[] if left_out(cell) else clean(next(done).outputs) for cell in code_cells(book)])
         next(done)
     return found
 
@@ -59,6 +59,11 @@ def code_cells(book: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
 
 def needs_gpu(cell: nbformat.NotebookNode) -> bool:
     return GPU in cell.metadata.get("tags", [])
+
+
+def left_out(cell: nbformat.NotebookNode) -> bool:
+    """What depends on the machine: whatever a GPU is needed for, and the cell that sets the notebook up."""
+    return needs_gpu(cell) or SETUP in cell.metadata.get("tags", [])
 
 
 def clean(given: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -20,12 +20,12 @@ SHORTER = [
 
 LOAD = """
 import json
+from pathlib import Path
+from huggingface_hub import try_to_load_from_cache
 from transformers.utils import logging
 from tinylora_lite.experiment.models import load_model
-from tinylora_lite.book.colab import hub_commit
 from tinylora_lite.tasks.datasets import load_task
 from tinylora_lite.sampling.rollouts import encode_prompts
-from tinylora_lite.experiment.settings import RunSettings
 
 logging.disable_progress_bar()
 model, tokenizer = load_model("Qwen/Qwen2.5-7B-Instruct")
@@ -36,7 +36,7 @@ print(json.dumps({
     "layers": model.config.num_hidden_layers,
     "width": model.config.hidden_size,
     "dtype": str(model.dtype),
-    "commit": hub_commit(RunSettings("Qwen/Qwen2.5-7B-Instruct", "gsm8k")),
+    "commit": Path(try_to_load_from_cache("Qwen/Qwen2.5-7B-Instruct", "config.json")).parent.name,
     "round_trip": tokenizer.decode(tokenizer(text).input_ids) == text,
     "digits": [tokenizer.decode(i) for i in tokenizer("123").input_ids],
     "special": [tokenizer.eos_token, tokenizer.pad_token],
@@ -77,15 +77,14 @@ def test_the_model_s_name_resolves_to_the_stub(hub):
 def check(run_notebook, hub: Path, folder: Path, layers: int, overrides: list[str], **environment: str) -> None:
     overrides = [*SHORTER, *overrides, f"folder={folder}"]
     book = run_notebook("gpu_07_gsm8k.ipynb", overrides, HF_HOME=str(hub), **environment)
-    (file,) = (folder / "register").glob("*.json")
-    record = json.loads(file.read_text())
-    assert record["model"] == hub_stub.MODEL
-    assert record["revision"] == hub_stub.COMMIT
-    assert record["parameters"] == -(-7 * layers // 16), "n_tie = 16, as on the 7B model"
-    assert record["scores"][0]["base"]["n"] == 4
-    assert record["curve"]["steps"] == 1
+    outcome, run = (json.loads((folder / name).read_text()) for name in ("outcome.json", "run.json"))
+    assert outcome["model"] == hub_stub.MODEL
+    assert f"revision: {hub_stub.COMMIT}" in (folder / "settings.yaml").read_text()
+    assert outcome["parameters"] == -(-7 * layers // 16), "n_tie = 16, as on the 7B model"
+    assert outcome["base"]["gsm8k"]["n"] == 4
+    assert len(run["steps"]) == 1
     last = book.cells[-1].outputs[-1]["data"]["text/markdown"]
-    assert file.name in last, "the run stands in the table"
+    assert f"runs/{folder.name}" in last, "the run is in the table"
     assert "paper, arXiv v1" in last
     assert "not yet run" not in last
 

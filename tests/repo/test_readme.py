@@ -1,4 +1,4 @@
-"""The README's figures are those of the committed records, and what it shows can be called."""
+"""The README's figures are those of the committed records; what it and CONTRIBUTING name exists."""
 
 import json
 import re
@@ -33,3 +33,11 @@ def test_every_name_it_shows_exists():
     names = set(re.findall(r"\btl\.(\w+)", README))
     assert names
     assert not [name for name in names if not hasattr(tl, name)]
+
+
+def test_every_file_in_the_table_of_rooms_exists():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = text.partition("## Where something new goes")[2].partition("\n## ")[0]
+    named = re.findall(r"`(\w+/[\w./]*)`", table)
+    assert {name.partition("/")[0] for name in named} >= {"adapter", "sampling", "tasks", "training", "lab", "book"}
+    assert not [name for name in named if not (ROOT / "tinylora_lite" / name).exists() and not (ROOT / name).exists()]

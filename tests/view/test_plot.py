@@ -11,8 +11,6 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from tinylora_lite.adapter.tying import Site, groups_of
-from tinylora_lite.book import diagrams
 from tinylora_lite.utils.record import Run
 from tinylora_lite.view import plot
 
@@ -51,11 +49,6 @@ def row(method: str, parameters: int, accuracy: float) -> dict:
 @pytest.mark.parametrize("method", [name for name in plot.METHODS if name != "base"])
 def test_every_colour_stands_out_in_light_and_dark(method, page):
     assert contrast(plot.METHODS[method].colour, page) >= 3
-
-
-@pytest.mark.parametrize("tone", diagrams.TONES)
-def test_numbers_on_the_map_can_be_read(tone):
-    assert contrast(plot.BLACK, tone) >= 4.5
 
 
 def test_methods_differ_without_colour():
@@ -181,28 +174,6 @@ def test_many_bars_share_columns_that_lose_no_extreme():
     assert len(columns) == 200
     assert sorted(columns)[0] == (-1.0, 1.0)
     assert sorted(columns)[-1] == (0.0, 2.0)
-
-
-def test_matrices_name_every_factor():
-    words = texts(diagrams.matrices("lora", "lora_xs", "tinylora"))
-    assert words.count("W") == 3
-    assert {"A", "B", "R", "U", "Σ", "Vᵀ", "P₁", "v₁", "in", "out", "r"} <= set(words)
-    assert "R" not in texts(diagrams.matrices("tinylora"))
-
-
-@pytest.mark.parametrize(("n_tie", "tying", "numbers"), [(4, "tiled", 13), (4, "structured", 14)])
-def test_the_map_shows_each_module_under_its_number(n_tie, tying, numbers):
-    groups = groups_of([Site(layer, kind, "") for layer in range(7) for kind in range(7)], n_tie, tying)
-    drawn = diagrams.tying_map(groups, list("abcdefg"))
-    squares = [text for text in drawn.axes[0].texts if text.get_position()[1] >= 0]
-    shown = {tuple(text.get_position()): int(text.get_text()) for text in squares}
-    assert shown == {(place // 7, place % 7): group + 1 for place, group in enumerate(groups)}
-    assert len(drawn.axes[0].texts) - len(squares) == numbers
-
-
-def test_the_map_of_half_a_layer():
-    with pytest.raises(ValueError, match="whole layers"):
-        diagrams.tying_map([0, 0, 1], ["q", "k"])
 
 
 def test_without_matplotlib_the_error_names_the_extra(monkeypatch):

@@ -7,11 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tinylora_lite.book import colab as notebook
-from tinylora_lite.book.register_table import Row, Table
+from tinylora_lite.book import colab
 from tinylora_lite.evaluation.score import Completion, Score
 from tinylora_lite.experiment.presets import preset
-from tinylora_lite.experiment.settings import RunSettings
 from tinylora_lite.planning.gpus import CARDS
 from tinylora_lite.planning.plan import plan_run
 
@@ -32,60 +30,49 @@ DEVICES = [
 
 
 @pytest.mark.parametrize(("name", "gib", "card"), DEVICES)
-def test_a_card_is_known_by_its_name_and_memory(monkeypatch, name, gib, card):
+def test_a_gpu_is_known_by_its_name_and_memory(monkeypatch, name, gib, card):
     found = types.SimpleNamespace(name=name, total_memory=int(gib * GIB))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda place: found)
-    assert notebook.card_here() == card
+    assert colab.gpu_here() == card
 
 
-def test_no_card_is_none(monkeypatch):
+def test_no_gpu_is_none(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert notebook.card_here() is None
+    assert colab.gpu_here() is None
 
 
 @pytest.mark.parametrize("card", CARDS)
-def test_every_card_has_a_preset_that_computes_there(card):
-    settings = preset("qwen2.5-0.5b/gsm8k", card=notebook.preset_card(card))
+def test_every_gpu_has_a_preset_that_computes_there(card):
+    settings = preset("qwen2.5-0.5b/gsm8k", card=colab.preset_gpu(card))
     assert (settings.dtype == "bfloat16") == CARDS[card].bfloat16
 
 
 def test_in_colab_the_folder_lies_on_drive_and_elsewhere_here(monkeypatch, tmp_path):
     monkeypatch.delitem(sys.modules, "google.colab", raising=False)
-    assert notebook.place("runs") == Path("runs")
+    assert colab.place("runs") == Path("runs")
     mounted = []
     drive = types.SimpleNamespace(mount=lambda path: (mounted.append(path), Path(path).mkdir()))
-    colab = types.ModuleType("google.colab")
-    monkeypatch.setitem(sys.modules, "google.colab", colab)
+    google = types.ModuleType("google.colab")
+    monkeypatch.setitem(sys.modules, "google.colab", google)
     monkeypatch.setitem(sys.modules, "google.colab.drive", drive)
-    colab.drive = drive
-    monkeypatch.setattr(notebook, "DRIVE", tmp_path / "drive")
-    assert notebook.place("runs") == tmp_path / "drive" / "MyDrive" / "runs"
-    assert notebook.place("runs") == tmp_path / "drive" / "MyDrive" / "runs"
+    google.drive = drive
+    monkeypatch.setattr(colab, "DRIVE", tmp_path / "drive")
+    assert colab.place("runs") == tmp_path / "drive" / "MyDrive" / "runs"
+    assert colab.place("runs") == tmp_path / "drive" / "MyDrive" / "runs"
     assert mounted == [str(tmp_path / "drive")], "once"
 
 
 def test_overrides_come_from_the_environment(monkeypatch):
-    monkeypatch.delenv(notebook.OVERRIDES, raising=False)
-    assert notebook.overrides() == []
-    monkeypatch.setenv(notebook.OVERRIDES, " training.steps=2\n  model=nano ")
-    assert notebook.overrides() == ["training.steps=2", "model=nano"]
-
-
-def test_what_is_no_model_of_the_hub_has_no_commit(tmp_path):
-    assert notebook.hub_commit(RunSettings("nano", "nano")) == ""
-    assert notebook.hub_commit(RunSettings(str(tmp_path), "nano")) == ""
-
-
-def test_a_model_that_was_not_loaded_has_no_commit_yet(monkeypatch, tmp_path):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="load it first"):
-        notebook.hub_commit(RunSettings("somebody/nothing", "gsm8k"))
+    monkeypatch.delenv(colab.OVERRIDES, raising=False)
+    assert colab.overrides() == []
+    monkeypatch.setenv(colab.OVERRIDES, " training.steps=2\n  model=nano ")
+    assert colab.overrides() == ["training.steps=2", "model=nano"]
 
 
 def test_a_plan_says_what_it_takes_and_what_it_costs():
     plan = plan_run(preset("qwen2.5-7b/gsm8k").override(["learning_rates=[]"]), "a100-80gb", price=2.0)
-    text = notebook.plan_table(plan)
+    text = colab.plan_table(plan)
     assert text.count("| **all of it** |") == len(plan.peaks)
     assert f"| base weights | always | {plan.terms[0].bytes / GIB:.2f} |" in text
     assert f"{plan.time.hours.low:.1f} to {plan.time.hours.high:.1f} hours, planned and not measured" in text
@@ -96,7 +83,7 @@ def test_a_plan_says_what_it_takes_and_what_it_costs():
 def test_a_plan_that_does_not_fit_says_what_would():
     plan = plan_run(preset("qwen2.5-7b/gsm8k").override(["learning_rates=[]"]), "a100-40gb")
     assert plan.advice
-    text = notebook.plan_table(plan)
+    text = colab.plan_table(plan)
     assert f"It fits with `{' '.join(plan.advice)}`." in text
     assert "hours" not in text
 
@@ -107,20 +94,10 @@ def score(rewards: list[float], samples: int = 1) -> Score:
 
 
 def test_the_problems_that_changed():
-    found = list(notebook.changed(score([0, 1, 1, 0]), score([1, 1, 0, 0])))
-    assert [(pair.before.prompt, pair.better) for pair in found] == [("p0", True), ("p2", False)]
+    found = list(colab.changed(score([0, 1, 1, 0]), score([1, 1, 0, 0])))
+    assert [(before.prompt, before.reward, after.reward) for before, after in found] == [("p0", 0, 1), ("p2", 1, 0)]
 
 
 def test_of_several_samples_the_first_is_compared():
-    found = list(notebook.changed(score([0, 1, 1, 1], samples=2), score([1, 0])))
-    assert [(pair.before.text, pair.after.text) for pair in found] == [("t0", "t0"), ("t2", "t1")]
-
-
-def test_a_short_table_keeps_comparable_rows_and_the_whole_register():
-    def row(what: str, parameters: int | None, where: str = "figure 1", value: float | None = 0.5) -> Row:
-        return Row("paper", what, parameters, value, where=where)
-
-    kept = [row("untrained", 0), row("TinyLoRA, RL", 13), row("all weights, RL", 7_615_487_488)]
-    own = [row("TinyLoRA, SFT", 99, "runs/mine.json"), Row("this book", "not yet run")]
-    dropped = [row("TinyLoRA, SFT", 13), row("TinyLoRA, RL", 25), row("LoRA, RL", 2_523_136)]
-    assert notebook.shortened(Table("t", (*dropped, *kept, *own))).rows == (*kept, *own)
+    found = list(colab.changed(score([0, 1, 1, 1], samples=2), score([1, 0])))
+    assert [(before.text, after.text) for before, after in found] == [("t0", "t0"), ("t2", "t1")]

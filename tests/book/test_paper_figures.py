@@ -2,14 +2,13 @@
 
 import doctest
 import xml.etree.ElementTree as ElementTree
-from dataclasses import replace
 
 import pytest
 from scipy import stats
 
 pytest.importorskip("matplotlib")
 
-from tinylora_lite.book import paper_figures as plot_paper
+from tinylora_lite.book import paper_figures
 from tinylora_lite.book.published import Published, load_published
 from tinylora_lite.view import plot
 
@@ -34,19 +33,19 @@ def replication(published: list[Published]) -> list[Published]:
 
 
 def test_worked_example():
-    assert doctest.testmod(plot_paper) == (0, 1)
+    assert doctest.testmod(paper_figures) == (0, 1)
 
 
 @pytest.mark.parametrize(("right", "n"), [(0, 30), (5, 30), (1183, 1319)])
 def test_wilson_is_scipys(right, n):
     expected = stats.binomtest(right, n).proportion_ci(0.95, method="wilson")
-    assert plot_paper.wilson(right / n, n) == pytest.approx((expected.low, expected.high), abs=1e-9)
+    assert paper_figures.wilson(right / n, n) == pytest.approx((expected.low, expected.high), abs=1e-9)
 
 
 def test_figure_1_holds_every_point_and_every_level(published):
     paper = [row for row in published if row.where == "figure 1"]
     repeated = replication(published)
-    drawn = plot_paper.accuracy_against_numbers(paper, repeated, {"a level": 0.756})
+    drawn = paper_figures.accuracy_against_numbers(paper, repeated, {"a level": 0.756})
     expected = {(row.parameters, row.value) for row in paper if row.method == "TinyLoRA"}
     expected |= {(row.parameters, row.value) for row in repeated}
     assert points(drawn.axes[0], "o") == expected
@@ -57,21 +56,21 @@ def test_an_interval_needs_a_number_of_problems(published):
     paper = [row for row in published if row.where == "figure 1"]
     (one, *_) = replication(published)
     with pytest.raises(ValueError, match="on how many problems"):
-        plot_paper.accuracy_against_numbers(paper, [replace(one, n=None)], {})
+        paper_figures.accuracy_against_numbers(paper, [one.model_copy(update={"n": None})], {})
     with pytest.raises(ValueError, match="how many numbers trained"):
-        plot_paper.accuracy_against_numbers(paper, [replace(one, parameters=None)], {})
+        paper_figures.accuracy_against_numbers(paper, [one.model_copy(update={"parameters": None})], {})
 
 
 def test_an_unknown_number_of_problems_has_no_interval():
-    axes = plot_paper.untrained([("known", 0.9, 1319), ("unknown", 0.7, None)]).axes[0]
+    axes = paper_figures.untrained([("known", 0.9, 1319), ("unknown", 0.7, None)]).axes[0]
     bars = [line for line in axes.lines if len(line.get_xdata()) == 2]
     assert [tuple(line.get_ydata()) for line in bars] == [(0, 0)]
-    assert tuple(bars[0].get_xdata()) == pytest.approx(plot_paper.wilson(0.9, 1319))
+    assert tuple(bars[0].get_xdata()) == pytest.approx(paper_figures.wilson(0.9, 1319))
 
 
 def test_bytes_are_the_count_times_the_size_of_a_number(published):
     rows = [row for row in published if row.where == "figure 4"]
-    panels = plot_paper.bytes_of_numbers(rows).axes
+    panels = paper_figures.bytes_of_numbers(rows).axes
     for panel, tying in zip(panels[::2], ("tiled", "structured"), strict=True):
         for marker, precision in (("o", "fp32"), ("D", "bf16")):
             own = {(r.parameters, r.value) for r in rows if (r.tying, r.precision) == (tying, precision)}
@@ -85,7 +84,7 @@ def test_bytes_are_the_count_times_the_size_of_a_number(published):
 def test_both_readings_and_the_paper_are_told_apart(published):
     paper = [row for row in published if row.where == "figure 8" and row.model.startswith("Qwen")]
     grid = [row for row in published if "with PEFT" in row.source.title and row.method == "TinyLoRA"]
-    axes = plot_paper.strict_and_lenient(paper, grid).axes[0]
+    axes = paper_figures.strict_and_lenient(paper, grid).axes[0]
     assert points(axes, "o") == {(row.parameters, row.value) for row in paper}
     for marker, scoring in (("v", "strict"), ("s", "lenient")):
         own = [row for row in grid if row.scoring == scoring]
