@@ -11,6 +11,7 @@ import tinylora_lite as tl
 from tinylora_lite.adapter import svd
 from tinylora_lite.adapter.streaming import INDEX, decompose_checkpoint
 from tinylora_lite.adapter.svd import decompose
+from tinylora_lite.utils import record
 
 
 @pytest.fixture(params=[None, "20KB"], ids=["one file", "shards"])
@@ -63,7 +64,7 @@ def test_a_damaged_entry_is_computed_again(tmp_path, damage):
     content = entry.read_bytes()
     if damage is None:
         tensors = load_file(entry)
-        save_file(tensors | {"S": tensors["S"][:1].clone()}, entry, {"portable": "True"})
+        save_file(tensors | {"S": tensors["S"][:1].clone()}, entry)
     else:
         entry.write_bytes(damage)
     assert same(svd.cached_decompose(weight, 2, cache=tmp_path), found)
@@ -110,13 +111,15 @@ class TestTheUsersCache:
             os.utime(newest, (newest.stat().st_mtime - age,) * 2)
         svd.cached_decompose(weights[0], 2)  # used again, so that the second is now the older one
         size = newest.stat().st_size
-        monkeypatch.setattr(svd, "CACHE_LIMIT", 2 * size)
+        monkeypatch.setattr(record, "CACHE_LIMIT", 2 * size)
         svd.cached_decompose(weights[2], 2)
         assert len(list(cache.iterdir())) == 2
         assert newest not in cache.iterdir()
 
     def test_where_it_cannot_be_written_nothing_stops(self, cache, monkeypatch):
-        monkeypatch.setattr(svd, "atomic_write", lambda *_: (_ for _ in ()).throw(OSError("no space left on device")))
+        monkeypatch.setattr(
+            record, "atomic_write", lambda *_: (_ for _ in ()).throw(OSError("no space left on device"))
+        )
         weight = torch.randn(9, 7, generator=torch.Generator().manual_seed(0))
         assert same(svd.cached_decompose(weight, 2), decompose(weight, 2))
         with pytest.raises(OSError, match="no space"):

@@ -13,8 +13,9 @@ from tinylora_lite.lab import bases
 from tinylora_lite.lab.bases import calibrated_basis, calibration_of, imitated_basis, own_demonstrations
 from tinylora_lite.lab.trial import Trial
 from tinylora_lite.tasks.task import Example, Task
-from tinylora_lite.training.batches import draw_prompts, encode_solutions
+from tinylora_lite.training.batches import draw_prompts
 from tinylora_lite.training.settings import GRPOSettings
+from tinylora_lite.training.sft import encode_solutions
 
 TRIAL = Trial(numbers="calibrated", rank=2, u=3, n_tie="all")
 

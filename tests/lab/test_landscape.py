@@ -11,7 +11,7 @@ from tinylora_lite.lab import landscape, landscape_figures
 from tinylora_lite.lab.landscape import View, paths, surface, walk
 from tinylora_lite.lab.tasks import task_of
 from tinylora_lite.lab.trial import Trial
-from tinylora_lite.training.batches import encode_solutions
+from tinylora_lite.training.sft import encode_solutions
 
 CONFIG = TinyLoraConfig(rank=2, u=1, n_tie=25)
 AXES = ((-0.4, 0.0, 0.4), (0.0, 0.3))

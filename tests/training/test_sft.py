@@ -17,8 +17,7 @@ import tinylora_lite as tl
 from tinylora_lite import Example, Run, SFTSettings, Task, nano, train_sft
 from tinylora_lite.nano.task import formatted, lenient_reward, reward
 from tinylora_lite.sampling.rollouts import encode_prompts
-from tinylora_lite.training.batches import encode_solutions
-from tinylora_lite.training.sft import solution_loss
+from tinylora_lite.training.sft import encode_solutions, solution_loss
 
 QUICK = SFTSettings(steps=6, prompts_per_step=5, learning_rate=0.05, micro_batch=2, save_every=2, max_new_tokens=20)
 ANSWERS = ("tom has 3.", "1 + 2 = 3. #### 3", "so the answer is 7.", "#### 9")

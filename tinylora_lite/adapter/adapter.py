@@ -125,7 +125,7 @@ class TinyLoraAdapter(nn.Module):
             allow_packing(model)
         take_off(model, self._hooks, self._trainable_before)
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self, index: int = 0) -> dict[str, Any]:
         """What a run or an evaluation knows the adapter by: its settings, modules and given factors, v left out."""
         return identity(self.config, self.names, {name: self._adapted[name] for name in sorted(self.given)})
 

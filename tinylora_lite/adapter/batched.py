@@ -29,6 +29,8 @@ from tinylora_lite.utils.record import describe
 
 SHARED = ("rank", "u", "sigma", "target_modules", "arithmetic")
 """The settings that all adapters of a population have in common."""
+OWN = ("seed", "learning_rate")
+"""The settings of training that may differ between them."""
 
 
 class Population(nn.Module):
@@ -95,6 +97,18 @@ class Population(nn.Module):
     def describe(self, index: int) -> str:
         """One adapter's settings in words."""
         return describe(self.identity(index), self.vectors[index].numel())
+
+    def check_settings(self, settings: Sequence[Mapping[str, Any]]) -> None:
+        """Raises ``ValueError`` unless there are settings of training for each adapter, that differ in ``OWN`` only."""
+        if len(settings) != len(self):
+            raise ValueError(f"the population has {len(self)} adapters, and there are settings for {len(settings)}")
+        for name, shared in settings[0].items():
+            different = [own[name] for own in settings if own[name] != shared]
+            if different and name not in OWN:
+                raise ValueError(
+                    f"the adapters of a population share {name}, and these have {shared!r} and {different[0]!r}; "
+                    f"only {' and '.join(OWN)} may differ"
+                )
 
     def detach(self) -> None:
         """Takes all adapters off: the model as it was, bit for bit, its ``requires_grad`` flags included."""

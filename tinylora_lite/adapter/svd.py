@@ -7,20 +7,17 @@ Small matrices are decomposed exactly, in float64. Where the rank is far below b
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from tinylora_lite.adapter.weights import weight_fingerprint
-from tinylora_lite.utils.record import atomic_write, cache_folder
+from tinylora_lite.utils.record import cached
 
 EXACT_UP_TO = 512
 """Matrices whose smaller side is at most this are decomposed exactly: it takes well under a second."""
@@ -32,12 +29,8 @@ CLOSE = 1e-3
 """Values closer than this, as a fraction of the largest, are told apart by products in float64."""
 EQUAL = 1e-5
 """Values closer than this, as a fraction of the largest, count as one value, whose vectors may rotate freely."""
-FORMAT = "svd-2"
-"""Part of every cached file's name: a method that finds other vectors gets another number."""
 CACHED_FROM = 1 << 17
 """Smaller weights are not kept in the user's cache: decomposing them again takes milliseconds."""
-CACHE_LIMIT = 4 << 30
-"""Bytes of the user's cache; the entries that were not used for longest are deleted above it."""
 
 
 @dataclass(frozen=True)
@@ -122,29 +115,24 @@ def cached_decompose(weight: Tensor, rank: int, seed: int = 0, cache: str | Path
         weight: ``[out, in]``, any floating dtype.
         rank: how many triplets.
         seed: of the random start.
-        cache: a folder, made where it is missing; ``None`` takes ``svd`` in the user's cache
-            (:func:`~tinylora_lite.utils.record.cache_folder`), which holds 4 GiB at most and no small weights.
+        cache: a folder, made where it is missing; ``None`` takes the user's cache, which holds no small weights.
 
     Raises:
         ValueError: see :func:`truncated_svd`.
         OSError: the folder ``cache`` cannot be written.
     """
-    folder = Path(cache) if cache else cache_folder("svd") if weight.numel() >= CACHED_FROM else None
-    if folder is None or weight.is_meta:
+    if weight.is_meta or (cache is None and weight.numel() < CACHED_FROM):
         return decompose(weight, rank, seed)
-    path = folder / f"{FORMAT}-{weight_fingerprint(weight)}-{rank}-{seed}.safetensors"
-    found = _read(path, weight, rank)
-    if found is None:
+    shapes = {"U": (weight.shape[0], rank), "S": (rank,), "Vh": (rank, weight.shape[1]), "beyond": (), "portable": ()}
+
+    def computed() -> dict[str, Tensor]:
         found = decompose(weight, rank, seed)
-        try:
-            parts = {name: getattr(found, name).cpu().contiguous() for name in ("U", "S", "Vh", "beyond")}
-            atomic_write(path, safetensors.torch.save(parts, {"portable": str(found.portable)}))
-            if not cache:
-                _prune(folder)
-        except OSError:
-            if cache:  # the user's cache is a convenience: a full disk or a read-only home must not stop anybody
-                raise
-    return found
+        return {**{name: getattr(found, name) for name in shapes}, "portable": torch.tensor(float(found.portable))}
+
+    # The number belongs to the method: one that finds other vectors gets another.
+    key = f"svd-2-{weight_fingerprint(weight)}-{rank}-{seed}"
+    found = {name: tensor.to(weight.device) for name, tensor in cached(key, shapes, computed, cache).items()}
+    return Decomposition(**found | {"portable": bool(found["portable"])})
 
 
 def canonical_signs(U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -203,31 +191,6 @@ def _few_threads(smaller: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _read(path: Path, weight: Tensor, rank: int) -> Decomposition | None:
-    shapes = {"U": (weight.shape[0], rank), "S": (rank,), "Vh": (rank, weight.shape[1]), "beyond": ()}
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            portable = (file.metadata() or {})["portable"] == "True"
-            parts = {name: file.get_tensor(name).clone() for name in shapes}
-        os.utime(path)  # the entries that were not used for longest go first
-    except (OSError, safetensors.SafetensorError, KeyError):
-        return None
-    for name, part in parts.items():
-        if tuple(part.shape) != shapes[name] or part.dtype != torch.float32 or not torch.isfinite(part).all():
-            return None
-    return Decomposition(**{name: part.to(weight.device) for name, part in parts.items()}, portable=portable)
-
-
-def _prune(folder: Path) -> None:
-    """Deletes the entries that were not used for longest, down to the limit of the cache."""
-    entries = sorted(((e.stat().st_mtime, e.stat().st_size, e) for e in folder.glob("svd-*")), reverse=True)
-    total = 0
-    for _, size, entry in entries:
-        total += size
-        if total > CACHE_LIMIT:
-            entry.unlink(missing_ok=True)
 
 
 def _scale(matrix: Tensor) -> float:

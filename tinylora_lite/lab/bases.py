@@ -21,9 +21,10 @@ from tinylora_lite.files.basis import load_basis, save_basis
 from tinylora_lite.lab.trial import Trial
 from tinylora_lite.sampling.logprobs import completion_logprobs
 from tinylora_lite.tasks.task import Example, Task
-from tinylora_lite.training.batches import draw_prompts, encode_solutions
+from tinylora_lite.training.batches import draw_prompts
 from tinylora_lite.training.calibrate import calibrate
 from tinylora_lite.training.settings import GRPOSettings
+from tinylora_lite.training.sft import encode_solutions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

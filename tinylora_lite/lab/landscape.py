@@ -34,10 +34,9 @@ from tinylora_lite.lab.tasks import task_of
 from tinylora_lite.lab.trial import Trial
 from tinylora_lite.sampling.logprobs import completion_logprobs
 from tinylora_lite.tasks.task import Example, Task
-from tinylora_lite.training.batches import encode_solutions
 from tinylora_lite.training.evolution import train_es
 from tinylora_lite.training.grpo import train_grpo
-from tinylora_lite.training.sft import train_sft
+from tinylora_lite.training.sft import encode_solutions, train_sft
 from tinylora_lite.utils.progress import progress_bar
 from tinylora_lite.utils.record import Run, environment
 

@@ -43,8 +43,6 @@ S = TypeVar("S", bound=TrainingSettings)
 
 RECORDED_PARAMETERS = 64
 """Up to how many parameters a run's record holds v at every step."""
-OWN = ("seed", "learning_rate")
-"""The settings that may differ between the adapters of a population."""
 
 
 class Objective(Generic[S]):
@@ -80,14 +78,16 @@ class Objective(Generic[S]):
             if carries_updates(model):
                 raise ValueError("the model carries an adapter; pass it, or call its detach() to train all weights")
             self.parameters, self.identities = [list(model.parameters())], [{"kind": "all weights"}]
-        elif isinstance(adapter, TinyLoraAdapter):
+            return
+        if isinstance(adapter, TinyLoraAdapter):
             if adapter_of(model) is not adapter:
                 raise ValueError("the adapter is not attached to this model; pass the model that attach() was given")
-            self.parameters, self.identities = [[adapter.vectors]], [adapter.identity()]
         else:
-            self.parameters = [[v] for v in adapter.vectors]
-            self.identities = [adapter.identity(k) for k in range(len(adapter))]
-            self._check_population()
+            adapter.check_settings([asdict(own) for own in self.settings])
+            if distributed.world_size() > 1 or sampler is not None or getattr(self.shared, "kl", 0.0) > 0:
+                raise ValueError("a population trains in one process, without another sampler, without a KL penalty")
+        self.parameters = [[v] for v in adapter.parameters()]
+        self.identities = [adapter.identity(k) for k in range(len(self.parameters))]
 
     def batch(self, step: int) -> Batch:
         """The rows of a step, counted from 0."""
@@ -107,20 +107,6 @@ class Objective(Generic[S]):
             options |= {"sampler": self.sampler, "seed": self.shared.seed}
         found: Any = evaluate(self.model, self.tokenizer, self.task, **options)
         return found if isinstance(found, list) else [found]
-
-    def _check_population(self) -> None:
-        if len(self.settings) != len(self.parameters):
-            count = f"{len(self.parameters)} adapters, and there are settings for {len(self.settings)}"
-            raise ValueError(f"the population has {count}")
-        for own in self.settings:
-            for name, value in asdict(own).items():
-                if name not in OWN and value != getattr(self.shared, name):
-                    raise ValueError(
-                        f"the adapters of a population share {name}, and these have {getattr(self.shared, name)!r} and "
-                        f"{value!r}; only {' and '.join(OWN)} may differ"
-                    )
-        if distributed.world_size() > 1 or self.sampler is not None or getattr(self.shared, "kl", 0.0) > 0:
-            raise ValueError("a population trains in one process, without another sampler and without a KL penalty")
 
 
 def fit(

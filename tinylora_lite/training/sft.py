@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tinylora_lite.sampling.logprobs import completion_logprobs
-from tinylora_lite.sampling.rollouts import Sampler, check_tokenizer
-from tinylora_lite.training.batches import Batch, check_solutions, draw_prompts, encode_solutions, micro_batches
+from tinylora_lite.sampling.rollouts import Rollouts, Sampler, check_tokenizer, encode_prompts, padded
+from tinylora_lite.training.batches import Batch, draw_prompts, micro_batches
 from tinylora_lite.training.loop import Objective, fit, only
 from tinylora_lite.training.settings import GRPOSettings, SFTSettings
 from tinylora_lite.utils import distributed
@@ -123,3 +123,59 @@ def solution_loss(
     parts = map(answers.rows, micro_batches(answers.lengths, answers.lengths > 0, micro_batch))
     total = sum((completion_logprobs(model, part) * part.completion_mask).sum().item() for part in parts)
     return -total / int(answers.lengths.sum())
+
+
+def encode_solutions(
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    examples: Sequence[Example],
+    device: torch.device | str = "cpu",
+) -> Rollouts:
+    """Worked answers as if a model had sampled them, the end token included; their log-probabilities are zeros.
+
+    Prompt and answer are tokenized apart, as in sampling, where the answer follows a prompt whose tokens are fixed.
+    What the chat template puts between them (a space, an empty thought) belongs to the answer.
+    """
+    prompt_ids, prompt_mask = encode_prompts(tokenizer, task, examples, device)
+    ids, mask = padded(_solution_ids(tokenizer, task, examples), tokenizer, "right", device)
+    zeros = torch.zeros(ids.shape, device=device)
+    whole = torch.zeros(len(ids), dtype=torch.bool, device=device)
+    texts = [example.solution or "" for example in examples]
+    return Rollouts(prompt_ids, prompt_mask, ids, mask, zeros, zeros, whole, texts)
+
+
+def check_solutions(
+    tokenizer: PreTrainedTokenizerBase, task: Task, examples: Sequence[Example], which: str, longest: int
+) -> None:
+    """Raises ``ValueError`` where imitation lacks an answer, or where one is longer than ``longest`` tokens."""
+    training = which == "training"
+    if not examples:
+        raise ValueError(f"task {task.name} has no {which} problems" + ("" if training else "; set evaluate_every=0"))
+    for place, example in enumerate(examples):
+        if example.solution is None:
+            cure = "train with train_grpo, which needs none" if training else "set evaluate_every=0"
+            raise ValueError(
+                f"{which} problem {place + 1} of task {task.name} has no worked answer to imitate; "
+                f"give Example(..., solution=...), or {cure}"
+            )
+    lengths = list(map(len, _solution_ids(tokenizer, task, examples)))
+    if max(lengths) > longest:
+        place = lengths.index(max(lengths))
+        raise ValueError(
+            f"the worked answer of {which} problem {place + 1} of task {task.name} has {lengths[place]} tokens, more "
+            f"than max_new_tokens={longest}; raise max_new_tokens, or leave such problems out"
+        )
+
+
+def _solution_ids(tokenizer: PreTrainedTokenizerBase, task: Task, examples: Sequence[Example]) -> list[list[int]]:
+    texts = []
+    for example in examples:
+        if example.solution is None:
+            raise ValueError("an example has no worked answer; give Example(..., solution=...)")
+        solution, asked = example.solution.strip(), task.messages(example)
+        prompt = str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
+        answered = [*asked, {"role": "assistant", "content": solution}]
+        whole = str(tokenizer.apply_chat_template(answered, tokenize=False))
+        between, found, _ = whole.removeprefix(prompt).partition(solution)
+        texts.append((between if found and whole.startswith(prompt) else "") + solution)
+    return [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]

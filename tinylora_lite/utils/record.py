@@ -1,4 +1,4 @@
-"""What makes a run repeatable: seeds, its record, checkpoints, and files that appear whole or not at all.
+"""What makes work repeatable and what of it is kept: seeds, records, checkpoints, a cache, files written whole.
 
 Everything random in a run depends on its seed and the step alone, so a run that goes on from a checkpoint computes what
 the uninterrupted one computes.
@@ -12,9 +12,10 @@ import json
 import os
 import platform
 import secrets
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 CACHE = "TINYLORA_CACHE"
 """The environment variable that names another folder than ``~/.cache/tinylora_lite``; ``off`` keeps no cache."""
+CACHE_LIMIT = 4 << 30
+"""Bytes of the user's cache."""
 
 
 def atomic_write(path: str | Path, content: str | bytes) -> Path:
@@ -77,6 +80,55 @@ def cache_folder(name: str) -> Path | None:
         return None
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return (Path(root) if root else home / "tinylora_lite") / name
+
+
+def cached(
+    name: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    compute: Callable[[], dict[str, Tensor]],
+    folder: str | Path | None = None,
+) -> dict[str, Tensor]:
+    """Tensors from a cache where they are there, and computed and put into it where they are not.
+
+    Args:
+        name: of the entry.
+        shapes: of the tensors, float32; an entry of others, and a damaged one, is computed again.
+        compute: gives the tensors.
+        folder: ``None`` takes ``svd`` in the user's cache, whose entries that were not used for longest are deleted
+            above ``CACHE_LIMIT``; where that cannot be written, nothing is kept.
+
+    Raises:
+        OSError: ``folder`` was given and cannot be written.
+    """
+    import safetensors.torch
+    import torch
+
+    where = Path(folder) if folder else cache_folder("svd")
+    if where is None:
+        return compute()
+    path = where / f"{name}.safetensors"
+    try:
+        found = safetensors.torch.load(path.read_bytes())
+        os.utime(path)
+        if {key: tuple(t.shape) for key, t in found.items()} == {
+            key: tuple(shape) for key, shape in shapes.items()
+        } and all(t.dtype == torch.float32 and bool(torch.isfinite(t).all()) for t in found.values()):
+            return found
+    except (OSError, safetensors.SafetensorError):
+        pass
+    found = compute()
+    try:
+        atomic_write(path, safetensors.torch.save({key: t.cpu().contiguous() for key, t in found.items()}))
+        if not folder:
+            entries = sorted(where.iterdir(), key=lambda entry: entry.stat().st_mtime, reverse=True)
+            sizes = accumulate(entry.stat().st_size for entry in entries)
+            for entry, total in zip(entries, sizes, strict=True):
+                if total > CACHE_LIMIT:
+                    entry.unlink(missing_ok=True)
+    except OSError:
+        if folder:
+            raise
+    return found
 
 
 def check_same(
