@@ -132,7 +132,7 @@ def cached_decompose(weight: Tensor, rank: int, seed: int = 0, cache: str | Path
     # The number belongs to the method: one that finds other vectors gets another.
     key = f"svd-2-{weight_fingerprint(weight)}-{rank}-{seed}"
     found = {name: tensor.to(weight.device) for name, tensor in cached(key, shapes, computed, cache).items()}
-    return Decomposition(**found | {"portable": bool(found["portable"])})
+    return Decomposition(found["U"], found["S"], found["Vh"], found["beyond"], bool(found["portable"]))
 
 
 def canonical_signs(U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -110,9 +110,8 @@ def cached(
     try:
         found = safetensors.torch.load(path.read_bytes())
         os.utime(path)
-        if {key: tuple(t.shape) for key, t in found.items()} == {
-            key: tuple(shape) for key, shape in shapes.items()
-        } and all(t.dtype == torch.float32 and bool(torch.isfinite(t).all()) for t in found.values()):
+        right = {key: tuple(tensor.shape) for key, tensor in found.items()} == dict(shapes)
+        if right and all(t.dtype == torch.float32 and bool(torch.isfinite(t).all()) for t in found.values()):
             return found
     except (OSError, safetensors.SafetensorError):
         pass
