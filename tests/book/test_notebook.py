@@ -12,7 +12,7 @@ from tinylora_lite.book.register_table import Row, Table
 from tinylora_lite.evaluation.score import Completion, Score
 from tinylora_lite.experiment.presets import preset
 from tinylora_lite.experiment.settings import RunSettings
-from tinylora_lite.planning.gpus import CARDS
+from tinylora_lite.planning.gpus import GPUS
 from tinylora_lite.planning.plan import plan_run
 
 GIB = 2**30
@@ -31,23 +31,23 @@ DEVICES = [
 """Names as ``torch.cuda.get_device_name`` gives them, and GiB."""
 
 
-@pytest.mark.parametrize(("name", "gib", "card"), DEVICES)
-def test_a_card_is_known_by_its_name_and_memory(monkeypatch, name, gib, card):
+@pytest.mark.parametrize(("name", "gib", "gpu"), DEVICES)
+def test_a_gpu_is_known_by_its_name_and_memory(monkeypatch, name, gib, gpu):
     found = types.SimpleNamespace(name=name, total_memory=int(gib * GIB))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda place: found)
-    assert notebook.card_here() == card
+    assert notebook.gpu_here() == gpu
 
 
 def test_no_card_is_none(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert notebook.card_here() is None
+    assert notebook.gpu_here() is None
 
 
-@pytest.mark.parametrize("card", CARDS)
-def test_every_card_has_a_preset_that_computes_there(card):
-    settings = preset("qwen2.5-0.5b/gsm8k", card=notebook.preset_card(card))
-    assert (settings.dtype == "bfloat16") == CARDS[card].bfloat16
+@pytest.mark.parametrize("gpu", GPUS)
+def test_every_gpu_has_a_preset_that_computes_there(gpu):
+    settings = preset("qwen2.5-0.5b/gsm8k", gpu=notebook.preset_gpu(gpu))
+    assert (settings.dtype == "bfloat16") == GPUS[gpu].bfloat16
 
 
 def test_in_colab_the_folder_lies_on_drive_and_elsewhere_here(monkeypatch, tmp_path):
@@ -73,14 +73,14 @@ def test_overrides_come_from_the_environment(monkeypatch):
 
 
 def test_what_is_no_model_of_the_hub_has_no_commit(tmp_path):
-    assert notebook.hub_commit(RunSettings("nano", "nano")) == ""
-    assert notebook.hub_commit(RunSettings(str(tmp_path), "nano")) == ""
+    assert notebook.hub_commit(RunSettings(model="nano", task="nano")) == ""
+    assert notebook.hub_commit(RunSettings(model=str(tmp_path), task="nano")) == ""
 
 
 def test_a_model_that_was_not_loaded_has_no_commit_yet(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="load it first"):
-        notebook.hub_commit(RunSettings("somebody/nothing", "gsm8k"))
+        notebook.hub_commit(RunSettings(model="somebody/nothing", task="gsm8k"))
 
 
 def test_a_plan_says_what_it_takes_and_what_it_costs():
@@ -90,7 +90,7 @@ def test_a_plan_says_what_it_takes_and_what_it_costs():
     assert f"| base weights | always | {plan.terms[0].bytes / GIB:.2f} |" in text
     assert f"{plan.time.hours.low:.1f} to {plan.time.hours.high:.1f} hours, planned and not measured" in text
     assert f"Cost: {2 * plan.time.hours.low:,.2f}" in text
-    assert "13 numbers" in text
+    assert "13 parameters" in text
 
 
 def test_a_plan_that_does_not_fit_says_what_would():

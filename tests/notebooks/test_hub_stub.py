@@ -36,7 +36,7 @@ print(json.dumps({
     "layers": model.config.num_hidden_layers,
     "width": model.config.hidden_size,
     "dtype": str(model.dtype),
-    "commit": hub_commit(RunSettings("Qwen/Qwen2.5-7B-Instruct", "gsm8k")),
+    "commit": hub_commit(RunSettings(model="Qwen/Qwen2.5-7B-Instruct", task="gsm8k")),
     "round_trip": tokenizer.decode(tokenizer(text).input_ids) == text,
     "digits": [tokenizer.decode(i) for i in tokenizer("123").input_ids],
     "special": [tokenizer.eos_token, tokenizer.pad_token],

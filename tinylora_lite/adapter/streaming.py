@@ -19,8 +19,7 @@ from torch import Tensor
 
 from tinylora_lite.adapter.svd import Decomposition
 from tinylora_lite.adapter.svd_cache import cached_decompose
-from tinylora_lite.adapter.tying import find_sites
-from tinylora_lite.planning.counting import without_weights
+from tinylora_lite.adapter.tying import find_sites, without_weights
 from tinylora_lite.utils.progress import progress_bar
 
 INDEX = "model.safetensors.index.json"

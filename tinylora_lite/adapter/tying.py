@@ -6,9 +6,13 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 Tying = Literal["tiled", "structured"]
 
@@ -90,6 +94,27 @@ def groups_of(sites: Sequence[Site], n_tie: int | Literal["all"], tying: Tying) 
             run_of[position] = (kind, run)
     numbers: dict[tuple[int, int], int] = {}
     return [numbers.setdefault(run_of[position], len(numbers)) for position in range(len(sites))]
+
+
+def without_weights(model_or_config: nn.Module | PretrainedConfig) -> nn.Module:
+    """A model as it is, or the causal language model of a configuration on the meta device.
+
+    Raises:
+        ValueError: it is neither a model nor a configuration.
+    """
+    if isinstance(model_or_config, nn.Module):
+        return model_or_config
+    # Imported here: it takes a second, and nothing else in this file needs it.
+    from transformers import AutoModelForCausalLM, PretrainedConfig
+
+    if not isinstance(model_or_config, PretrainedConfig):
+        raise ValueError(
+            f"a model or a transformers configuration is needed, not {type(model_or_config).__name__}; "
+            "AutoConfig.from_pretrained makes one of a name"
+        )
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(model_or_config)
+    return model
 
 
 def _balanced_runs(count: int, n_tie: int) -> list[int]:

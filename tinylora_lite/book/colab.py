@@ -1,4 +1,4 @@
-"""What a chapter at full size needs around its run: the card that is there, a folder that lasts, and what to look at.
+"""What a chapter at full size needs around its run: the GPU that is there, a folder that lasts, and what to look at.
 
 The chapters on GPUs share it, so that each of them shows what is its own.
 """
@@ -16,7 +16,7 @@ import torch
 
 from tinylora_lite.book.register_table import Row, Table
 from tinylora_lite.experiment import presets
-from tinylora_lite.planning.gpus import CARDS
+from tinylora_lite.planning.gpus import GPUS
 
 if TYPE_CHECKING:
     from tinylora_lite.evaluation.score import Completion, Score
@@ -30,28 +30,28 @@ DRIVE = Path("/content/drive")
 """Where Colab shows Google Drive."""
 
 
-def card_here() -> str | None:
-    """The name of this machine's GPU in :data:`~tinylora_lite.planning.gpus.CARDS`; ``None`` where it is not known.
+def gpu_here() -> str | None:
+    """The name of this machine's GPU in :data:`~tinylora_lite.planning.gpus.GPUS`; ``None`` where it is not known.
 
-    Of cards that differ in memory alone it is the nearest.
+    Of GPUs that differ in memory alone it is the nearest.
     """
     if not torch.cuda.is_available():
         return None
     found = torch.cuda.get_device_properties(0)
     words = found.name.upper().replace("-", " ").split()
-    same = [name for name in CARDS if name.split("-")[0].upper() in words]
-    return min(same, key=lambda name: abs(CARDS[name].memory - found.total_memory), default=None)
+    same = [name for name in GPUS if name.split("-")[0].upper() in words]
+    return min(same, key=lambda name: abs(GPUS[name].memory - found.total_memory), default=None)
 
 
-def preset_card(card: str) -> str:
-    """The card of :func:`~tinylora_lite.experiment.presets.preset` that is most like ``card``, a name of ``CARDS``.
+def preset_gpu(gpu: str) -> str:
+    """The GPU of :func:`~tinylora_lite.experiment.presets.preset` that is most like ``gpu``, a name of ``GPUS``.
 
-    >>> [preset_card(name) for name in ("t4", "l4", "h200", "h100")]
+    >>> [preset_gpu(name) for name in ("t4", "l4", "h200", "h100")]
     ['t4', 'a100-80gb', 'h100', 'h100']
     """
-    if card in presets.CARDS:
-        return card
-    return "t4" if not CARDS[card].bfloat16 else "h100" if card.startswith("h") else "a100-80gb"
+    if gpu in presets.GPUS:
+        return gpu
+    return "t4" if not GPUS[gpu].bfloat16 else "h100" if gpu.startswith("h") else "a100-80gb"
 
 
 def place(folder: str = "tinylora") -> Path:
@@ -89,9 +89,9 @@ def plan_table(plan: Plan) -> str:
     lines = ["| memory | when | GiB |", "|---|---|---:|"]
     lines += [f"| {term.name} | {term.phase} | {_gib(term.bytes)} |" for term in plan.terms]
     lines += [f"| **all of it** | {phase} | **{_gib(needed)}** |" for phase, needed in plan.peaks.items()]
-    lines += [f"| what the card has for it | | {_gib(plan.capacity)} |", ""]
+    lines += [f"| what the GPU has for it | | {_gib(plan.gpu.usable)} |", ""]
     hours, steps = plan.time.hours, plan.time.steps
-    said = [f"**{plan.settings.model}, {plan.numbers:,} numbers, {plan.settings.task}, on a {plan.card.name}.**"]
+    said = [f"**{plan.settings.model}, {plan.parameters:,} parameters, {plan.settings.task}, on a {plan.gpu.name}.**"]
     if plan.fits:
         said.append(f"It fits. {steps:,} steps, {hours.low:.1f} to {hours.high:.1f} hours, planned and not measured.")
         if plan.cost is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ def from_folder(folder: str | Path, *, sent_by: str, revision: str = "", hardwar
     if not (folder / "outcome.json").exists():
         raise FileNotFoundError(f"{folder} holds no outcome.json; `tinylora train` writes it when it is done")
     outcome = json.loads((folder / "outcome.json").read_text(encoding="utf-8"))
-    settings = replace(load_settings(folder / "settings.yaml"), folder=str(folder))
+    settings = load_settings(folder / "settings.yaml").model_copy(update={"folder": str(folder)})
     runs = settings.sweep()
     chosen = next((one for one in runs if one.training.get("learning_rate") == outcome["learning_rate"]), runs[0])
     run = Run.load(Path(chosen.folder) / "run.json")
