@@ -1,9 +1,9 @@
-"""A training step at full size: Qwen2.5-7B's shape with random weights, on whatever card is there.
+"""A training step at full size: Qwen2.5-7B's shape with random weights, on whatever GPU is there.
 
     python -m benchmarks full-size
 
 Ours, PEFT's TinyLoRA and PEFT's LoRA of rank 1 take turns on the same weights: forward and backward of GRPO over 64
-completions, as tokens per second and as a share of the rate at which the card multiplies large bf16 matrices.
+completions, as tokens per second and as a share of the rate at which the GPU multiplies large bf16 matrices.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from benchmarks.overhead import _random_svd, _twin
 ROWS, PROMPT, COMPLETION, MICRO_BATCH = 64, 256, 768, 8
 ROUNDS = 3
 MATRIX = 8192
-"""Rows and columns of the matrices whose product is the card's measured rate."""
+"""Rows and columns of the matrices whose product is the GPU's measured rate."""
 
 
 def full_size() -> dict[str, Any]:
     """Set-up, tokens per second and peak memory of a GRPO step on Qwen2.5-7B's shape, with random weights."""
-    from tinylora_lite.planning.models import QWEN
+    from tinylora_lite.planning.shapes import SHAPES
 
     if not torch.cuda.is_available():
         raise SystemExit("the full-size step needs a GPU of 40 GB or more; the other parts run on a CPU")
-    return measure(QWEN["qwen2.5-7b"], torch.device("cuda"), torch.bfloat16)
+    return measure(SHAPES["qwen2.5-7b"], torch.device("cuda"), torch.bfloat16)
 
 
 def measure(

@@ -44,20 +44,20 @@ def activations(name: str, dtype: str, rows: int, prompt: int, completion: int, 
     from tinylora_lite.adapter.layer import Factors
     from tinylora_lite.adapter.tying import find_sites
     from tinylora_lite.experiment.settings import RunSettings
-    from tinylora_lite.planning.estimate import Batch, training_terms, weight_bytes
-    from tinylora_lite.planning.models import model_config
-    from tinylora_lite.planning.shapes import ModelShape
-    from tinylora_lite.sampling import sampler
-    from tinylora_lite.training.ready import ready_to_train
+    from tinylora_lite.planning.memory import Batch, training_terms, weight_bytes
+    from tinylora_lite.planning.shapes import ModelShape, model_config
+    from tinylora_lite.sampling import logprobs
+    from tinylora_lite.sampling.rollouts import Rollouts
+    from tinylora_lite.training.loop import ready_to_train
 
-    settings = RunSettings(name, "gsm8k", dtype=dtype, gradient_checkpointing=recompute)  # type: ignore[arg-type]
+    settings = RunSettings(model=name, task="gsm8k", dtype=dtype, gradient_checkpointing=recompute)  # type: ignore[arg-type]
     shape = ModelShape.of(model_config(name))
     kept, workspace = training_terms(settings, shape, Batch(rows, prompt, completion), "training", rank=2)
     with ExitStack() as stack:
         for replaced in (
             mock.patch.object(adapter, "check_weight"),  # they look at numbers, and there are none
             mock.patch.object(Factors, "check"),
-            mock.patch.object(sampler, "_can_share_prompts", return_value=False),
+            mock.patch.object(logprobs, "_can_share_prompts", return_value=False),
         ):
             stack.enter_context(replaced)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
@@ -73,13 +73,13 @@ def activations(name: str, dtype: str, rows: int, prompt: int, completion: int, 
         ids, answers = torch.zeros(rows, prompt).long(), torch.zeros(rows, completion).long()
         nothing = torch.zeros(rows, completion)
         masks = torch.ones_like(ids), torch.ones_like(answers)
-        rollouts = sampler.Rollouts(ids, masks[0], answers, masks[1], nothing, nothing, nothing[:, 0] > 0, [""] * rows)
+        rollouts = Rollouts(ids, masks[0], answers, masks[1], nothing, nothing, nothing[:, 0] > 0, [""] * rows)
         frozen = [t for n in attached.names for t in vars(attached.factors(n)).values() if isinstance(t, torch.Tensor)]
         known = [*model.parameters(), *model.buffers(), attached.vectors, *frozen, ids, answers, *masks]
-        with ready_to_train(model, attached), LiveBytes(known) as counted:
-            logprobs = sampler.completion_logprobs(model, rollouts)
+        with ready_to_train(model, [attached.vectors]), LiveBytes(known) as counted:
+            found = logprobs.completion_logprobs(model, rollouts)
             after_forward = counted.live
-            logprobs.sum().backward()
+            found.sum().backward()
         weights = sum(p.untyped_storage().nbytes() for p in set(model.parameters()))
     return {
         "planned_peak": kept.bytes + workspace.bytes,
@@ -95,8 +95,7 @@ def cache(name: str, rows: int, tokens: int) -> dict[str, float]:
     """Bytes of the keys and values of so many sequences in bfloat16: planned, and in a cache of transformers."""
     from transformers import DynamicCache
 
-    from tinylora_lite.planning.models import model_config
-    from tinylora_lite.planning.shapes import ModelShape
+    from tinylora_lite.planning.shapes import ModelShape, model_config
 
     config = model_config(name)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
@@ -110,7 +109,7 @@ def cache(name: str, rows: int, tokens: int) -> dict[str, float]:
 def _model(name: str, dtype: str) -> Any:
     from transformers import AutoModelForCausalLM
 
-    from tinylora_lite.planning.models import model_config
+    from tinylora_lite.planning.shapes import model_config
 
     return AutoModelForCausalLM.from_config(model_config(name), dtype=getattr(torch, dtype)).eval()
 

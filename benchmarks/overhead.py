@@ -36,10 +36,10 @@ def _measure(layers: int, head: bool, rounds: int) -> dict[str, Any]:
     import tinylora_lite as tl
     from tinylora_lite.adapter.layer import Factors
     from tinylora_lite.adapter.tying import MODULE_TYPES, find_sites
-    from tinylora_lite.planning.models import QWEN
+    from tinylora_lite.planning.shapes import SHAPES
 
     torch.manual_seed(0)
-    shape = QWEN["qwen2.5-0.5b"] | {"num_hidden_layers": layers} | ({} if head else {"vocab_size": 2000})
+    shape = SHAPES["qwen2.5-0.5b"] | {"num_hidden_layers": layers} | ({} if head else {"vocab_size": 2000})
     frozen = Qwen2ForCausalLM(Qwen2Config(**shape)).eval().requires_grad_(False)
     tokens = torch.randint(1000, (1, TOKENS + 1))
     # The inputs ask for a gradient, so that the frozen model has a backward pass at all, and all have the same one.

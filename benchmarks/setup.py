@@ -143,11 +143,9 @@ def _memory() -> int:
 def _write_checkpoint(folder: Path) -> None:
     import json
 
-    from transformers import Qwen2Config
+    from tinylora_lite.planning.shapes import model_config
 
-    from tinylora_lite.planning.models import QWEN
-
-    Qwen2Config(**QWEN["qwen2.5-7b"]).save_pretrained(folder)
+    model_config("qwen2.5-7b").save_pretrained(folder)
     weights = {
         name: with_spectrum(shape, power_law(min(shape)), seed=index).to(torch.bfloat16)
         for index, (name, shape) in enumerate(QWEN_7B.items())

@@ -18,7 +18,7 @@ def sizes() -> dict[str, Any]:
     from transformers import Qwen2ForCausalLM
 
     import tinylora_lite as tl
-    from tinylora_lite.planning.models import model_config
+    from tinylora_lite.planning.shapes import model_config
 
     wide = model_config("qwen2.5-7b")
     narrow = model_config("qwen2.5-7b")

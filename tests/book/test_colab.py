@@ -10,7 +10,7 @@ import torch
 from tinylora_lite.book import colab
 from tinylora_lite.evaluation.score import Completion, Score
 from tinylora_lite.experiment.presets import preset
-from tinylora_lite.planning.gpus import CARDS
+from tinylora_lite.planning.gpus import GPUS
 from tinylora_lite.planning.plan import plan_run
 
 GIB = 2**30
@@ -29,12 +29,12 @@ DEVICES = [
 """Names as ``torch.cuda.get_device_name`` gives them, and GiB."""
 
 
-@pytest.mark.parametrize(("name", "gib", "card"), DEVICES)
-def test_a_gpu_is_known_by_its_name_and_memory(monkeypatch, name, gib, card):
+@pytest.mark.parametrize(("name", "gib", "gpu"), DEVICES)
+def test_a_gpu_is_known_by_its_name_and_memory(monkeypatch, name, gib, gpu):
     found = types.SimpleNamespace(name=name, total_memory=int(gib * GIB))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda place: found)
-    assert colab.gpu_here() == card
+    assert colab.gpu_here() == gpu
 
 
 def test_no_gpu_is_none(monkeypatch):
@@ -42,10 +42,10 @@ def test_no_gpu_is_none(monkeypatch):
     assert colab.gpu_here() is None
 
 
-@pytest.mark.parametrize("card", CARDS)
-def test_every_gpu_has_a_preset_that_computes_there(card):
-    settings = preset("qwen2.5-0.5b/gsm8k", card=colab.preset_gpu(card))
-    assert (settings.dtype == "bfloat16") == CARDS[card].bfloat16
+@pytest.mark.parametrize("gpu", GPUS)
+def test_every_gpu_has_a_preset_that_computes_there(gpu):
+    settings = preset("qwen2.5-0.5b/gsm8k", gpu=colab.preset_gpu(gpu))
+    assert (settings.dtype == "bfloat16") == GPUS[gpu].bfloat16
 
 
 def test_in_colab_the_folder_lies_on_drive_and_elsewhere_here(monkeypatch, tmp_path):
@@ -77,7 +77,7 @@ def test_a_plan_says_what_it_takes_and_what_it_costs():
     assert f"| base weights | always | {plan.terms[0].bytes / GIB:.2f} |" in text
     assert f"{plan.time.hours.low:.1f} to {plan.time.hours.high:.1f} hours, planned and not measured" in text
     assert f"Cost: {2 * plan.time.hours.low:,.2f}" in text
-    assert "13 numbers" in text
+    assert "13 parameters" in text
 
 
 def test_a_plan_that_does_not_fit_says_what_would():

@@ -9,7 +9,7 @@ import pytest
 
 import tinylora_lite as tl
 from tinylora_lite.cli import main
-from tinylora_lite.planning.models import model_config
+from tinylora_lite.planning.shapes import model_config
 
 
 def run_json(capsys, *argv: str) -> dict:

@@ -2,22 +2,20 @@
 
 import json
 
-import pytest
-
 from tinylora_lite.cli import main
 from tinylora_lite.experiment.presets import preset
 
 
 def test_a_preset_that_fits(capsys):
-    assert main(["plan-run", "qwen2.5-0.5b/gsm8k", "--card", "t4", "--price", "0.5"]) == 0
+    assert main(["plan-run", "qwen2.5-0.5b/gsm8k", "--gpu", "t4", "--price", "0.5"]) == 0
     out = capsys.readouterr().out
-    for text in ("13 numbers on Tesla T4", "base weights", "keys and values", "hours a run", "cost", "It fits."):
+    for text in ("13 parameters on Tesla T4", "base weights", "keys and values", "hours a run", "cost", "It fits."):
         assert text in out
     assert "The time supposes" in out
 
 
 def test_a_preset_that_does_not(capsys):
-    assert main(["plan-run", "qwen2.5-7b/gsm8k", "--card", "4090"]) == 0
+    assert main(["plan-run", "qwen2.5-7b/gsm8k", "--gpu", "4090"]) == 0
     out = capsys.readouterr().out
     assert "It does not fit" in out
     assert "It fits with: " in out
@@ -25,9 +23,8 @@ def test_a_preset_that_does_not(capsys):
 
 
 def test_a_file_as_json(capsys, tmp_path):
-    pytest.importorskip("yaml")
     path = preset("qwen2.5-0.5b/gsm8k", "h100").save(tmp_path / "settings.yaml")
-    several = ["plan-run", str(path), "training.micro_batch=4", "--card", "h100", "--gpus", "2", "--json"]
+    several = ["plan-run", str(path), "training.micro_batch=4", "--gpu", "h100", "--gpus", "2", "--json"]
     assert main(several) == 0
     refused = json.loads(capsys.readouterr().out)
     assert not refused["fits"], "each process would need an engine of its own"
@@ -35,7 +32,7 @@ def test_a_file_as_json(capsys, tmp_path):
     assert main(several) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["fits"]
-    assert plan["numbers"] == 13
+    assert plan["parameters"] == 13
     assert plan["gpus"] == 2
     assert plan["runs"] == 7
     assert plan["cost"] is None
@@ -43,6 +40,6 @@ def test_a_file_as_json(capsys, tmp_path):
 
 
 def test_mistakes_are_one_line(capsys):
-    for argv in (["qwen2.5-7b/gsm8k", "--card", "abacus"], ["gpt-5"], ["qwen2.5-7b/gsm8k", "adapter.rnak=2"]):
+    for argv in (["qwen2.5-7b/gsm8k", "--gpu", "abacus"], ["gpt-5"], ["qwen2.5-7b/gsm8k", "adapter.rnak=2"]):
         assert main(["plan-run", *argv]) == 1
         assert capsys.readouterr().err.count("\n") == 1

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tinylora_lite.cli import main
-from tinylora_lite.experiment.presets import preset, preset_names
+from tinylora_lite.experiment.presets import GPUS, preset, preset_names
 from tinylora_lite.experiment.settings import load_settings
 
 
@@ -19,8 +19,7 @@ def test_the_list_names_every_model(capsys):
 
 
 def test_what_is_printed_is_a_settings_file(capsys, tmp_path):
-    pytest.importorskip("yaml")
-    assert main(["preset", "qwen2.5-1.5b/gsm8k", "adapter.u=2", "--card", "t4", "--seed", "5"]) == 0
+    assert main(["preset", "qwen2.5-1.5b/gsm8k", "adapter.u=2", "--gpu", "t4", "--seed", "5"]) == 0
     path = tmp_path / "settings.yaml"
     path.write_text(capsys.readouterr().out)
     wanted = preset("qwen2.5-1.5b/gsm8k", "t4").override(["adapter.u=2", "training.seed=5"])
@@ -33,3 +32,10 @@ def test_what_is_printed_is_a_settings_file(capsys, tmp_path):
 def test_an_unknown_name_is_one_line(capsys):
     assert main(["preset", "gpt-5"]) == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_help_names_every_gpu(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["preset", "--help"])
+    assert "t4, a100-80gb or h100 (default: a100-80gb)" in " ".join(capsys.readouterr().out.split())
+    assert GPUS == ("t4", "a100-80gb", "h100")

@@ -57,7 +57,7 @@ def test_a_preset(capsys, tmp_path):
     [
         (["nowhere.yaml"], "no settings file at nowhere.yaml; tinylora preset NAME > nowhere.yaml prints one"),
         (["FILE", "adapter.rnak=3"], "unknown setting adapter.rnak; did you mean adapter.rank?"),
-        (["FILE", "--card", "t4"], "--card chooses among presets; a settings file says everything itself"),
+        (["FILE", "--gpu", "t4"], "--gpu chooses among presets; a settings file says everything itself"),
         (["no-such-preset"], "no-such-preset"),
         (["FILE", "model=nobody/has-this"], "no model nobody/has-this: it is no folder here"),
         (["FILE", "sampler.engine=vllm-server"], "url names the server of engine vllm-server"),

@@ -1,15 +1,14 @@
-"""Presets: the paper's numbers where it gives them, 13 numbers on every model, and all of them fit their card."""
+"""Presets: the paper's numbers where it gives them, 13 parameters on every model, and all of them fit their GPU."""
 
 import re
 
 import pytest
 
 import tinylora_lite as tl
-from tinylora_lite.experiment.presets import BASES, CARDS, NANO, PAPER_RATES, describe, preset, preset_names
+from tinylora_lite.experiment.presets import BASES, GPUS, NANO, PAPER_RATES, describe, preset, preset_names
 from tinylora_lite.experiment.settings import RunSettings
-from tinylora_lite.planning.models import model_config
 from tinylora_lite.planning.plan import plan_run
-from tinylora_lite.planning.shapes import ModelShape
+from tinylora_lite.planning.shapes import ModelShape, model_config
 
 FULL_SIZE = [name for name in preset_names() if name not in NANO]
 
@@ -43,16 +42,16 @@ def shapes():
     return {base: ModelShape.of(model_config(base)) for base in BASES}
 
 
-@pytest.mark.parametrize("card", CARDS)
-def test_every_preset_is_whole_and_fits_its_card(card, shapes, monkeypatch):
+@pytest.mark.parametrize("gpu", GPUS)
+def test_every_preset_is_whole_and_fits_its_gpu(gpu, shapes, monkeypatch):
     monkeypatch.setattr(ModelShape, "of", shapes.__getitem__)
     for name in FULL_SIZE:
-        settings = preset(name, card)
-        plan = plan_run(settings, card, config=name.split("/")[0])
+        settings = preset(name, gpu)
+        plan = plan_run(settings, gpu, config=name.split("/")[0])
         assert plan.fits, (name, plan.problems)
-        assert plan.numbers == 13
+        assert plan.parameters == 13
         assert RunSettings.from_dict(settings.to_dict()) == settings
-        assert "arXiv 2602.04118" in describe(name, card)
+        assert "arXiv 2602.04118" in describe(name, gpu)
 
 
 def test_a_t4_multiplies_no_bfloat16():

@@ -1,10 +1,16 @@
 """A settings file: exact round trip, errors that name the line and the cure, epochs, sweeps, overrides."""
 
 import dataclasses
+import doctest
+import re
+from pathlib import Path
 
 import pytest
 
+from tinylora_lite.experiment import settings, settings_file
+from tinylora_lite.experiment.presets import preset
 from tinylora_lite.experiment.settings import (
+    COMMENTS,
     AdapterSettings,
     CalibrationSettings,
     EvaluationSettings,
@@ -12,12 +18,10 @@ from tinylora_lite.experiment.settings import (
     SamplerSettings,
     load_settings,
 )
-from tinylora_lite.experiment.settings_comments import COMMENTS
-from tinylora_lite.experiment.settings_fields import SettingsError
-from tinylora_lite.experiment.settings_yaml import read, read_value
+from tinylora_lite.experiment.settings_file import SettingsError, read
 from tinylora_lite.training.settings import GRPOSettings, SFTSettings
 
-yaml = pytest.importorskip("yaml")
+HERE = Path(__file__).parent
 
 FULL = RunSettings(
     model="Qwen/Qwen2.5-7B-Instruct",
@@ -39,13 +43,33 @@ FULL = RunSettings(
 )
 
 
-@pytest.mark.parametrize("settings", [FULL, RunSettings("nano", "nano"), RunSettings("a", "b", method="sft")])
-def test_a_file_gives_the_settings_back(settings, tmp_path):
-    path = settings.save(tmp_path / "settings.yaml", header="A header\n\nof three lines: # too")
-    assert load_settings(path) == settings
-    assert RunSettings.from_dict(settings.to_dict()) == settings
-    assert yaml.safe_load(path.read_text(encoding="utf-8")) == settings.to_dict()  # for readers of YAML 1.1 too
+@pytest.mark.parametrize(
+    "run", [FULL, RunSettings(model="nano", task="nano"), RunSettings(model="a", task="b", method="sft")]
+)
+def test_a_file_gives_the_settings_back(run, tmp_path):
+    path = run.save(tmp_path / "settings.yaml", header="A header\n\nof three lines: # too")
+    assert load_settings(path) == run
+    assert RunSettings.from_dict(run.to_dict()) == run
     assert [p.name for p in tmp_path.iterdir()] == ["settings.yaml"]
+
+
+def test_readers_of_yaml_1_1_find_the_same():
+    yaml = pytest.importorskip("yaml")
+    settings = FULL.override(["data=yes", "prompt='1:30'"])
+    assert yaml.safe_load(settings.to_yaml("yes: 1")) == settings.to_dict()
+
+
+def test_the_file_of_version_0_1_0():
+    wanted, path = preset("qwen2.5-math-7b/math/calibrated", "t4"), HERE / "settings_0.1.0.yaml"
+    assert load_settings(path) == wanted
+    kept = [line for line in path.read_text().splitlines() if not re.match(r" *(sigma|sync|samples|shard):", line)]
+    assert len(kept) == len(path.read_text().splitlines()) - 4
+    assert RunSettings.from_dict(read("\n".join(kept))) == wanted  # missing keys take their defaults
+
+
+def test_worked_examples():
+    assert doctest.testmod(settings) == (0, 3)
+    assert doctest.testmod(settings_file) == (0, 1)
 
 
 def test_every_key_has_a_comment():
@@ -58,8 +82,9 @@ def test_every_key_has_a_comment():
         ("sampler.", SamplerSettings),
         ("evaluation.", EvaluationSettings),
     ):
-        keys |= {above + f.name for f in dataclasses.fields(kind)}
+        keys |= {above + name for name in kind.model_fields}
     assert keys == set(COMMENTS)
+    assert all(COMMENTS.values())
     for line in FULL.to_yaml().splitlines():
         assert "  # " in line, line
 
@@ -68,23 +93,23 @@ BASE = "model: nano\ntask: nano\n"
 WRONG = {
     "adaptr: 3": ("line 3", "unknown setting adaptr; did you mean adapter?"),
     "adapter:\n  rnak: 3": ("line 4", "did you mean adapter.rank?"),
-    "adapter:\n  rank: 0": ("line 4", "rank must be a whole number of at least 1, not 0"),
-    "adapter:\n  rank: true": ("line 4", "adapter.rank must be a whole number, not True"),
-    "adapter:\n  n_tie: some": ("line 4", "n_tie must be a whole number or all, not 'some'"),
+    "adapter:\n  rank: 0": ("line 4", "adapter.rank should be greater than 0, not 0"),
+    "adapter:\n  rank: true": ("line 4", "adapter.rank should be a valid integer, not True"),
+    "adapter:\n  n_tie: some": ("line 4", "adapter.n_tie should be a valid integer or be 'all', not 'some'"),
     "adapter: 3": ("line 3", "adapter must hold settings"),
-    "adapter:\n  calibration:\n    looks: 3": ("line 5", "looks must be 1 or 2"),
-    "training:\n  group_size: 1": ("line 4", "group_size must be a whole number of at least 2"),
+    "adapter:\n  calibration:\n    looks: 3": ("line 5", "adapter.calibration.looks should be 1 or 2, not 3"),
+    "training:\n  group_size: 1": ("line 4", "group_size must be "),
     "training:\n  groupsize: 8": ("line 4", "did you mean training.group_size?"),
     "training:\n  evaluate_every: 8": ("line 4", "evaluation.every says how often"),
     "training:\n  steps: 3\n  epochs: 3": ("line 5", "leave one out"),
     "training:\n  epochs: -1": ("line 4", "epochs must be a finite number above 0"),
     "method: sft\ntraining:\n  group_size: 8": ("line 5", "unknown setting training.group_size"),
-    "dtype: bf16": ("line 3", "dtype must be bfloat16 or float32 or float16, not 'bf16'"),
-    "shard: yes please": ("line 3", "shard must be true or false"),
-    "sampler:\n  gpu_memory: 1.5": ("line 4", "above 0 and up to 1"),
+    "dtype: bf16": ("line 3", "dtype should be 'bfloat16', 'float32' or 'float16', not 'bf16'"),
+    "shard: yes please": ("line 3", "shard should be true or false, not 'yes please'"),
+    "sampler:\n  gpu_memory: 1.5": ("line 4", "sampler.gpu_memory should be less than or equal to 1, not 1.5"),
     "sampler:\n  engine: vllm-server": ("line 3", "url names the server"),
-    "learning_rates: [1e-4, 0]": ("line 3", "finite numbers above 0"),
-    "learning_rates: [fast]": ("line 3", "learning_rates must be a number, not 'fast'"),
+    "learning_rates: [1e-4, 0]": ("line 3", "learning_rates should be greater than 0, not 0"),
+    "learning_rates: [fast]": ("line 3", "learning_rates should be a valid number, not 'fast'"),
     "adapter:\n  kind: all\nquantize: nf4": ("line 5", "cannot train all of its weights"),
     "adapter:\n  kind: all\nsampler:\n  engine: vllm": ("line 6", "vLLM follows an adapter"),
     "trainer: trl\nmethod: sft": ("line 3", "trl trains an adapter by GRPO and nothing else"),
@@ -92,8 +117,14 @@ WRONG = {
     "sampler:\n  engine: vllm-server\n  sync: merged\n  url: http://x": ("line 5", "a server is sent LoRAs"),
     "trainer: trl\ndtype: float16": ("line 3", "set trainer: own"),
     "adapter:\n  kind: all\nshard: true": ("line 5", "only a frozen base is spread"),
-    "learning_rates: [1e-4, 1e-4]": ("line 3", "a rate stands twice"),
-    "model: other": ("line 3", "model stands here and on line 1"),
+    "learning_rates: fast": ("line 3", "learning_rates should be a list, not 'fast'"),
+    "quantize: nf8": ("line 3", "quantize should be 'nf4', 'int8' or null, not 'nf8'"),
+    "folder: ''": ("line 3", "folder should have at least 1 character, not ''"),
+    "evaluation:\n  temperature: .inf": ("line 4", "evaluation.temperature should be a finite number, not inf"),
+    "adapter:\n  seed: -1": ("line 4", "adapter.seed should be greater than or equal to 0, not -1"),
+    "3: 3": ("settings.yaml: ", "unknown setting 3; there are: model, "),
+    "learning_rates: [1e-4, 1e-4]": ("line 3", "holds a rate twice"),
+    "model: other": ("line 3", "duplicate key"),
     "a: : b": ("line 3", "this is no YAML"),
 }
 
@@ -112,32 +143,37 @@ def test_a_mistake_is_named_with_its_line(text, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("", "must hold settings"), ("[1]", "hold settings"), ("model: a", "task")]
+    ("text", "words"),
+    [
+        ("", "the file must hold settings"),
+        ("[1]", "the file must hold settings"),
+        ("model: a", "task is missing"),
+        ("modle: a\ntask: b", "line 1: unknown setting modle; did you mean model?"),
+    ],
 )
 def test_what_is_missing_is_named(text, words, tmp_path):
     path = tmp_path / "settings.yaml"
     path.write_text(text)
-    with pytest.raises(SettingsError, match=words):
+    with pytest.raises(SettingsError, match=re.escape(words)):
         load_settings(path)
     with pytest.raises(FileNotFoundError, match="tinylora preset"):
         load_settings(tmp_path / "none.yaml")
 
 
-def test_numbers_as_people_write_them(tmp_path):
-    assert read_value("1e-4") == 1e-4
-    assert read_value("5E+2") == 500.0
-    assert read_value("1.5e3") == 1500.0
-    assert read_value("1e-4x") == "1e-4x"
-    assert read("a: 1e-7\nb:\n  c: 0x10\n") == ({"a": 1e-7, "b": {"c": 16}}, {"a": 1, "b": 2, "b.c": 3})
-    assert yaml.safe_load("1e-4") == "1e-4"  # nobody else's loader was changed
+def test_numbers_as_people_write_them():
+    assert read("1e-4") == 1e-4
+    assert read("5E+2") == 500.0
+    assert read("1.5e3") == 1500.0
+    assert read("1e-4x") == "1e-4x"
+    assert read("a: 1e-7\nb:\n  c: 0x10\n") == {"a": 1e-7, "b": {"c": 16}}
 
 
 def test_epochs_become_whole_steps():
-    settings = RunSettings("a", "gsm8k", training={"epochs": 3, "prompts_per_step": 64, "warmup": 2})
+    settings = RunSettings(model="a", task="gsm8k", training={"epochs": 3, "prompts_per_step": 64, "warmup": 2})
     training = settings.training_settings(7473)
     assert (training.steps, training.warmup, training.evaluate_every) == (350, 2, 0)
     assert settings.training_settings(10).steps == 1
-    sft = RunSettings("a", "gsm8k", method="sft", training={"epochs": 3, "prompts_per_step": 64})
+    sft = RunSettings(model="a", task="gsm8k", method="sft", training={"epochs": 3, "prompts_per_step": 64})
     assert sft.training_settings(7473) == SFTSettings(epochs=3, prompts_per_step=64).in_steps(7473)
     assert FULL.training_settings(100).evaluate_every == 3
 
@@ -166,6 +202,18 @@ def test_overrides():
     ):
         with pytest.raises(ValueError, match=words):
             FULL.override([wrong])
+
+
+def test_settings_of_python_are_checked_too():
+    for wrong in (
+        lambda: AdapterSettings(rank=0),
+        lambda: AdapterSettings(rnak=2),
+        lambda: RunSettings(model="a", task="b", quantize="nf4", adapter=AdapterSettings(kind="all")),
+    ):
+        with pytest.raises(ValueError, match=r"rank|rnak|quantize"):
+            wrong()
+    with pytest.raises(ValueError, match="frozen"):
+        FULL.model = "other"
 
 
 def test_the_adapter_that_is_meant(make_model):

@@ -20,7 +20,7 @@ from tinylora_lite.adapter.tying import find_sites
 from tinylora_lite.experiment.presets import preset
 from tinylora_lite.nano.problems import problems
 from tinylora_lite.nano.writers import careful
-from tinylora_lite.planning.models import QWEN
+from tinylora_lite.planning.shapes import SHAPES
 from tinylora_lite.tasks.catalog import PROBLEM_SETS
 
 MODEL = "Qwen/Qwen2.5-7B-Instruct"
@@ -58,7 +58,7 @@ def make_hub(home: Path, *, layers: int = 2, vocabulary: int = 2048, seed: int =
     (repository / "refs" / "main").write_text(COMMIT, encoding="ascii")
     ids = write_tokenizer(snapshot)
     config = Qwen2Config(
-        **QWEN["qwen2.5-0.5b"] | {"num_hidden_layers": layers, "vocab_size": vocabulary},
+        **SHAPES["qwen2.5-0.5b"] | {"num_hidden_layers": layers, "vocab_size": vocabulary},
         max_position_embeddings=32_768,
         eos_token_id=ids["<|im_end|>"],
         bos_token_id=ids["<|endoftext|>"],

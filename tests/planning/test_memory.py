@@ -10,22 +10,21 @@ from benchmarks.live_bytes import LiveBytes
 from benchmarks.memory_checks import CASES, RECORD, activations, cache
 from tinylora_lite.experiment.presets import preset
 from tinylora_lite.experiment.settings import AdapterSettings, RunSettings
-from tinylora_lite.planning.estimate import (
+from tinylora_lite.planning.gpus import GPUS, gpu_named
+from tinylora_lite.planning.memory import (
     Batch,
     memory_terms,
     saved_by_block,
-    trained_numbers,
+    trained_parameters,
     training_terms,
     vllm_cache,
 )
-from tinylora_lite.planning.gpus import CARDS, card_named
-from tinylora_lite.planning.models import model_config
-from tinylora_lite.planning.plan import cards_that_fit, plan_run
-from tinylora_lite.planning.shapes import ModelShape
+from tinylora_lite.planning.plan import gpus_that_fit, plan_run
+from tinylora_lite.planning.shapes import ModelShape, model_config
 from tinylora_lite.sampling.logprobs import completion_logprobs
 from tinylora_lite.sampling.rollouts import encode_prompts
 from tinylora_lite.sampling.sampler import sample
-from tinylora_lite.training.ready import ready_to_train
+from tinylora_lite.training.loop import ready_to_train
 
 SEVEN = model_config("qwen2.5-7b")
 
@@ -70,32 +69,34 @@ def test_a_real_run_of_a_small_model(make_model, tokenizer, task, recompute):
     tensors = [t for n in adapter.names for t in vars(adapter.factors(n)).values() if isinstance(t, torch.Tensor)]
     inputs = [rollouts.prompt_ids, rollouts.completion_ids, rollouts.prompt_mask, rollouts.completion_mask]
     with (
-        ready_to_train(model, adapter),
+        ready_to_train(model, [adapter.vectors]),
         LiveBytes([*model.parameters(), *model.buffers(), adapter.vectors, *tensors, *inputs]) as counted,
     ):
         completion_logprobs(model, rollouts).sum().backward()
     shape = ModelShape.of(model.config)
-    settings = RunSettings("small", "tiny", dtype="float32", gradient_checkpointing=recompute)
+    settings = RunSettings(model="small", task="tiny", dtype="float32", gradient_checkpointing=recompute)
     batch = Batch(4, ids.shape[1], rollouts.completion_ids.shape[1])
     planned = sum(term.bytes for term in training_terms(settings, shape, batch, "training", rank=2))
     assert planned == pytest.approx(counted.peak, rel=0.1)
 
 
-def test_the_factors_and_the_numbers_exactly(model):
+def test_the_factors_and_the_vectors_exactly(model):
     adapter = tl.attach(model, tl.TinyLoraConfig(rank=3, u=2, n_tie=4))
     shape = ModelShape.of(model.config)
-    settings = RunSettings("small", "tiny", dtype="float32", adapter=AdapterSettings(rank=3, u=2, n_tie=4))
+    settings = RunSettings(model="small", task="tiny", dtype="float32", adapter=AdapterSettings(rank=3, u=2, n_tie=4))
     terms = {term.name: term.bytes for term in memory_terms(settings, shape, 1e9)}
     parts = [getattr(adapter.factors(n), part) for n in adapter.names for part in ("left", "right", "projection")]
     assert terms["factors UΣ and Vᵀ, and P"] == sum(part.nbytes for part in parts)
     assert terms["v, its gradient and Adam's two moments"] == 4 * adapter.vectors.nbytes
-    assert trained_numbers(settings, shape) == adapter.num_parameters
+    assert trained_parameters(settings, shape) == adapter.num_parameters
     assert terms["base weights"] == sum(p.nbytes for p in model.parameters())
 
 
 def test_training_every_weight_takes_four_copies_and_its_inputs():
     shape = ModelShape.of(model_config("qwen2.5-0.5b"))
-    settings = RunSettings("qwen2.5-0.5b", "gsm8k", adapter=AdapterSettings(kind="all"), training={"kl": 0.1})
+    settings = RunSettings(
+        model="qwen2.5-0.5b", task="gsm8k", adapter=AdapterSettings(kind="all"), training={"kl": 0.1}
+    )
     always = sum(term.bytes for term in memory_terms(settings, shape, 1e11) if term.phase == "always")
     assert always == 5 * 2 * shape.parameters  # weights, gradients, two moments, and the reference of the penalty
     batch = Batch(1, 10, 10)
@@ -103,7 +104,7 @@ def test_training_every_weight_takes_four_copies_and_its_inputs():
 
 
 def test_sharding_and_quantizing_shrink_the_weights():
-    whole, shape = RunSettings("a", "gsm8k"), ModelShape.of(SEVEN)
+    whole, shape = RunSettings(model="a", task="gsm8k"), ModelShape.of(SEVEN)
     weights = memory_terms(whole, shape, 8e10)[0].bytes
     assert weights == 2 * 7_615_616_512
     assert memory_terms(whole.override(["shard=true"]), shape, 8e10, 4)[0].bytes == weights / 4
@@ -113,21 +114,21 @@ def test_sharding_and_quantizing_shrink_the_weights():
 def test_advice_is_a_plan_that_fits():
     asked = 0
     for name, base in (("qwen2.5-7b/gsm8k", SEVEN), ("qwen2.5-7b/math/calibrated", SEVEN)):
-        for card in ("t4", "l4", "4090", "a100-40gb"):
+        for gpu in ("t4", "l4", "4090", "a100-40gb"):
             settings = preset(name)
-            plan = plan_run(settings, card, config=base)
+            plan = plan_run(settings, gpu, config=base)
             assert not plan.fits
-            assert plan.advice, (name, card)
-            assert plan_run(settings.override(plan.advice), card, config=base).fits
+            assert plan.advice, (name, gpu)
+            assert plan_run(settings.override(plan.advice), gpu, config=base).fits
             for left_out in plan.advice:  # nothing is asked for in vain
                 fewer = [change for change in plan.advice if change != left_out]
-                assert not plan_run(settings.override(fewer), card, config=base).fits
+                assert not plan_run(settings.override(fewer), gpu, config=base).fits
                 asked += 1
     assert asked > 8
 
 
 def test_what_stands_in_the_way_is_named():
-    small = RunSettings("qwen2.5-0.5b", "gsm8k", training={"micro_batch": 1, "max_new_tokens": 8})
+    small = RunSettings(model="qwen2.5-0.5b", task="gsm8k", training={"micro_batch": 1, "max_new_tokens": 8})
     assert any("bfloat16" in problem for problem in plan_run(small, "t4").problems)
     long = small.override(["training.max_new_tokens=40000", "gradient_checkpointing=true"])
     assert any("positions" in problem for problem in plan_run(long, "h200").problems)
@@ -136,15 +137,15 @@ def test_what_stands_in_the_way_is_named():
     assert any("longest sequence" in problem for problem in plan_run(tight, "l4").problems)
     with pytest.raises(ValueError, match="cannot be shared by 3"):
         plan_run(small, "l4", gpus=3)
-    with pytest.raises(ValueError, match="no card named 3090"):
+    with pytest.raises(ValueError, match="no GPU named 3090"):
         plan_run(small, "3090")
 
 
-def test_larger_cards_fit_whatever_smaller_ones_do():
+def test_larger_gpus_fit_whatever_smaller_ones_do():
     settings = preset("qwen2.5-7b/gsm8k/sft")
-    fitting = cards_that_fit(settings, SEVEN)
-    least = min(CARDS[name].memory for name in fitting)
-    assert set(fitting) == {name for name, card in CARDS.items() if card.memory >= least}
+    fitting = gpus_that_fit(settings, SEVEN)
+    least = min(GPUS[name].memory for name in fitting)
+    assert set(fitting) == {name for name, gpu in GPUS.items() if gpu.memory >= least}
 
 
 def test_time_counts_flops_and_bandwidth():
@@ -162,7 +163,9 @@ def test_time_counts_flops_and_bandwidth():
 
 
 def test_decoding_reads_the_weights_at_every_step():
-    settings = RunSettings("a", "gsm8k", training={"prompts_per_step": 1, "group_size": 2, "max_new_tokens": 100})
+    settings = RunSettings(
+        model="a", task="gsm8k", training={"prompts_per_step": 1, "group_size": 2, "max_new_tokens": 100}
+    )
     time = plan_run(settings.override(["sampler.engine=vllm"]), "a100-80gb", config=SEVEN, length=100).time
     assert time.sampling.high == pytest.approx(100 * 15.23e9 / (0.4 * 2039e9), rel=0.05)
 
@@ -184,12 +187,12 @@ def test_a_replication_falls_into_the_range():
 
 def test_vllm_needs_room_for_its_own_weights():
     shape, settings = ModelShape.of(SEVEN), preset("qwen2.5-7b/gsm8k")
-    tokens = vllm_cache(settings, shape, CARDS["a100-80gb"].memory)
-    assert tokens * 57_344 + shape.parameters * 2 < 0.5 * CARDS["a100-80gb"].memory
-    assert vllm_cache(settings, shape, CARDS["t4"].memory) < 0
+    tokens = vllm_cache(settings, shape, GPUS["a100-80gb"].memory)
+    assert tokens * 57_344 + shape.parameters * 2 < 0.5 * GPUS["a100-80gb"].memory
+    assert vllm_cache(settings, shape, GPUS["t4"].memory) < 0
 
 
-def test_cards():
-    assert card_named("A100") is CARDS["a100-80gb"]
-    assert not CARDS["t4"].bfloat16
-    assert all(card.memory < 200 * 2**30 and 1e11 < card.bandwidth < 1e13 for card in CARDS.values())
+def test_gpus():
+    assert gpu_named("A100") is GPUS["a100-80gb"]
+    assert not GPUS["t4"].bfloat16
+    assert all(gpu.memory < 200 * 2**30 and 1e11 < gpu.bandwidth < 1e13 for gpu in GPUS.values())

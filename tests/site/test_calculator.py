@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tinylora_lite import count_parameters
 from tinylora_lite.adapter.tying import find_sites
-from tinylora_lite.planning.models import NAMES as ALL_NAMES
-from tinylora_lite.planning.models import model_config
+from tinylora_lite.planning.shapes import NAMES as ALL_NAMES
+from tinylora_lite.planning.shapes import model_config
 
 NAMES = tuple(name for name in ALL_NAMES if name != "qwen2.5-math-7b")
 """The models that the page draws: Math-7B has the shape of the 7B that is there already."""

@@ -11,16 +11,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tinylora_lite.adapter.svd import Decomposition, cached_decompose
 from tinylora_lite.adapter.tying import find_sites
-from tinylora_lite.planning.counting import without_weights
 from tinylora_lite.utils.progress import progress_bar
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
@@ -93,6 +95,27 @@ def decompose_checkpoint(
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
             advance(name)
+
+
+def without_weights(model_or_config: nn.Module | PretrainedConfig) -> nn.Module:
+    """A model as it is, or the causal language model of a configuration on the meta device.
+
+    Raises:
+        ValueError: it is neither a model nor a configuration.
+    """
+    if isinstance(model_or_config, nn.Module):
+        return model_or_config
+    # Imported here: it takes a second, and nothing else in this file needs it.
+    from transformers import AutoModelForCausalLM, PretrainedConfig
+
+    if not isinstance(model_or_config, PretrainedConfig):
+        raise ValueError(
+            f"a model or a transformers configuration is needed, not {type(model_or_config).__name__}; "
+            "AutoConfig.from_pretrained makes one of a name"
+        )
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(model_or_config)
+    return model
 
 
 def _open(folder: Path, target_modules: Sequence[str] | None) -> tuple[_Checkpoint, dict[str, str]]:

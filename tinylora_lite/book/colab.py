@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tinylora_lite.experiment import presets
-from tinylora_lite.planning.gpus import CARDS
+from tinylora_lite.planning.gpus import GPUS
 
 if TYPE_CHECKING:
     from tinylora_lite.evaluation.score import Completion, Score
@@ -25,7 +25,7 @@ DRIVE = Path("/content/drive")
 
 
 def gpu_here() -> str | None:
-    """The name of this machine's GPU in :data:`~tinylora_lite.planning.gpus.CARDS`; ``None`` where it is not known.
+    """The name of this machine's GPU in :data:`~tinylora_lite.planning.gpus.GPUS`; ``None`` where it is not known.
 
     Of GPUs that differ in memory alone it is the nearest.
     """
@@ -33,19 +33,19 @@ def gpu_here() -> str | None:
         return None
     found = torch.cuda.get_device_properties(0)
     words = found.name.upper().replace("-", " ").split()
-    same = [name for name in CARDS if name.split("-")[0].upper() in words]
-    return min(same, key=lambda name: abs(CARDS[name].memory - found.total_memory), default=None)
+    same = [name for name in GPUS if name.split("-")[0].upper() in words]
+    return min(same, key=lambda name: abs(GPUS[name].memory - found.total_memory), default=None)
 
 
 def preset_gpu(gpu: str) -> str:
-    """The GPU of :func:`~tinylora_lite.experiment.presets.preset` that is most like ``gpu``, a name of ``CARDS``.
+    """The GPU of :func:`~tinylora_lite.experiment.presets.preset` that is most like ``gpu``, a name of ``GPUS``.
 
     >>> [preset_gpu(name) for name in ("t4", "l4", "h200", "h100")]
     ['t4', 'a100-80gb', 'h100', 'h100']
     """
-    if gpu in presets.CARDS:
+    if gpu in presets.GPUS:
         return gpu
-    return "t4" if not CARDS[gpu].bfloat16 else "h100" if gpu.startswith("h") else "a100-80gb"
+    return "t4" if not GPUS[gpu].bfloat16 else "h100" if gpu.startswith("h") else "a100-80gb"
 
 
 def place(folder: str = "tinylora") -> Path:
@@ -67,9 +67,9 @@ def plan_table(plan: Plan) -> str:
     lines = ["| memory | when | GiB |", "|---|---|---:|"]
     lines += [f"| {term.name} | {term.phase} | {_gib(term.bytes)} |" for term in plan.terms]
     lines += [f"| **all of it** | {phase} | **{_gib(needed)}** |" for phase, needed in plan.peaks.items()]
-    lines += [f"| what the card has for it | | {_gib(plan.capacity)} |", ""]
+    lines += [f"| what the GPU has for it | | {_gib(plan.gpu.usable)} |", ""]
     hours, steps = plan.time.hours, plan.time.steps
-    said = [f"**{plan.settings.model}, {plan.numbers:,} numbers, {plan.settings.task}, on a {plan.card.name}.**"]
+    said = [f"**{plan.settings.model}, {plan.parameters:,} parameters, {plan.settings.task}, on a {plan.gpu.name}.**"]
     if plan.fits:
         said.append(f"It fits. {steps:,} steps, {hours.low:.1f} to {hours.high:.1f} hours, planned and not measured.")
         if plan.cost is not None:

@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
     if not arguments.out.absolute().parent.is_dir():  # before an hour of work, not after it
         raise FileNotFoundError(f"there is no folder {arguments.out.absolute().parent} to write to")
-    task = task_named(arguments.task, RunSettings(arguments.model, arguments.task, data=arguments.data))
+    task = task_named(arguments.task, RunSettings(model=arguments.model, task=arguments.task, data=arguments.data))
     dtype = "float32" if arguments.model == "nano" else arguments.dtype
     model, tokenizer = load_model(arguments.model, dtype=dtype, revision=arguments.revision)
     if arguments.checkpointing:

@@ -1,19 +1,19 @@
-"""How many numbers each method trains on a model, without loading it."""
+"""How many parameters each method trains on a model, without loading it."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-from transformers import PretrainedConfig
+from tinylora_lite.planning import shapes
 
-from tinylora_lite.planning import models
-from tinylora_lite.planning.counting import Method, count_parameters
+if TYPE_CHECKING:
+    from rich.table import Table
 
-HELP = "count the numbers that a method trains on a model"
+    from tinylora_lite.planning.counting import Method
+
+HELP = "count the parameters that a method trains on a model"
 EXAMPLE = "tinylora count qwen2.5-7b --method tinylora --u 1 --n-tie 16"
 SEED_HELP = "taken by every command; no count depends on it"
 
@@ -33,13 +33,11 @@ ROWS: tuple[tuple[Method, dict[str, Any]], ...] = (
 """What is shown where no method is asked for."""
 
 METHODS = tuple(dict.fromkeys(method for method, _ in ROWS))
-BYTES = 2
-"""Of one number as bfloat16."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``tinylora count``."""
-    parser.add_argument("model", metavar="MODEL", help=models.HELP)
+    parser.add_argument("model", metavar="MODEL", help=shapes.HELP)
     parser.add_argument("--method", choices=METHODS, help="one method; all are shown without it")
     parser.add_argument("--rank", type=int, help="of lora, lora_xs and vera")
     parser.add_argument("--u", type=int, help="of tinylora: the length of one trainable vector (default: 1)")
@@ -53,59 +51,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints a table of all methods, one line for one method, or JSON."""
-    config = models.model_config(arguments.model)
+    from rich.console import Console
+
+    from tinylora_lite.planning.counting import count_parameters
+
+    config = shapes.model_config(arguments.model)
+    rows: list[dict[str, Any]] = []
+    for method, options in _asked(arguments):
+        parameters = count_parameters(config, method, **options)
+        rows.append({"method": method, "settings": options, "parameters": parameters, "bytes": 2 * parameters})
     if arguments.method is None:
-        for name in _given(arguments):
-            raise ValueError(f"--{name.replace('_', '-')} belongs to one method; say which with --method")
-        rows = [_row(config, method, options) for method, options in ROWS]
         if arguments.json:
             print(json.dumps({"model": arguments.model, "methods": rows}))
         else:
             Console().print(_table(arguments.model, rows))
-        return
-    row = _row(config, arguments.method, _options(arguments))
-    if arguments.json:
-        print(json.dumps({"model": arguments.model} | row))
+    elif arguments.json:
+        print(json.dumps({"model": arguments.model} | rows[0]))
     else:
+        (row,) = rows
         settings = f" ({_words(row['settings'])})" if row["settings"] else ""
-        print(
-            f"{arguments.model}, {row['method']}{settings}: {row['parameters']:,} parameters, "
-            f"{_size(row['bytes'])} as bfloat16"
-        )
+        counted = f"{row['parameters']:,} parameters, {_size(row['bytes'])} as bfloat16"
+        print(f"{arguments.model}, {row['method']}{settings}: {counted}")
 
 
-def _given(arguments: argparse.Namespace) -> dict[str, Any]:
+def _asked(arguments: argparse.Namespace) -> tuple[tuple[Method, dict[str, Any]], ...]:
+    """The methods to count and their settings, defaults included."""
+    method: Method | None = arguments.method
     given = {name: getattr(arguments, name) for name in ("rank", "u", "n_tie", "tying")}
-    return {name: value for name, value in given.items() if value is not None}
-
-
-def _options(arguments: argparse.Namespace) -> dict[str, Any]:
-    given = _given(arguments)
-    defaults: dict[str, Any] = {"u": 1, "n_tie": 1, "tying": "tiled"} if arguments.method == "tinylora" else {}
-    takes = {"full": (), "tinylora": tuple(defaults)}.get(arguments.method, ("rank",))
+    given = {name: value for name, value in given.items() if value is not None}
+    defaults: dict[str, Any] = {"u": 1, "n_tie": 1, "tying": "tiled"} if method == "tinylora" else {}
+    takes = tuple(defaults) if method == "tinylora" else () if method in ("full", None) else ("rank",)
     for name in given:
         if name not in takes:
-            raise ValueError(f"--{name.replace('_', '-')} is no setting of {arguments.method}")
+            wrong = "belongs to one method; say which with --method" if method is None else f"is no setting of {method}"
+            raise ValueError(f"--{name.replace('_', '-')} {wrong}")
+    if method is None:
+        return ROWS
     if "rank" in takes and "rank" not in given:
-        raise ValueError(f"{arguments.method} needs --rank")
-    return defaults | given
-
-
-def _row(config: PretrainedConfig, method: Method, options: dict[str, Any]) -> dict[str, Any]:
-    parameters = count_parameters(config, method, **options)
-    return {"method": method, "settings": options, "parameters": parameters, "bytes": BYTES * parameters}
+        raise ValueError(f"{method} needs --rank")
+    return ((method, defaults | given),)
 
 
 def _table(model: str, rows: list[dict[str, Any]]) -> Table:
-    table = Table(title=f"What trains on {model}", title_justify="left")
-    table.add_column("method")
-    table.add_column("settings")
-    table.add_column("parameters", justify="right")
-    table.add_column("as bfloat16", justify="right")
+    from rich.table import Table
+
+    table = Table("method", "settings", "parameters", "as bfloat16", title=f"What trains on {model}")
+    table.title_justify = "left"
+    for column in table.columns[2:]:
+        column.justify = "right"
     for row in rows:
-        style = "bold" if row["method"] == "tinylora" else None
         cells = (row["method"], _words(row["settings"]), f"{row['parameters']:,}", _size(row["bytes"]))
-        table.add_row(*cells, style=style)
+        table.add_row(*cells, style="bold" if row["method"] == "tinylora" else None)
     return table
 
 

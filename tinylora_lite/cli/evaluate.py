@@ -89,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompt", help="how the problems are asked (default: the task's own way)")
     add("--engine", choices=ENGINES, default="transformers", help="what answers (default: transformers)")
     add("--url", help="of the server, for the engine vllm-server")
-    add("--gpu-memory", type=float, help="vLLM's share of the card's memory (default: 0.85)")
+    add("--gpu-memory", type=float, help="vLLM's share of the GPU's memory (default: 0.85)")
     add("--tensor-parallel", type=int, help="GPUs that vLLM splits the model over (default: 1)")
     add("--batch-size", type=int, help="completions decoded together (default: 128; with vLLM 1024)")
     add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), help="of the model (default: the adapter's)")

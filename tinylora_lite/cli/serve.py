@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``tinylora serve``."""
     parser.add_argument("settings", help="a settings file, or the name of a preset (`tinylora preset` lists them)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ, as model=FOLDER")
-    parser.add_argument("--card", help="the GPU that a preset is for")
+    parser.add_argument("--gpu", help="the GPU that a preset is for")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
     parser.add_argument("--python", default=sys.executable, help="the Python that has vLLM (default: this one)")
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Becomes the server, or prints how to start it."""
-    settings = read(arguments.settings, arguments.card, arguments.overrides)
+    settings = read(arguments.settings, arguments.gpu, arguments.overrides)
     if settings.model == "nano":
         raise ValueError("vLLM takes the basis beside the nano base for weights; save the model and give model=FOLDER")
     training = settings.training_settings(1)

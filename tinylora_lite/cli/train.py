@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings that differ: adapter.u=2, folder=out"
     )
-    parser.add_argument("--card", help="the GPU that a preset is for (default: its own choice)")
+    parser.add_argument("--gpu", help="the GPU that a preset is for (default: its own choice)")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    settings = read(arguments.settings, arguments.card, arguments.overrides)
+    settings = read(arguments.settings, arguments.gpu, arguments.overrides)
     if arguments.seed:
         settings = settings.override([f"training.seed={arguments.seed}"])
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -64,15 +64,15 @@ def run(arguments: argparse.Namespace) -> None:
     console.print(report(outcome))
 
 
-def read(name: str, card: str | None, overrides: list[str]) -> RunSettings:
+def read(name: str, gpu: str | None, overrides: list[str]) -> RunSettings:
     """A settings file, or a preset by its name."""
     if Path(name).suffix in (".yaml", ".yml") or Path(name).is_file():
-        if card is not None:
-            raise ValueError("--card chooses among presets; a settings file says everything itself")
+        if gpu is not None:
+            raise ValueError("--gpu chooses among presets; a settings file says everything itself")
         return load_settings(name, overrides)
     from tinylora_lite.experiment.presets import preset
 
-    return (preset(name) if card is None else preset(name, card=card)).override(overrides)
+    return preset(name, gpu).override(overrides)
 
 
 def report(outcome: Outcome) -> Table:

@@ -1,32 +1,25 @@
-"""Settings to start from: the paper's recipes on its models, as far as the paper tells them, for the card at hand.
+"""Settings to start from: the paper's recipes on its models, as far as the paper tells them, for a GPU.
 
 A preset is put together from tables: a model, a recipe (the paper's GSM8K run or its MATH run), a method (GRPO; SFT;
-GRPO on calibrated directions) and a card. ``NOTES`` says where a preset departs from the paper and why; they stand at
-the head of the YAML that ``tinylora preset NAME`` prints.
+GRPO on calibrated directions) and a GPU. ``NOTES`` says where a preset departs from the paper and why; they are the
+head of the YAML that ``tinylora preset NAME`` prints.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from tinylora_lite.experiment.settings import (
-    AdapterSettings,
-    CalibrationSettings,
-    EvaluationSettings,
-    RunSettings,
-    SamplerSettings,
-)
+from tinylora_lite.experiment.settings import RunSettings
 
 Method = Literal["grpo", "sft", "calibrated"]
 PAPER_RATES = (1e-7, 5e-7, 1e-6, 5e-6, 1e-5, 1e-4, 2e-4)
 """Paper, section 5.1: the best of them for each size of update."""
-NUMBERS = 13
 
 
 @dataclass(frozen=True)
 class Base:
-    """A model: name and commit on the hub, billions of weights, and how many modules share one of 13 numbers."""
+    """A model: name and commit on the hub, billions of weights, and how many modules share one of 13 parameters."""
 
     hub: str
     revision: str
@@ -49,20 +42,22 @@ RECIPES: dict[str, dict[str, Any]] = {
     "gsm8k": {
         "max_prompt_tokens": 512,
         "training": {"epochs": 3, "prompts_per_step": 64, "group_size": 4, "max_new_tokens": 4096, "kl": 0.0},
-        "evaluation": EvaluationSettings(tasks=("gsm8k",), max_new_tokens=4096),
+        "tests": ["gsm8k"],
     },
     "math": {
         "max_prompt_tokens": 1024,
         "training": {"epochs": 3, "prompts_per_step": 256, "group_size": 8, "max_new_tokens": 3072, "kl": 0.001},
-        "evaluation": EvaluationSettings(
-            tasks=("math500", "minerva", "olympiadbench", "aime24", "amc23"), max_new_tokens=3072
-        ),
+        "tests": ["math500", "minerva", "olympiadbench", "aime24", "amc23"],
     },
 }
 """Paper, sections 5.1 and 5.2."""
 
-CARDS = ("t4", "a100-80gb", "h100")
-"""The cards that a preset comes for; ``tinylora plan-run`` looks at others."""
+OPTIMIZATION = {"temperature": 1.0, "learning_rate": 1e-4, "max_grad_norm": 1.0}
+LOSS = {"scale": "group", "normalise": "token", "clip_low": 0.2, "clip_high": 0.2, "tis_cap": 2.0, "truncated": "zero"}
+CALIBRATED = {"rank": 8, "u": 13, "n_tie": "all", "projection": "calibrated"}
+
+GPUS = ("t4", "a100-80gb", "h100")
+"""The GPUs that a preset comes for; ``tinylora plan-run`` takes others."""
 NANO = ("nano", "nano/sft", "nano/calibrated")
 
 NOTES: dict[str, str] = {
@@ -75,8 +70,8 @@ adapter.seed and training.seed of 0, 1 and 2.""",
     "rates": "learning_rates are the paper's; the best is chosen on the validation split, never on the test set.",
     "sync": """\
 Its rollouts came from merged weights (sampler.sync: merged), since vLLM's LoRA did not suit it. The exact LoRA of
-rank r loses nothing to a merge's rounding, and is what stands below.""",
-    "budget": "13 numbers: the paper's u = 1, with the smallest n_tie that spends no more on this model.",
+rank r, which is used below, loses nothing to a merge's rounding.""",
+    "grpo": "13 parameters: the paper's u = 1, with the smallest n_tie that spends no more on this model.",
     "sft": """\
 The paper says of SFT that it trains on answers, and nothing more: batch, epochs and rates are those of the GRPO run,
 and the answers are the data set's own worked solutions.""",
@@ -86,7 +81,7 @@ of {problems} training problems, one vector for all modules. Some rates are abov
 unit norm need longer steps (0.2 was best on nano).""",
     "t4": """\
 For a T4: float16, since it multiplies no bfloat16; one epoch, batches of {prompts} and {tokens:,} tokens, to end
-sooner; transformers samples, since few engines support the card.""",
+sooner; transformers samples, since few engines support the GPU.""",
     "positions": "The model was made for {positions:,} positions, which prompt and answer share.",
     "math": """\
 The problems are the 8,523 of SimpleRL's hard partition. Its own runs used other settings (KL 1e-4, batch 1,024);
@@ -104,55 +99,50 @@ def preset_names() -> tuple[str, ...]:
     return (*NANO, *full_size)
 
 
-def preset(name: str, card: str | None = None) -> RunSettings:
+def preset(name: str, gpu: str | None = None) -> RunSettings:
     """The settings of a preset.
 
     Args:
         name: one of :func:`preset_names`.
-        card: one of ``CARDS``; ``None`` takes the A100 of 80 GB. The nano presets need none.
+        gpu: one of ``GPUS``; ``None`` takes the A100 of 80 GB. The nano presets need none.
 
     Raises:
-        ValueError: there is no such preset, or none for this card.
+        ValueError: there is no such preset, or none for this GPU.
     """
     if name not in preset_names():
         raise ValueError(f"no preset named {name}; tinylora preset lists them ({preset_names()[4]}, for one)")
     if name in NANO:
-        if card is not None:
-            raise ValueError(f"the preset {name} runs on a CPU; leave the card out")
-        return _nano(_method(name))
-    card = "a100-80gb" if card in (None, "a100") else str(card).lower()
-    if card not in CARDS:
-        raise ValueError(f"presets are for {', '.join(CARDS)}, not {card}; take the nearest, and ask tinylora plan-run")
+        if gpu is not None:
+            raise ValueError(f"the preset {name} runs on a CPU; leave the GPU out")
+        return RunSettings.from_dict({"folder": f"runs/{name}"} | _nano(_method(name)))
+    gpu = "a100-80gb" if gpu in (None, "a100") else str(gpu).lower()
+    if gpu not in GPUS:
+        raise ValueError(f"presets are for {', '.join(GPUS)}, not {gpu}; take the nearest, and ask tinylora plan-run")
     base, recipe = name.split("/")[:2]
-    settings = _on(card, BASES[base], _recipe(BASES[base], recipe, _method(name)))
-    return replace(settings, folder=f"runs/{name}")
+    return RunSettings.from_dict({"folder": f"runs/{name}"} | _full_size(BASES[base], recipe, _method(name), gpu))
 
 
-def describe(name: str, card: str | None = None) -> str:
+def describe(name: str, gpu: str | None = None) -> str:
     """Where a preset departs from the paper and why, as text of several lines."""
-    settings = preset(name, card)
+    settings = preset(name, gpu)
     if name in NANO:
         return f"{name}\n\n{NOTES['nano']}"
     base, recipe = name.split("/")[:2]
-    training, method = settings.training, _method(name)
-    notes = [NOTES["paper"], NOTES["rates"]]
-    notes.insert(0, NOTES["batch"].format(prompts=training["prompts_per_step"], group=training.get("group_size", 1)))
-    if method == "sft":
-        notes[0] = NOTES["sft"]
-    notes.append(
-        NOTES["calibrated"].format(problems=settings.adapter.calibration.problems)
-        if method == "calibrated"
-        else NOTES["budget"]
-    )
-    if settings.sampler.engine == "vllm":
-        notes.append(NOTES["sync"])
-    if recipe == "math":
-        notes.append(NOTES["math"])
-    if BASES[base].positions < 8192:
-        notes.append(NOTES["positions"].format(positions=BASES[base].positions))
-    if card is not None and card.lower() == "t4":
-        notes.append(NOTES["t4"].format(prompts=training["prompts_per_step"], tokens=training["max_new_tokens"]))
-    return "\n\n".join([f"{name}, for {card or 'a100-80gb'}; paper: arXiv 2602.04118", *notes])
+    training, method, positions = settings.training, _method(name), BASES[base].positions
+    said = {
+        "sft" if method == "sft" else "batch": True,
+        "paper": True,
+        "rates": True,
+        "calibrated" if method == "calibrated" else "grpo": True,
+        "sync": settings.sampler.engine == "vllm",
+        "math": recipe == "math",
+        "positions": positions < 8192,
+        "t4": gpu is not None and gpu.lower() == "t4",
+    }
+    values = {"prompts": training["prompts_per_step"], "group": training.get("group_size"), "positions": positions}
+    values |= {"tokens": training["max_new_tokens"], "problems": settings.adapter.calibration.problems}
+    notes = [NOTES[note].format(**values) for note, holds in said.items() if holds]
+    return "\n\n".join([f"{name}, for {gpu or 'a100-80gb'}; paper: arXiv 2602.04118", *notes])
 
 
 def _method(name: str) -> Method:
@@ -160,105 +150,59 @@ def _method(name: str) -> Method:
     return "sft" if last == "sft" else "calibrated" if last == "calibrated" else "grpo"
 
 
-def _recipe(base: Base, recipe: str, method: Method) -> RunSettings:
-    """What the paper says, whatever the card."""
-    values = RECIPES[recipe]
-    training = values["training"] | {
-        "temperature": 1.0,
-        "learning_rate": 1e-4,
-        "max_grad_norm": 1.0,
-        "scale": "group",
-        "normalise": "token",
-        "clip_low": 0.2,
-        "clip_high": 0.2,
-        "tis_cap": 2.0,
-        "truncated": "zero",
-        "save_every": 10,
-        "seed": 0,
-    }
-    training["max_new_tokens"] = min(training["max_new_tokens"], base.positions - values["max_prompt_tokens"])
+def _full_size(base: Base, recipe: str, method: Method, gpu: str) -> dict[str, Any]:
+    """What the paper says, and what the GPU changes: memory and speed, and on a T4 the length of the run."""
+    t4, said = gpu == "t4", RECIPES[recipe]
+    training = said["training"] | OPTIMIZATION | LOSS | {"save_every": 10, "seed": 0}
+    longest = min(training["max_new_tokens"], base.positions - said["max_prompt_tokens"], 1024 if t4 else 10**9)
+    training["max_new_tokens"] = longest
+    adapter: dict[str, Any] = {"n_tie": base.n_tie}
     rates: tuple[float, ...] = PAPER_RATES
-    adapter = AdapterSettings(rank=2, u=1, n_tie=base.n_tie)
-    evaluation = replace(values["evaluation"], max_new_tokens=training["max_new_tokens"])
+    if t4:
+        training["epochs"] = 1
     if method == "sft":
         kept = ("epochs", "prompts_per_step", "learning_rate", "max_grad_norm", "save_every", "seed")
         training = {name: training[name] for name in kept} | {"max_new_tokens": 1024}
+    elif t4:
+        training["prompts_per_step"] = 32
     if method == "calibrated":
-        adapter = AdapterSettings(
-            rank=8,
-            u=NUMBERS,
-            n_tie="all",
-            projection="calibrated",
-            calibration=CalibrationSettings(problems=256, group_size=8, max_new_tokens=1024),
-        )
+        calibration = {"problems": 128, "max_new_tokens": 512} if t4 else {}
+        adapter = CALIBRATED | {"calibration": calibration}
         rates = (*PAPER_RATES[-2:], 1e-3, 1e-2, 1e-1)
         training["learning_rate"] = 1e-2
-    return RunSettings(
-        model=base.hub,
-        revision=base.revision,
-        task=recipe,
-        max_prompt_tokens=values["max_prompt_tokens"],
-        method="sft" if method == "sft" else "grpo",
-        adapter=adapter,
-        training=training,
-        evaluation=replace(evaluation, every=0),
-        learning_rates=rates,
-    )
+    small, tiny = base.billions < 4, base.billions < 1
+    training["micro_batch"] = (4 if tiny else 2) if t4 else (16 if small else 8)
+    return {
+        "model": base.hub,
+        "revision": base.revision,
+        "dtype": "float16" if t4 else "bfloat16",
+        "quantize": "nf4" if t4 and base.billions > 2 else None,
+        "gradient_checkpointing": True,
+        "task": recipe,
+        "max_prompt_tokens": min(said["max_prompt_tokens"], 512) if t4 else said["max_prompt_tokens"],
+        "method": "sft" if method == "sft" else "grpo",
+        "adapter": adapter,
+        "training": training,
+        "learning_rates": rates,
+        "sampler": {"batch_size": 64 if base.billions < 2 else 16}
+        if t4
+        else {"engine": "vllm", "gpu_memory": 0.45 if small else 0.5},
+        "evaluation": {"tasks": said["tests"][:1] if t4 else said["tests"], "max_new_tokens": longest},
+    }
 
 
-def _on(card: str, base: Base, settings: RunSettings) -> RunSettings:
-    """What the card changes: memory and speed, and on a T4 the length of the run."""
-    training, imitation = dict(settings.training), settings.method == "sft"
-    if card == "t4":
-        training |= {"epochs": 1, "micro_batch": 4 if base.billions < 1 else 2}
-        training["max_new_tokens"] = min(training["max_new_tokens"], 1024)
-        if not imitation:
-            training["prompts_per_step"] = 32
-        return replace(
-            settings,
-            dtype="float16",
-            quantize="nf4" if base.billions > 2 else None,
-            gradient_checkpointing=True,
-            max_prompt_tokens=min(settings.max_prompt_tokens, 512),
-            training=training,
-            adapter=replace(
-                settings.adapter, calibration=replace(settings.adapter.calibration, max_new_tokens=512, problems=128)
-            )
-            if settings.adapter.calibrated
-            else settings.adapter,
-            sampler=SamplerSettings(engine="transformers", batch_size=64 if base.billions < 2 else 16),
-            evaluation=replace(settings.evaluation, max_new_tokens=1024, tasks=settings.evaluation.tasks[:1]),
-        )
-    training["micro_batch"] = 16 if base.billions < 4 else 8
-    share = 0.45 if base.billions < 4 else 0.5
-    sampler = SamplerSettings(engine="vllm", sync="lora", gpu_memory=share)
-    return replace(settings, gradient_checkpointing=True, training=training, sampler=sampler)
-
-
-def _nano(method: Method) -> RunSettings:
-    training: dict[str, Any] = {"steps": 30, "prompts_per_step": 32, "learning_rate": 0.1, "max_new_tokens": 48}
-    adapter = AdapterSettings(rank=2, u=1, n_tie=4)
-    if method == "sft":
-        training |= {"learning_rate": 0.1}
-    else:
-        training |= {"group_size": 8}
-    if method == "calibrated":
-        training["learning_rate"] = 0.2
-        adapter = AdapterSettings(
-            rank=8,
-            u=NUMBERS,
-            n_tie="all",
-            projection="calibrated",
-            calibration=CalibrationSettings(problems=384, group_size=8, max_new_tokens=48),
-        )
-    return RunSettings(
-        model="nano",
-        dtype="float32",
-        task="nano",
-        max_prompt_tokens=208,
-        method="sft" if method == "sft" else "grpo",
-        adapter=adapter,
-        training=training | {"seed": 0},
-        evaluation=EvaluationSettings(tasks=("nano",), problems=500, temperature=1.0, max_new_tokens=48),
-        folder="runs/nano" if method == "grpo" else f"runs/nano/{method}",
-    )
+def _nano(method: Method) -> dict[str, Any]:
+    rate = 0.2 if method == "calibrated" else 0.1
+    training = {"steps": 30, "prompts_per_step": 32, "learning_rate": rate, "max_new_tokens": 48}
+    training |= {"seed": 0} if method == "sft" else {"group_size": 8, "seed": 0}
+    calibrated = CALIBRATED | {"calibration": {"problems": 384, "max_new_tokens": 48}}
+    return {
+        "model": "nano",
+        "dtype": "float32",
+        "task": "nano",
+        "max_prompt_tokens": 208,
+        "method": "sft" if method == "sft" else "grpo",
+        "adapter": calibrated if method == "calibrated" else {"n_tie": 4},
+        "training": training,
+        "evaluation": {"tasks": ["nano"], "problems": 500, "temperature": 1.0, "max_new_tokens": 48},
+    }

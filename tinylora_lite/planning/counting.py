@@ -1,18 +1,17 @@
-"""How many numbers a method trains on a model, counted from its configuration: no weight is loaded."""
+"""How many parameters a method trains on a model, counted from its configuration: no weight is loaded."""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import torch
-from torch import nn
-
 from tinylora_lite.adapter.config import TinyLoraConfig
+from tinylora_lite.adapter.streaming import without_weights
 from tinylora_lite.adapter.tying import Site, Tying, find_sites, groups_of
 from tinylora_lite.adapter.weights import stored_parameters, weight_shape
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PretrainedConfig
 
 Method = Literal["full", "lora", "lora_xs", "vera", "tinylora"]
@@ -28,9 +27,9 @@ def count_parameters(
     tying: Tying = "tiled",
     target_modules: list[str] | None = None,
 ) -> int:
-    """How many numbers a method trains.
+    """How many parameters a method trains.
 
-    | method | numbers |
+    | method | parameters |
     |---|---|
     | ``"full"`` | every parameter of the model, biases and norms included, shared embeddings once |
     | ``"lora"`` | ``rank · (in + out)`` of every module |
@@ -67,7 +66,7 @@ def count_parameters(
     if method == "tinylora":
         return u * _groups(sites, n_tie, tying)
     if type(rank) is not int or rank < 1:
-        raise ValueError(f'"{method}" needs rank=, a whole number of at least 1, not {rank!r}')
+        raise ValueError(f'"{method}" needs rank=, an integer of at least 1, not {rank!r}')
     shapes = [weight_shape(model.get_submodule(site.name)) for site in sites]
     if method == "lora":
         return sum(rank * (out_features + in_features) for out_features, in_features in shapes)
@@ -80,15 +79,15 @@ def count_parameters(
 
 
 def plan(model_or_config: nn.Module | PretrainedConfig, budget: int = 13, **settings: Any) -> TinyLoraConfig:
-    """The settings that spend at most ``budget`` numbers: the smallest ``n_tie`` that fits, and ``u = 1``.
+    """The settings that train at most ``budget`` parameters: the smallest ``n_tie`` that fits, and ``u = 1``.
 
-    A short v in many groups is what the paper advises (section 7): its figures 8 and 9 show distinct numbers for
-    more groups ahead of a longer v for fewer.
+    The paper advises a short v in many groups (section 7): in its figures 8 and 9 more groups do better than a longer
+    v for fewer.
 
     Args:
         model_or_config: see :func:`count_parameters`.
-        budget: how many numbers may train.
-        settings: of the :class:`~tinylora_lite.TinyLoraConfig`, ``u`` among them; ``n_tie`` is what is planned.
+        budget: how many parameters may train.
+        settings: of the :class:`~tinylora_lite.TinyLoraConfig`, ``u`` among them, without ``n_tie``.
 
     Raises:
         ValueError: no ``n_tie`` fits the budget, or a setting is outside its range.
@@ -96,7 +95,7 @@ def plan(model_or_config: nn.Module | PretrainedConfig, budget: int = 13, **sett
     if "n_tie" in settings:
         raise ValueError("plan chooses n_tie itself; leave it out, or make a TinyLoraConfig")
     if not isinstance(budget, int) or isinstance(budget, bool):
-        raise ValueError(f"budget must be a whole number, not {budget!r}")
+        raise ValueError(f"budget must be an integer, not {budget!r}")
     config = TinyLoraConfig(**settings)
     sites = find_sites(without_weights(model_or_config), config.target_modules)
     for n_tie in range(1, len(sites) + 1):
@@ -105,30 +104,9 @@ def plan(model_or_config: nn.Module | PretrainedConfig, budget: int = 13, **sett
     least = config.u * _groups(sites, len(sites), config.tying)
     advice = ' or set tying="tiled"' if config.tying == "structured" else ""
     raise ValueError(
-        f"{config.tying} tying with u={config.u} takes at least {least} numbers, budget={budget}; raise it{advice}"
+        f"{config.tying} tying with u={config.u} takes at least {least} parameters, budget={budget}; raise it{advice}"
     )
 
 
 def _groups(sites: list[Site], n_tie: int | Literal["all"], tying: Tying) -> int:
     return len(set(groups_of(sites, n_tie, tying)))
-
-
-def without_weights(model_or_config: nn.Module | PretrainedConfig) -> nn.Module:
-    """A model as it is, or the causal language model of a configuration on the meta device.
-
-    Raises:
-        ValueError: it is neither a model nor a configuration.
-    """
-    if isinstance(model_or_config, nn.Module):
-        return model_or_config
-    # Imported here: it takes a second, and who counts on a model does not need it.
-    from transformers import AutoModelForCausalLM, PretrainedConfig
-
-    if not isinstance(model_or_config, PretrainedConfig):
-        raise ValueError(
-            f"count on a model or a transformers configuration, not on {type(model_or_config).__name__}; "
-            "AutoConfig.from_pretrained makes one of a name"
-        )
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(model_or_config)
-    return model

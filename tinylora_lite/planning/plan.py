@@ -7,19 +7,14 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from tinylora_lite.experiment.settings import RunSettings
-from tinylora_lite.experiment.settings_fields import SettingsError
-from tinylora_lite.planning.estimate import Phase, Term, memory_terms, peak, trained_numbers, vllm_cache, weight_bytes
-from tinylora_lite.planning.gpus import CARDS, Card, card_named
-from tinylora_lite.planning.run_time import LENGTHS, PROMPT_SHARE, RunTime, run_time
-from tinylora_lite.planning.shapes import ModelShape
+from tinylora_lite.experiment.settings_file import SettingsError
+from tinylora_lite.planning import run_time as t
+from tinylora_lite.planning.gpus import GPU, GPUS, gpu_named
+from tinylora_lite.planning.memory import Phase, Term, memory_terms, peak, trained_parameters, vllm_cache, weight_bytes
+from tinylora_lite.planning.shapes import ModelShape, model_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-SPARE = 0.05
-"""The share of a card that is left to CUDA's own needs and to memory in pieces too small to use."""
-CONTEXT = 0.6 * 2**30
-"""Bytes of CUDA's context and libraries."""
 
 
 @dataclass(frozen=True)
@@ -28,42 +23,37 @@ class Plan:
 
     Attributes:
         settings: of the run.
-        card: the GPU.
-        gpus: how many train, one process each.
-        numbers: how many numbers train.
-        terms: what takes memory on each card, and when.
-        problems: what stands in the way, one sentence each; empty where the run fits.
+        gpu: what it runs on.
+        gpus: how many of them train, one process each.
+        parameters: how many train.
+        terms: what takes memory on each GPU, and when.
+        problems: why the run does not fit, one sentence each; empty where it fits.
         advice: settings that make it fit, each ``key=value``, checked together; empty where it fits already, or where
             none was found.
         time: where the seconds go.
         length: the mean tokens of a completion that the time supposes.
-        price: of one card for one hour, in whatever money; ``None`` where nobody gave one.
+        price: of one GPU for one hour, in whatever money; ``None`` where nobody gave one.
     """
 
     settings: RunSettings
-    card: Card
+    gpu: GPU
     gpus: int
-    numbers: int
+    parameters: int
     terms: tuple[Term, ...]
     problems: tuple[str, ...]
     advice: tuple[str, ...]
-    time: RunTime
+    time: t.RunTime
     length: float
     price: float | None
 
     @property
     def peaks(self) -> dict[Phase, float]:
-        """Bytes on each card in each phase, what is always there included."""
+        """Bytes on each GPU in each phase, what is always there included."""
         return peak(list(self.terms))
 
     @property
-    def capacity(self) -> float:
-        """Bytes of a card that a run may take."""
-        return usable(self.card)
-
-    @property
     def fits(self) -> bool:
-        """Whether it runs on this card."""
+        """Whether it runs on this GPU."""
         return not self.problems
 
     @property
@@ -76,28 +66,21 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {
+        same = ("gpus", "parameters", "peaks", "fits", "problems", "advice", "length", "cost")
+        return {name: getattr(self, name) for name in same} | {
             "model": self.settings.model,
-            "card": asdict(self.card),
-            "gpus": self.gpus,
-            "numbers": self.numbers,
+            "gpu": asdict(self.gpu),
             "memory": [asdict(term) for term in self.terms],
-            "peaks": self.peaks,
-            "capacity": self.capacity,
-            "fits": self.fits,
-            "problems": list(self.problems),
-            "advice": list(self.advice),
-            "length": self.length,
+            "capacity": self.gpu.usable,
             "time": asdict(self.time),
             "hours": asdict(self.time.hours),
             "runs": len(self.settings.sweep()),
-            "cost": self.cost,
         }
 
 
 def plan_run(
     settings: RunSettings,
-    card: str | Card = "a100-80gb",
+    gpu: str | GPU = "a100-80gb",
     *,
     gpus: int = 1,
     config: PretrainedConfig | None = None,
@@ -109,56 +92,48 @@ def plan_run(
 
     Args:
         settings: of the run.
-        card: a name of :data:`~tinylora_lite.planning.gpus.CARDS`, or a card.
+        gpu: a name of :data:`~tinylora_lite.planning.gpus.GPUS`, or a GPU.
         gpus: how many train.
         config: of the model; ``None`` knows some models by name, reads a folder, and asks the hub for others.
         length: mean tokens of a completion; see :func:`~tinylora_lite.planning.run_time.run_time`.
         problems: of the training split.
-        price: of one card for one hour.
+        price: of one GPU for one hour.
 
     Raises:
-        ValueError: an unknown card or model, or ``gpus`` cannot share a step's prompts.
+        ValueError: an unknown GPU or model, or ``gpus`` cannot share a step's prompts.
     """
-    card = card_named(card) if isinstance(card, str) else card
+    gpu = gpu_named(gpu) if isinstance(gpu, str) else gpu
     prompts = settings.training_settings(1).prompts_per_step
     if gpus < 1 or prompts % gpus:
         raise ValueError(f"prompts_per_step={prompts} cannot be shared by {gpus} GPUs")
     shape = ModelShape.of(config or _config(settings))
-    found = tuple(_problems(settings, shape, card, gpus))
-    limit = settings.training_settings(1).max_new_tokens
+    found = tuple(_problems(settings, shape, gpu, gpus))
     return Plan(
         settings=settings,
-        card=card,
+        gpu=gpu,
         gpus=gpus,
-        numbers=trained_numbers(settings, shape),
-        terms=tuple(memory_terms(settings, shape, card.memory, gpus)),
+        parameters=trained_parameters(settings, shape),
+        terms=tuple(memory_terms(settings, shape, gpu.memory, gpus)),
         problems=found,
-        advice=_advice(settings, shape, card, gpus) if found else (),
-        time=run_time(settings, shape, card, processes=gpus, length=length, problems=problems),
-        length=min(length or LENGTHS.get(settings.task, limit / 2), limit),
+        advice=_advice(settings, shape, gpu, gpus) if found else (),
+        time=t.run_time(settings, shape, gpu, processes=gpus, length=length, problems=problems),
+        length=t.mean_length(settings, length),
         price=price,
     )
 
 
-def usable(card: Card) -> float:
-    """Bytes of a card that a run may take."""
-    return card.memory * (1 - SPARE) - CONTEXT
-
-
-def cards_that_fit(settings: RunSettings, config: PretrainedConfig | None = None, gpus: int = 1) -> list[str]:
-    """The names of the cards that a run fits on as it stands."""
+def gpus_that_fit(settings: RunSettings, config: PretrainedConfig | None = None, gpus: int = 1) -> list[str]:
+    """The names of the GPUs that a run fits on as it is."""
     shape = ModelShape.of(config or _config(settings))
-    return [name for name, card in CARDS.items() if not any(_problems(settings, shape, card, gpus))]
+    return [name for name, gpu in GPUS.items() if not any(_problems(settings, shape, gpu, gpus))]
 
 
 def assumptions(plan: Plan) -> list[str]:
     """What the time supposes, in words."""
-    from tinylora_lite.planning import run_time as t
-
     said = [
-        f"completions of {plan.length:,.0f} tokens and prompts of {PROMPT_SHARE} on average",
-        f"training at {t.MATRIX_USE[1]:.0%} to {t.MATRIX_USE[0]:.0%} of {plan.card.matrix_rate / 1e12:,.0f} TFLOPS",
-        f"decoding at {t.BANDWIDTH_USE[1]:.0%} to {t.BANDWIDTH_USE[0]:.0%} of {plan.card.bandwidth / 1e9:,.0f} GB/s",
+        f"completions of {plan.length:,.0f} tokens and prompts of {t.PROMPT_LENGTH} on average",
+        f"training at {t.MATRIX_USE[1]:.0%} to {t.MATRIX_USE[0]:.0%} of {plan.gpu.matrix_rate / 1e12:,.0f} TFLOPS",
+        f"decoding at {t.BANDWIDTH_USE[1]:.0%} to {t.BANDWIDTH_USE[0]:.0%} of {plan.gpu.bandwidth / 1e9:,.0f} GB/s",
         f"the longest completion of a batch {t.TAIL[0]:.0f} to {t.TAIL[1]:.0f} times the mean",
     ]
     if plan.settings.sampler.engine == "transformers":
@@ -167,62 +142,62 @@ def assumptions(plan: Plan) -> list[str]:
     return [*said, "every group of answers counts; loading and the SVD are left out"]
 
 
-def _problems(settings: RunSettings, shape: ModelShape, card: Card, gpus: int) -> Iterator[str]:
-    terms = memory_terms(settings, shape, card.memory, gpus)
+def _problems(settings: RunSettings, shape: ModelShape, gpu: GPU, gpus: int) -> Iterator[str]:
+    terms, sampler = memory_terms(settings, shape, gpu.memory, gpus), settings.sampler
     for phase, needed in peak(terms).items():
-        if needed > usable(card):
-            has = f"{usable(card) / 2**30:.1f} GiB that a {card.name} has for it"
+        if needed > gpu.usable:
+            has = f"{gpu.usable / 2**30:.1f} GiB that a {gpu.name} has for it"
             yield f"{phase} takes {needed / 2**30:.1f} GiB of the {has}"
     limit = settings.training_settings(1).max_new_tokens
-    if settings.max_prompt_tokens + limit > shape.positions:
+    longest = settings.max_prompt_tokens + limit
+    if longest > shape.positions:
         yield (
             f"the model has {shape.positions:,} positions, fewer than max_prompt_tokens={settings.max_prompt_tokens} "
             f"and max_new_tokens={limit} together"
         )
-    if gpus > 1 and settings.sampler.engine == "vllm":
+    if gpus > 1 and sampler.engine == "vllm":
         yield "an engine lives in one process; several share a server: set sampler.engine=vllm-server"
-    if settings.shard and weight_bytes(settings, shape) > usable(card):
-        yield "each process loads the whole base before it is spread, and the card does not hold it"
-    if settings.dtype == "bfloat16" and not card.bfloat16:
-        yield f"a {card.name} does not multiply bfloat16; set dtype=float16"
-    if settings.method == "grpo" and settings.sampler.engine != "transformers":
-        room = vllm_cache(settings, shape, card.memory)
-        if room < settings.max_prompt_tokens + limit:
+    if settings.shard and weight_bytes(settings, shape) > gpu.usable:
+        yield "each process loads the whole base before it is spread, and the GPU does not hold it"
+    if settings.dtype == "bfloat16" and not gpu.bfloat16:
+        yield f"a {gpu.name} does not multiply bfloat16; set dtype=float16"
+    if settings.method == "grpo" and sampler.engine != "transformers":
+        room = vllm_cache(settings, shape, gpu.memory)
+        if room < longest:
             yield (
-                f"vLLM's {settings.sampler.gpu_memory:.0%} of the card hold its weights and the cache of "
+                f"vLLM's {sampler.gpu_memory:.0%} of the GPU hold its weights and the cache of "
                 f"{max(0, int(room)):,} tokens, fewer than one longest sequence"
             )
     if settings.shard and gpus == 1:
         yield "shard spreads the weights over several GPUs, and there is one"
 
 
-def _advice(settings: RunSettings, shape: ModelShape, card: Card, gpus: int) -> tuple[str, ...]:
+def _advice(settings: RunSettings, shape: ModelShape, gpu: GPU, gpus: int) -> tuple[str, ...]:
     """The gentlest changes that make a run fit; each candidate is planned before it is named."""
 
     def fits(changes: list[str]) -> bool:
         try:
-            return not any(_problems(settings.override(changes), shape, card, gpus))
+            return not any(_problems(settings.override(changes), shape, gpu, gpus))
         except SettingsError:
             return False
 
     changes: list[str] = []
-    for change in _candidates(settings, shape, card, gpus):
+    for change in _candidates(settings, shape, gpu, gpus):
         key = change.partition("=")[0]
         changes = [other for other in changes if other.partition("=")[0] != key] + [change]
         if fits(changes):
-            needed = list(changes)
             for one in reversed(changes):  # those that change the run most go first, where they are not needed
-                fewer = [other for other in needed if other != one]
+                fewer = [other for other in changes if other != one]
                 if fits(fewer):
-                    needed = fewer
-            return tuple(needed)
+                    changes = fewer
+            return tuple(changes)
     return ()
 
 
-def _candidates(settings: RunSettings, shape: ModelShape, card: Card, gpus: int) -> Iterator[str]:
+def _candidates(settings: RunSettings, shape: ModelShape, gpu: GPU, gpus: int) -> Iterator[str]:
     """Changes from those that cost nothing to those that change the run, each on top of the ones before."""
     training, sampler = settings.training_settings(1), settings.sampler
-    if settings.dtype == "bfloat16" and not card.bfloat16:
+    if settings.dtype == "bfloat16" and not gpu.bfloat16:
         yield "dtype=float16"
     if gpus == 1 and settings.shard:
         yield "shard=false"
@@ -230,14 +205,10 @@ def _candidates(settings: RunSettings, shape: ModelShape, card: Card, gpus: int)
         yield f"training.max_new_tokens={max(1, shape.positions - settings.max_prompt_tokens)}"
     if not settings.gradient_checkpointing:
         yield "gradient_checkpointing=true"
-    rows = training.micro_batch
-    while rows > 1:
-        rows //= 2
-        yield f"training.micro_batch={rows}"
+    yield from (f"training.micro_batch={rows}" for rows in _halves(training.micro_batch, 1))
     if sampler.engine == "transformers" and settings.method == "grpo":
-        for size in (256, 64, 16, 4, 1):
-            if size < (sampler.batch_size or 10**9):
-                yield f"sampler.batch_size={size}"
+        rows = sampler.batch_size or 10**9
+        yield from (f"sampler.batch_size={size}" for size in (256, 64, 16, 4, 1) if size < rows)
     if sampler.engine == "vllm":
         yield from (f"sampler.gpu_memory={share}" for share in (0.6, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2))
     if gpus > 1 and not settings.shard:
@@ -247,17 +218,20 @@ def _candidates(settings: RunSettings, shape: ModelShape, card: Card, gpus: int)
         yield from (f"sampler.batch_size={size}" for size in (64, 16, 4))
     if settings.quantize is None and settings.adapter.kind != "all":
         yield "quantize=nf4"
-    tokens = training.max_new_tokens
-    while tokens > 512:
-        tokens //= 2
+    for tokens in _halves(training.max_new_tokens, 512):
         yield f"training.max_new_tokens={tokens}"
         if settings.adapter.calibrated:
             yield f"adapter.calibration.max_new_tokens={min(tokens, settings.adapter.calibration.max_new_tokens)}"
 
 
-def _config(settings: RunSettings) -> PretrainedConfig:
-    from tinylora_lite.planning.models import model_config
+def _halves(number: int, least: int) -> Iterator[int]:
+    """A half, a quarter and so on, until ``least`` is reached."""
+    while number > least:
+        number //= 2
+        yield number
 
+
+def _config(settings: RunSettings) -> PretrainedConfig:
     try:
         return model_config(settings.model)
     except ValueError:

@@ -1,10 +1,10 @@
 """Models by name: the shapes that are written down are those of the real models."""
 
 import pytest
-from transformers import Qwen2Config
+from transformers import GPT2Config, Qwen2Config
 
 from tinylora_lite.planning.counting import count_parameters
-from tinylora_lite.planning.models import LLAMA, NAMES, QWEN, QWEN3, model_config
+from tinylora_lite.planning.shapes import NAMES, SHAPES, ModelShape, model_config
 
 RANK_ONE_LORA = {
     "qwen2.5-0.5b": 549_888,
@@ -36,7 +36,7 @@ def test_all_weights(name):
 
 
 def test_every_name_is_tested():
-    assert set(NAMES) == {"nano", *QWEN, *QWEN3, *LLAMA} == {"nano", *RANK_ONE_LORA}
+    assert set(NAMES) == {"nano", *SHAPES} == {"nano", *RANK_ONE_LORA}
 
 
 @pytest.mark.parametrize("name", ["Qwen/Qwen2.5-7B-Instruct", "QWEN2.5-7B", "qwen2.5-7b-instruct"])
@@ -66,3 +66,8 @@ def test_a_folder_without_a_config(tmp_path):
 def test_unknown_names_are_told_the_known_ones():
     with pytest.raises(ValueError, match=r"no model named gpt-9; .*qwen2\.5-7b"):
         model_config("gpt-9")
+
+
+def test_a_model_without_such_blocks_has_no_shape():
+    with pytest.raises(ValueError, match="no plan for a GPT2LMHeadModel"):
+        ModelShape.of(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9))

@@ -1,0 +1,207 @@
+"""What a run takes of a GPU's memory, from shapes alone.
+
+The formulas of weights, caches and logits count tensors; those of activations add up what PyTorch keeps for the
+backward pass of one block of Qwen2 or Llama under ``scaled_dot_product_attention``, with a frozen base: the inputs of
+frozen linear layers are not kept, which is why a frozen model trains in less. ``benchmarks/memory_checks.py`` counts
+real tensors and holds the formulas against them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from tinylora_lite.adapter.tying import groups_of
+from tinylora_lite.experiment.settings import RunSettings
+from tinylora_lite.planning.shapes import ModelShape
+from tinylora_lite.sampling.logits import LOGITS_AT_ONCE
+from tinylora_lite.training.calibrate import MICRO_BATCH
+from tinylora_lite.training.settings import GRPOSettings
+
+Phase = Literal["always", "set-up", "sampling", "calibrating", "training"]
+
+FLOAT = 4
+"""Bytes of a float32."""
+ELEMENT = {"bfloat16": 2, "float16": 2, "float32": 4}
+QUANTIZED = {"nf4": 0.5 + FLOAT / 64, "int8": 1.0}
+"""Bytes of a weight: nf4 has one float32 scale for 64 weights."""
+VLLM_WORKSPACE = 2 * 2**30
+"""Bytes that vLLM is left for its activations and graphs, beside weights and cache."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """Something that takes memory.
+
+    Attributes:
+        name: what it is.
+        bytes: how many it takes on each GPU.
+        phase: when it is there; ``"always"``, or only while that happens.
+    """
+
+    name: str
+    bytes: float
+    phase: Phase
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences that a model computes together, all as long as the limits allow."""
+
+    rows: int
+    prompt: int
+    completion: int
+
+    @property
+    def length(self) -> int:
+        """Positions of a row; the last token of a completion is predicted and never read."""
+        return self.prompt + self.completion - 1
+
+    @property
+    def tokens(self) -> int:
+        """Positions of all rows."""
+        return self.rows * self.length
+
+
+def memory_terms(settings: RunSettings, shape: ModelShape, gpu_memory: float, processes: int = 1) -> list[Term]:
+    """What a run takes on each GPU, at the limits of its lengths.
+
+    Args:
+        settings: of the run.
+        shape: of its model.
+        gpu_memory: bytes of a GPU, of which vLLM takes a share.
+        processes: GPUs that train, one process each.
+    """
+    training, adapter, sampler = settings.training_settings(problems=1), settings.adapter, settings.sampler
+    element, everything = ELEMENT[settings.dtype], adapter.kind == "all"
+    parameters, sharded = trained_parameters(settings, shape), processes if settings.shard else 1
+    terms = [Term("base weights", weight_bytes(settings, shape) / sharded, "always")]
+    if everything:
+        moments = 3 * element * parameters / sharded
+        terms.append(Term("gradients of all weights, and Adam's two moments", moments, "always"))
+        if settings.training.get("kl"):
+            terms.append(Term("the untouched base, for the KL penalty", element * parameters, "always"))
+    else:
+        u = adapter.rank**2 if adapter.kind == "lora_xs" else adapter.u
+        frozen = FLOAT * (adapter.rank * shape.sides + len(shape.sites) * u * adapter.rank**2)
+        terms += [
+            Term("factors UΣ and Vᵀ, and P", frozen, "always"),
+            Term("v, its gradient and Adam's two moments", 4 * FLOAT * parameters, "always"),
+            Term("SVD of the largest weight", 3 * FLOAT * shape.largest, "set-up"),
+        ]
+    here = training.prompts_per_step
+    if isinstance(training, GRPOSettings):
+        here = math.ceil(here * training.group_size / processes)
+        if sampler.engine == "vllm":
+            terms.append(Term("vLLM: its weights, cache and LoRA", sampler.gpu_memory * gpu_memory, "always"))
+        if sampler.engine == "transformers":
+            rows = min(sampler.batch_size or here, here)
+            batch = Batch(rows, settings.max_prompt_tokens, training.max_new_tokens)
+            terms += sampling_terms(shape, batch, math.ceil(rows / training.group_size), element)
+    else:
+        here = math.ceil(here / processes)
+    if adapter.calibrated and adapter.projection == "calibrated":
+        c = adapter.calibration
+        batch = Batch(min(MICRO_BATCH, c.group_size), settings.max_prompt_tokens, c.max_new_tokens)
+        terms += training_terms(settings, shape, batch, "calibrating", adapter.rank)
+    batch = Batch(min(training.micro_batch, here), settings.max_prompt_tokens, training.max_new_tokens)
+    terms += training_terms(settings, shape, batch, "training", rank=0 if everything else adapter.rank)
+    if settings.shard:
+        two_blocks = 2 * (shape.linear // shape.layers) * element
+        terms.append(Term("two blocks gathered from all GPUs", two_blocks, "training"))
+    return terms
+
+
+def peak(terms: list[Term]) -> dict[Phase, float]:
+    """Bytes in each phase, what is always there included; the largest of them has to fit."""
+    always = sum(term.bytes for term in terms if term.phase == "always")
+    phases: dict[Phase, float] = {}
+    for term in terms:
+        if term.phase != "always":
+            phases[term.phase] = phases.get(term.phase, always) + term.bytes
+    return phases
+
+
+def weight_bytes(settings: RunSettings, shape: ModelShape) -> float:
+    """Bytes of the base's weights; quantization shrinks the linear layers of the blocks alone."""
+    element = ELEMENT[settings.dtype]
+    linear = element if settings.quantize is None else QUANTIZED[settings.quantize]
+    return (shape.parameters - shape.linear) * element + shape.linear * linear
+
+
+def vllm_cache(settings: RunSettings, shape: ModelShape, gpu_memory: float) -> float:
+    """Tokens whose keys and values vLLM has room for, in all of the GPUs that it spans; negative where none fit.
+
+    Its own weights are not quantized; a LoRA takes a slot of rank 8 at least.
+    """
+    element, sampler = ELEMENT[settings.dtype], settings.sampler
+    lora = max(8, settings.adapter.rank) * shape.sides * element if sampler.sync == "lora" else 0
+    own = sampler.gpu_memory * gpu_memory - VLLM_WORKSPACE
+    left = own * sampler.tensor_parallel - shape.parameters * element - lora
+    return left / shape.cache_per_token(element)
+
+
+def trained_parameters(settings: RunSettings, shape: ModelShape) -> int:
+    """How many parameters train."""
+    adapter = settings.adapter
+    if adapter.kind == "all":
+        return shape.parameters
+    if adapter.kind == "lora_xs":
+        return len(shape.sites) * adapter.rank**2
+    return adapter.u * len(set(groups_of(shape.sites, adapter.n_tie, adapter.tying)))
+
+
+def training_terms(settings: RunSettings, shape: ModelShape, batch: Batch, phase: Phase, rank: int) -> list[Term]:
+    """What forward and backward of one micro batch take."""
+    element, everything = ELEMENT[settings.dtype], settings.adapter.kind == "all"
+    block = saved_by_block(shape, batch, element, rank, everything)
+    mask = batch.rows * batch.length**2
+    last_norm = batch.tokens * FLOAT * (shape.width + 1)
+    casts = 0.0 if element == FLOAT else element * rank * shape.sides
+    # Gradients that exist at once inside a block, at most: two of the MLP's width, a few of the block's.
+    backward = batch.tokens * element * (2 * shape.mlp + 3.5 * shape.width)
+    # Logits, their logarithms, the softmax and its gradient; those of few tokens wait for the backward pass.
+    logits = 3 * FLOAT * min(batch.rows * batch.completion * shape.vocabulary, LOGITS_AT_ONCE)
+    logits += element * batch.rows * batch.completion * shape.width
+    if settings.gradient_checkpointing:
+        names = ("activations: the inputs of the blocks", "logits in chunks, or one block computed again")
+        kept: float = shape.layers * batch.tokens * shape.width * element
+        workspace = max(logits, block + backward)
+        casts /= shape.layers
+    else:
+        names = ("activations", "logits in chunks, or the gradients inside a block")
+        kept, workspace = shape.layers * block, max(logits, backward)
+    terms = [Term(names[0], kept + mask + last_norm + casts, phase), Term(names[1], workspace, phase)]
+    if settings.quantize is not None:
+        terms.append(Term("one weight in full precision", shape.largest * element, phase))
+    return terms
+
+
+def saved_by_block(shape: ModelShape, batch: Batch, element: int, rank: int, everything: bool = False) -> float:
+    """Bytes that one block keeps for its backward pass.
+
+    Of each token: two norms in float32, their inverse deviations; queries, keys and values as attention read them (a
+    batch with padding has a mask, and then keys and values are repeated for all heads), its output and the logarithm of
+    its sum; the gate before and after its nonlinearity and what it multiplies; r values of each adapted module. Of
+    each pair of tokens, the mask, which PyTorch turns into numbers in every block anew.
+    """
+    per_token: float = 2 * FLOAT * (shape.width + 1)
+    per_token += element * 4 * shape.attention + FLOAT * shape.heads
+    per_token += element * 3 * shape.mlp
+    per_token += FLOAT * rank * (len(shape.sites) // shape.layers)
+    if everything:  # the inputs of all linear layers, and what the norms' weights multiply
+        per_token += element * (4 * shape.width + shape.attention + shape.mlp)
+    return batch.tokens * (per_token + element * batch.length)
+
+
+def sampling_terms(shape: ModelShape, batch: Batch, prompts: int, element: int) -> list[Term]:
+    """What the transformers sampler takes; it reads each of ``prompts`` once and answers in ``batch.rows`` rows."""
+    # One layer's keys and values exist twice while a token is added to them.
+    cache = batch.rows * (batch.prompt + batch.completion) * shape.cache_per_token(element) * (1 + 1 / shape.layers)
+    reading = prompts * batch.prompt * (element * (3 * shape.mlp + 2 * shape.width) + batch.prompt * (1 + element))
+    choosing = batch.rows * shape.vocabulary * (element + 3 * FLOAT + 2 * 8)
+    return [
+        Term("keys and values of all completions", cache, "sampling"),
+        Term("reading the prompts, or choosing a token", max(reading, choosing), "sampling"),
+    ]
