@@ -442,7 +442,7 @@ def test_where_a_basis_is_found(model, calibrated, tmp_path, monkeypatch, where)
         build_model().save_pretrained(path.parent)
         given = None
     elif where == "package":
-        tl.save_basis(basis, tmp_path / "shipped" / "my-base" / "basis.safetensors")
+        tl.save_basis(basis, tmp_path / "shipped" / "my-base.safetensors")
         monkeypatch.setattr(files, "SHIPPED_BASES", tmp_path / "shipped")
         given = None
     adapter = load(model, path, basis=given)

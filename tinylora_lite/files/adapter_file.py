@@ -40,7 +40,7 @@ from tinylora_lite.files.file_format import (
     read_file,
 )
 
-SHIPPED_BASES = Path(__file__).parents[1] / "nano" / "checkpoints"
+SHIPPED_BASES = Path(__file__).parents[1] / "nano" / "directions"
 
 
 def save(
@@ -264,7 +264,7 @@ def find_basis(wanted: str, given: Basis | str | Path | None, path: Path) -> Bas
             return given
         raise AdapterFileError(f"{path} needs the basis {wanted[:12]}…; the one given is {given.fingerprint()[:12]}…")
     if given is None:
-        candidates = [*sorted(path.parent.glob("*.safetensors")), *sorted(SHIPPED_BASES.glob("*/basis.safetensors"))]
+        candidates = [*sorted(path.parent.glob("*.safetensors")), *sorted(SHIPPED_BASES.glob("*.safetensors"))]
         searched = "beside it and in the package"
     else:
         candidates = sorted(Path(given).glob("*.safetensors")) if Path(given).is_dir() else [Path(given)]
