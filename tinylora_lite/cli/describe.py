@@ -89,7 +89,7 @@ def _basis(fingerprint: str, given: Path | None, path: Path) -> dict[str, Any]:
 
 
 def _folder(folder: Path) -> dict[str, Any]:
-    settings = read_settings(folder)
+    settings = read_settings(folder).model_dump()
     held = read_tensors(folder)
     if not held.vectors:
         raise AdapterFileError(f"{folder} holds no vectors")

@@ -1,0 +1,65 @@
+"""Files of calibrated bases: safetensors with the provenance beside the directions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+
+from tinylora_lite.adapter.basis import Basis
+from tinylora_lite.utils.files import atomic_write
+
+FORMAT = "tinylora-basis-1"
+KEY = "tinylora"
+"""All metadata are in one entry, because safetensors writes several in a random order."""
+
+
+def save_basis(basis: Basis, path: str | Path) -> Path:
+    """Writes a basis as safetensors with its provenance; the file appears whole or not at all.
+
+    Equal bases give equal bytes.
+
+    Returns:
+        The path.
+
+    Raises:
+        TypeError: the provenance holds something that JSON cannot.
+    """
+    metadata = {
+        "format": FORMAT,
+        "names": basis.names,
+        "sigma": basis.sigma,
+        "provenance": basis.provenance,
+        "fingerprint": basis.fingerprint(),
+    }
+    tensors = {"directions": basis.directions.contiguous().cpu()}
+    return atomic_write(path, safetensors.torch.save(tensors, {KEY: json.dumps(metadata, sort_keys=True)}))
+
+
+def load_basis(path: str | Path) -> Basis:
+    """Reads what :func:`save_basis` wrote, in this version of the library or an earlier one.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, is no basis, or has an entry that this version does not know.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no basis file at {path}; tl.calibrate and tl.save_basis make one")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            entries = json.loads((file.metadata() or {}).get(KEY, "{}"))
+            if entries.get("format") != FORMAT:
+                raise ValueError(f"its format is {entries.get('format')!r} instead of {FORMAT!r}")
+            settings = {name: entries[name] for name in ("sigma", "provenance") if name in entries}
+            # A clone: the tensor itself is the file's memory, and changes when somebody writes there.
+            basis = Basis(file.get_tensor("directions").clone(), tuple(entries["names"]), **settings)
+            if basis.fingerprint() != entries["fingerprint"]:
+                raise ValueError("its directions are not those that were saved")
+    except (safetensors.SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or no basis file ({error}); make it again with tl.calibrate") from error
+    if unknown := sorted(entries.keys() - {"format", "names", "sigma", "provenance", "fingerprint"}):
+        raise ValueError(f"{path} sets {', '.join(unknown)}, unknown to this version of tinylora_lite; upgrade it")
+    return basis
