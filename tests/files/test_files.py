@@ -442,7 +442,7 @@ def test_where_a_basis_is_found(model, calibrated, tmp_path, monkeypatch, where)
         given = None
     elif where == "package":
         tl.save_basis(basis, tmp_path / "shipped" / "my-base.safetensors")
-        monkeypatch.setattr(files, "SHIPPED_BASES", tmp_path / "shipped")
+        monkeypatch.setattr("tinylora_lite.files.basis.SHIPPED_BASES", tmp_path / "shipped")
         given = None
     adapter = load(model, path, basis=given)
     assert adapter.config.projection.fingerprint() == basis.fingerprint()

@@ -1,6 +1,6 @@
 """Folders written by real old versions of PEFT: those of 0.20.0 are read, those of 0.19.1 only where P was saved.
 
-``tests/peft_files/make.py`` wrote them. PEFT itself is not needed here, and kept away.
+``tests/files/peft_files/make.py`` wrote them. PEFT itself is not needed here, and kept away.
 """
 
 import runpy

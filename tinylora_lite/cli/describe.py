@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from tinylora_lite.files.adapter_file import find_basis
+from tinylora_lite.files.basis import find_basis
 from tinylora_lite.files.file_format import DTYPES, AdapterFileError, read_file
 from tinylora_lite.files.peft_format import CONFIG_FILE, TENSOR_FILE, kind_of, read_settings, read_tensors
 

@@ -25,7 +25,7 @@ from tinylora_lite.adapter.config import TinyLoraConfig
 from tinylora_lite.adapter.factors import Factors
 from tinylora_lite.adapter.fingerprint import base_fingerprint
 from tinylora_lite.adapter.tying import find_sites
-from tinylora_lite.files.basis import load_basis
+from tinylora_lite.files.basis import find_basis
 from tinylora_lite.files.file_format import (
     DTYPES,
     FACTORS,
@@ -42,9 +42,6 @@ from tinylora_lite.files.file_format import (
     storable,
 )
 from tinylora_lite.utils.files import atomic_write
-
-SHIPPED_BASES = Path(__file__).parents[1] / "nano" / "directions"
-"""The calibrated bases that come with the package."""
 
 
 def save(
@@ -157,30 +154,6 @@ def storage_loss(adapter: TinyLoraAdapter, dtype: Precision = "bf16") -> float:
     v = adapter.vectors.detach().double().cpu()
     rounded = v.to(DTYPES[dtype]).double()
     return float((rounded - v).norm() / v.norm()) if v.any() else 0.0
-
-
-def find_basis(wanted: str, given: Basis | str | Path | None, path: Path) -> Basis:
-    """The calibrated basis with the fingerprint ``wanted``, for the adapter file at ``path``; see :func:`load`.
-
-    Raises:
-        AdapterFileError: it is not there.
-    """
-    if isinstance(given, Basis):
-        if given.fingerprint() == wanted:
-            return given
-        raise AdapterFileError(f"{path} needs the basis {wanted[:12]}…; the one given is {given.fingerprint()[:12]}…")
-    searched = "beside it and in the package" if given is None else f"at {given}"
-    places = [path.parent, SHIPPED_BASES] if given is None else [Path(given)]
-    for file in [file for at in places for file in (sorted(at.glob("*.safetensors")) if at.is_dir() else [at])]:
-        try:
-            basis = load_basis(file)
-        except (FileNotFoundError, ValueError) as error:
-            if places == [file]:
-                raise AdapterFileError(f"{path} needs a calibrated basis: {error}") from error
-            continue
-        if basis.fingerprint() == wanted:
-            return basis
-    raise AdapterFileError(f"{path} needs the calibrated basis {wanted[:12]}…, not found {searched}; pass it as basis=")
 
 
 def decomposition(adapter: TinyLoraAdapter) -> Tensor:

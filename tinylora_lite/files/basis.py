@@ -9,11 +9,15 @@ import safetensors
 import safetensors.torch
 
 from tinylora_lite.adapter.basis import Basis
+from tinylora_lite.files.file_format import AdapterFileError
 from tinylora_lite.utils.files import atomic_write
 
 FORMAT = "tinylora-basis-1"
 KEY = "tinylora"
 """All metadata are in one entry, because safetensors writes several in a random order."""
+
+SHIPPED_BASES = Path(__file__).parents[1] / "nano" / "directions"
+"""The calibrated bases that come with the package."""
 
 
 def save_basis(basis: Basis, path: str | Path) -> Path:
@@ -63,3 +67,27 @@ def load_basis(path: str | Path) -> Basis:
     if unknown := sorted(entries.keys() - {"format", "names", "sigma", "provenance", "fingerprint"}):
         raise ValueError(f"{path} sets {', '.join(unknown)}, unknown to this version of tinylora_lite; upgrade it")
     return basis
+
+
+def find_basis(wanted: str, given: Basis | str | Path | None, path: Path) -> Basis:
+    """The calibrated basis with the fingerprint ``wanted``, for the adapter file at ``path``; see :func:`load`.
+
+    Raises:
+        AdapterFileError: it is not there.
+    """
+    if isinstance(given, Basis):
+        if given.fingerprint() == wanted:
+            return given
+        raise AdapterFileError(f"{path} needs the basis {wanted[:12]}…; the one given is {given.fingerprint()[:12]}…")
+    searched = "beside it and in the package" if given is None else f"at {given}"
+    places = [path.parent, SHIPPED_BASES] if given is None else [Path(given)]
+    for file in [file for at in places for file in (sorted(at.glob("*.safetensors")) if at.is_dir() else [at])]:
+        try:
+            basis = load_basis(file)
+        except (FileNotFoundError, ValueError) as error:
+            if places == [file]:
+                raise AdapterFileError(f"{path} needs a calibrated basis: {error}") from error
+            continue
+        if basis.fingerprint() == wanted:
+            return basis
+    raise AdapterFileError(f"{path} needs the calibrated basis {wanted[:12]}…, not found {searched}; pass it as basis=")

@@ -80,13 +80,10 @@ def merged_weights(adapter: TinyLoraAdapter, dtype: torch.dtype | None = None) -
             float64, float32, bfloat16 or float16, or a merged weight is not finite in it.
     """
     modules = _modules(adapter, dtype)
-
-    def merged() -> Iterator[tuple[str, Tensor]]:
-        for name in adapter.names:
-            weight = dense_weight(modules[name])
-            yield f"{name}.weight", _merge(name, weight, adapter.delta(name), dtype or weight.dtype)
-
-    return merged()
+    return (
+        (f"{name}.weight", _merge(name, dense_weight(modules[name]), adapter.delta(name), dtype))
+        for name in adapter.names
+    )
 
 
 def merge_report(adapter: TinyLoraAdapter, dtype: torch.dtype = torch.bfloat16) -> MergeReport:
@@ -121,13 +118,13 @@ def _modules(adapter: TinyLoraAdapter, dtype: torch.dtype | None) -> dict[str, n
     return modules
 
 
-def _merge(name: str, weight: Tensor, delta: Tensor, dtype: torch.dtype) -> Tensor:
+def _merge(name: str, weight: Tensor, delta: Tensor, dtype: torch.dtype | None) -> Tensor:
     wide = torch.promote_types(weight.dtype, torch.float32)
-    merged = (weight.to(wide) + delta.to(weight.device, wide)).to(dtype)
+    merged = (weight.to(wide) + delta.to(weight.device, wide)).to(dtype or weight.dtype)
     if not torch.isfinite(merged).all():
         finite = torch.isfinite(delta).all()
         cure = "merge in float32" if finite else "the adapter holds NaN or infinity; train it again"
-        raise ValueError(f"{name}: the merged weight is not finite in {dtype}; {cure}")
+        raise ValueError(f"{name}: the merged weight is not finite in {merged.dtype}; {cure}")
     return merged
 
 

@@ -154,13 +154,12 @@ def import_peft(model: nn.Module, folder: str | Path) -> TinyLoraAdapter:
 
 
 def _is_drawn_by_peft(adapter: TinyLoraAdapter, model: nn.Module, names: Sequence[str]) -> bool:
-    seed, u, rank = adapter.config.seed, adapter.config.u, adapter.config.rank
-    for index, name in enumerate(names):
-        dtype = dense_weight(model.get_submodule(name)).dtype
-        P = adapter.factors(name).projection.cpu()
-        if seed >= 2**62 or not torch.equal(P, peft_projection(seed, index, u, rank, dtype)):
-            return False
-    return True
+    c = adapter.config
+    dtypes = (dense_weight(model.get_submodule(name)).dtype for name in names)
+    return c.seed < 2**62 and all(
+        torch.equal(adapter.factors(name).projection.cpu(), peft_projection(c.seed, index, c.u, c.rank, dtype))
+        for index, (name, dtype) in enumerate(zip(names, dtypes, strict=True))
+    )
 
 
 def _check_modules(model: nn.Module, names: Sequence[str], parts: Mapping[str, Mapping[str, Tensor]]) -> None:

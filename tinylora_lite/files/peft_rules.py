@@ -141,21 +141,13 @@ def ratio_of_groups(groups: Sequence[int]) -> float:
     0.0
     """
     modules = len(groups)
-    ends = [modules] * modules  # of the run of equal groups that each module belongs to
-    for index in range(modules - 2, -1, -1):
-        ends[index] = ends[index + 1] if groups[index] == groups[index + 1] else index + 1
     for count in range(len(set(groups)), modules):
-        size = modules // count
-        last = size * (count - 1)
-        if ends[last] == modules and all(ends[first] >= first + size for first in range(0, last, size)):
-            return _shortest_ratio(modules, count)
+        # The shortest decimal fraction that gives this many groups.
+        shorter = (round(1 - count / modules, digits) for digits in range(18))
+        ratio = next(ratio for ratio in shorter if max(1, round(modules * (1.0 - ratio))) == count)
+        if len(set(zip(groups_of_ratio(modules, ratio), groups, strict=True))) == count:
+            return ratio
     return 0.0
-
-
-def _shortest_ratio(modules: int, count: int) -> float:
-    exact = 1 - count / modules
-    rounded = (round(exact, digits) for digits in range(17))
-    return next((ratio for ratio in rounded if max(1, round(modules * (1.0 - ratio))) == count), exact)
 
 
 def peft_projection(seed: int, module: int, u: int, rank: int, dtype: torch.dtype) -> Tensor:
