@@ -12,6 +12,12 @@ VLLM_VENV   ?= .venv-vllm
 OLD_PEFT := peft==0.20.0
 OLD_TRL  := trl==1.14.2
 
+# The source distribution of the PEFT that is installed holds its tests; the wheel does not.
+PEFT         := $(shell grep '^peft==' requirements.txt)
+PEFT_SOURCES := $(abspath $(VENV))/$(subst ==,-,$(PEFT))
+PEER_PYTEST   = cd $(PEFT_SOURCES) && PYTHONPATH=$(CURDIR)/tests/peer OMP_NUM_THREADS=1 $(PY) -m pytest -q -c /dev/null \
+  --rootdir . -p no:cacheprovider -p routing -W ignore -k tinylora tests/test_custom_models.py tests/test_initialization.py
+
 BIN := $(abspath $(VENV))/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 PY  := $(BIN)/python
 
@@ -35,7 +41,7 @@ export TQDM_DISABLE := 1
 STAMP := $(VENV)/.installed-$(shell cat requirements.txt pyproject.toml | cksum | cut -d' ' -f1)
 VLLM_STAMP := $(VLLM_VENV)/.installed-$(shell { echo $(VLLM); cat requirements-vllm.txt; } | cksum | cut -d' ' -f1)
 
-.PHONY: help book bench test test-slow test-peft test-trl test-vllm test-site demo nano serve lint linkcheck lock clean
+.PHONY: help book bench test test-slow test-peft test-peer test-trl test-vllm test-site demo nano serve lint linkcheck lock clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -52,8 +58,12 @@ test-slow: $(STAMP) ## Run the tests that take minutes
 
 test-peft: $(STAMP) ## Exchange files with the oldest PEFT that is supported
 	@$(PY) -m pip install --disable-pip-version-check --quiet --no-deps --upgrade --target $(VENV)/$(OLD_PEFT) $(OLD_PEFT)
-	@PYTHONPATH=$(VENV)/$(OLD_PEFT) $(PY) -m pytest tests/test_peft_files.py tests/test_peft_fixtures.py \
-	  tests/test_adapter_peft.py tests/test_lora.py
+	@PYTHONPATH=$(VENV)/$(OLD_PEFT) $(PY) -m pytest tests/files/test_peft_files.py tests/files/test_peft_fixtures.py \
+	  tests/files/test_lora.py tests/adapter/test_adapter_peft.py
+
+test-peer: $(STAMP) $(PEFT_SOURCES)/tests/__init__.py ## Run PEFT's own tests with every TinyLoRA folder going through this library
+	@$(PEER_PYTEST)
+	@PEER_SCALE=1.01 && export PEER_SCALE && $(PEER_PYTEST)
 
 test-trl: $(STAMP) ## Train under the oldest TRL that is supported
 	@$(PY) -m pip install --disable-pip-version-check --quiet --no-deps --upgrade --target $(VENV)/$(OLD_TRL) $(OLD_TRL)
@@ -110,6 +120,13 @@ lock: $(STAMP) ## Renew requirements.txt from pyproject.toml, and requirements-v
 clean: ## Remove the built book, its cache and other leftovers; .venv stays
 	@rm -rf _build .jupyter_cache .mypy_cache .pytest_cache .ruff_cache dist
 	@find . -path './.venv*' -prune -o -name __pycache__ -prune -exec rm -rf {} +
+
+# PEFT's tests import one another, and the distribution leaves out the file that makes them a package.
+$(PEFT_SOURCES)/tests/__init__.py: | $(STAMP)
+	@$(PY) -m pip download --disable-pip-version-check --quiet --no-deps --no-binary :all: --no-build-isolation \
+	  --dest $(VENV) $(PEFT)
+	@tar -xzf $(PEFT_SOURCES).tar.gz -C $(VENV)
+	@touch $@
 
 # The output of pip is cut down to the large downloads: proof of life on a slow line.
 $(STAMP):

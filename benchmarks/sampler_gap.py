@@ -72,30 +72,28 @@ def run(dtype: str, engine: str, seeds: list[int], path: Path) -> None:
     """Trains once for each seed with one engine, in this process, and writes the curves to ``path``."""
     model, tokenizer = nano.load()
     model.to(getattr(torch, dtype))
-    with tempfile.TemporaryDirectory() as folder:
-        sampler: Sampler = ModelSampler(model, tokenizer)
-        if engine != "transformers":
-            from tinylora_lite.sampling.vllm import VllmSampler
+    sampler: Sampler = ModelSampler(model, tokenizer)
+    if engine != "transformers":
+        from tinylora_lite.sampling.vllm import VllmSampler
 
-            model.save_pretrained(folder)
-            sampler = VllmSampler(
-                folder,
-                tokenizer,
-                sync="lora" if engine.endswith("lora") else "merged",
-                max_model_len=256,
-                dtype=dtype,
-                kv_cache_memory_bytes=256 * 2**20,
-            )
-        runs = []
-        for seed in seeds:
-            config = tl.TinyLoraConfig(rank=8, u=13, n_tie="all", projection=nano.basis())
-            adapter, watched = tl.attach(model, config), Watched(sampler)
-            settings = tl.GRPOSettings(**asdict(SETTINGS) | {"seed": seed})
-            done = tl.train_grpo(model, tokenizer, adapter, nano.task(), settings, sampler=watched, progress=False)
-            rows = [step | row for step, row in zip(done.steps, watched.rows, strict=True)]
-            runs.append({"dtype": dtype, "engine": engine, "seed": seed} | _curves(rows))
-            adapter.detach()
-            path.write_text(json.dumps(runs), encoding="utf-8")
+        sampler = VllmSampler(
+            nano.CHECKPOINTS / nano.BASE,
+            tokenizer,
+            sync="lora" if engine.endswith("lora") else "merged",
+            max_model_len=256,
+            dtype=dtype,
+            kv_cache_memory_bytes=256 * 2**20,
+        )
+    runs = []
+    for seed in seeds:
+        config = tl.TinyLoraConfig(rank=8, u=13, n_tie="all", projection=nano.basis())
+        adapter, watched = tl.attach(model, config), Watched(sampler)
+        settings = tl.GRPOSettings(**asdict(SETTINGS) | {"seed": seed})
+        done = tl.train_grpo(model, tokenizer, adapter, nano.task(), settings, sampler=watched, progress=False)
+        rows = [step | row for step, row in zip(done.steps, watched.rows, strict=True)]
+        runs.append({"dtype": dtype, "engine": engine, "seed": seed} | _curves(rows))
+        adapter.detach()
+        path.write_text(json.dumps(runs), encoding="utf-8")
 
 
 def _curves(rows: list[dict[str, float]]) -> dict[str, Any]:

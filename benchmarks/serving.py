@@ -82,9 +82,7 @@ def serve(folder: Path) -> None:
     prompts = [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)]
     ours = {"base": _answers(model, tokenizer, ids, mask)}
     with tempfile.TemporaryDirectory() as made:
-        base, merged = Path(made) / "base", Path(made) / "merged"
-        # The shipped folder holds a basis too, and vLLM takes every safetensors file of a folder for weights.
-        model.save_pretrained(base)
+        base, merged = nano.CHECKPOINTS / nano.BASE, Path(made) / "merged"
         adapter = tl.load(model, folder / ADAPTER)
         ours["adapter"] = _answers(model, tokenizer, ids, mask)
         loras = {f"LoRA, {dtype}": tl.export_lora(adapter, Path(made) / dtype, dtype) for dtype in ("fp32", "bf16")}
@@ -167,8 +165,6 @@ def _vllm(
         "requests": requests,
         "started": time.time(),
     }
-    job_path, answers_path = model.parent / "job.json", model.parent / "answers.json"
-    job_path.write_text(json.dumps(job), encoding="utf-8")
     settings = {
         "DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1",
@@ -176,8 +172,11 @@ def _vllm(
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "WARNING",
     }
-    subprocess.run([_vllm_python(), str(SERVER), job_path, answers_path], env=os.environ | settings, check=True)
-    result = json.loads(answers_path.read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as folder:
+        job_path, answers_path = Path(folder) / "job.json", Path(folder) / "answers.json"
+        job_path.write_text(json.dumps(job), encoding="utf-8")
+        subprocess.run([_vllm_python(), str(SERVER), job_path, answers_path], env=os.environ | settings, check=True)
+        result = json.loads(answers_path.read_text(encoding="utf-8"))
     each = 2 * PROBLEMS
     parts = [result["answers"][start : start + each] for start in range(0, len(requests), each)]
     return result["seconds"], dict(zip(asked, parts, strict=True))

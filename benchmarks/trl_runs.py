@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -46,12 +45,9 @@ def vllm_sampler() -> Sampler:
     """One engine for all seeds: it follows whichever adapter it is given."""
     from tinylora_lite.sampling.vllm import VllmSampler
 
-    model, tokenizer = nano.load()
-    with tempfile.TemporaryDirectory() as folder:  # vLLM takes every safetensors file for weights, the basis too
-        model.save_pretrained(folder)
-        return VllmSampler(
-            folder, tokenizer, sync="lora", dtype="float32", max_model_len=256, enable_chunked_prefill=False
-        )
+    _, tokenizer = nano.load()
+    base = nano.CHECKPOINTS / nano.BASE
+    return VllmSampler(base, tokenizer, sync="lora", dtype="float32", max_model_len=256, enable_chunked_prefill=False)
 
 
 WAYS: dict[str, tuple[str, Callable[[Model, Any], Sampler | None]]] = {

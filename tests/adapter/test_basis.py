@@ -118,7 +118,6 @@ def test_damage_anywhere_is_noticed(basis, tmp_path):
         {"names": NAMES[::-1]},
         {"sigma": None},
         {"sigma": "left"},
-        {"provenance": None},
         {"fingerprint": None},
     ],
 )

@@ -225,7 +225,7 @@ def test_another_base(capsys, make_model, file, tmp_path):
         capsys, file, "--base", tmp_path / "other"
     )
     make_model(num_hidden_layers=1).save_pretrained(tmp_path / "short")
-    assert "adapted modules are others than the 7" in refused(capsys, file, "--base", tmp_path / "short")
+    assert "adapted modules differ from the 7" in refused(capsys, file, "--base", tmp_path / "short")
 
 
 def test_the_nano_base(capsys, tmp_path):
@@ -348,7 +348,7 @@ def test_folders_and_bases_that_cannot_be_read(capsys, base, file, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "holds no adapter_config.json" in refused(capsys, tmp_path / "empty")
     (tmp_path / "empty" / "adapter_config.json").write_text('{"peft_type": 3}', encoding="utf-8")
-    assert "it names no peft_type" in refused(capsys, tmp_path / "empty")
+    assert "damaged: peft_type is 3" in refused(capsys, tmp_path / "empty")
     assert "no folder at nowhere; a base is nano or the folder" in refused(capsys, file, "--base", "nowhere")
     assert "holds no config.json" in refused(capsys, file, "--base", tmp_path)
     assert "--dtype is of a merge" in refused(capsys, file, "--dtype", "fp16")

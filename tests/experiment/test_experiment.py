@@ -13,7 +13,7 @@ from tinylora_lite.experiment.settings import RunSettings
 from tinylora_lite.utils.record import Run
 from tinylora_lite.view.progress import Progress
 
-BASIS = str(nano.CHECKPOINTS / nano.BASE / "basis.safetensors")
+BASIS = str(nano.basis_file())
 
 
 def settings(folder, **changes) -> RunSettings:

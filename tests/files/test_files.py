@@ -163,11 +163,10 @@ def test_the_file_can_be_read_by_whoever_the_umask_lets(path):
 def test_a_failed_save_leaves_the_old_file_and_nothing_else(model, path, monkeypatch):
     before = path.read_bytes()
 
-    def full_disk(self, content):
-        self.touch()
+    def full_disk(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    monkeypatch.setattr("os.replace", full_disk)
     with pytest.raises(OSError, match="no space"):
         write(model, path, vectors=VECTORS + 1)
     assert path.read_bytes() == before
@@ -176,7 +175,7 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(model, path, monkeyp
 
 @pytest.mark.parametrize(
     ("value", "dtype", "reason"),
-    [(float("nan"), "fp32", "NaN or infinite"), (1e6, "fp16", "too large for fp16"), (1.0, "int8", "dtype must be")],
+    [(float("nan"), "fp32", "NaN or infinity"), (1e6, "fp16", "too large for fp16"), (1.0, "int8", "dtype must be")],
 )
 def test_numbers_that_no_file_should_hold(model, tmp_path, value, dtype, reason):
     with pytest.raises(ValueError, match=reason):
@@ -289,18 +288,18 @@ def test_an_edited_setting(model, path):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda h, t: t.update(vectors=torch.ones(6, 1)), "ask for \\(7, 1\\)"),
-        (lambda h, t: t.update(vectors=torch.ones(7, 2)), "u=1"),
+        (lambda h, t: t.update(vectors=torch.ones(6, 1)), r"ask for \[7, 1\]"),
+        (lambda h, t: t.update(vectors=torch.ones(7, 2)), r"ask for \[7, 1\]"),
         (lambda h, t: t.update(vectors=torch.ones(7)), "no vectors"),
-        (lambda h, t: t.update(vectors=torch.full((7, 1), float("inf"))), "no vectors of finite numbers"),
-        (lambda h, t: t.update(vectors=torch.ones(7, 1).to(torch.float8_e4m3fn)), "other dtypes"),
-        (lambda h, t: t.update(decomposition=t["decomposition"].bool()), "other dtypes"),
-        (lambda h, t: t.update(decomposition=t["decomposition"] * float("nan")), "NaN or infinity"),
+        (lambda h, t: t.update(vectors=torch.full((7, 1), float("inf"))), "vectors is torch.float32, .* or not finite"),
+        (lambda h, t: t.update(vectors=torch.ones(7, 1).to(torch.float8_e4m3fn)), "vectors is torch.float8"),
+        (lambda h, t: t.update(decomposition=t["decomposition"].bool()), "decomposition is torch.bool"),
+        (lambda h, t: t.update(decomposition=t["decomposition"] * float("nan")), "decomposition is .* not finite"),
         (lambda h, t: t.update({"left.-1": torch.ones(2, 2)}), "no adapter.s: .*left.-1"),
-        (lambda h, t: t.update(decomposition=t["decomposition"][:3]), r"a table of \[3, 3\], not \[14, 3\]"),
+        (lambda h, t: t.update(decomposition=t["decomposition"][:3]), r"the shape \[3, 3\], not \[14, 3\]"),
         (lambda h, t: h["settings"].update(seed=-1), "does not fit"),
         (lambda h, t: h["settings"].update(rank=33), "rank=33"),
-        (lambda h, t: h["settings"].update(alpha=1), "alpha"),
+        (lambda h, t: h["settings"].update(alpha=1), "it sets alpha, unknown to this version .*; upgrade it"),
         (lambda h, t: h.pop("settings"), "settings"),
     ],
 )
@@ -379,7 +378,7 @@ def test_equal_singular_values_are_told_and_their_factors_stored(degenerate, tmp
     again = save(loaded, tmp_path / "again.tinylora")
     first, second = load_file(path), load_file(again)
     assert all(torch.equal(first[part], second[part]) for part in ("vectors", "left.12", "right.12", "projection.12"))
-    with pytest.raises(ValueError, match=r'factors of 1 modules were given, .* leave factors at "auto"'):
+    with pytest.raises(ValueError, match=r'factors of 1 modules were given .* leave factors at "auto"'):
         save(loaded, again, factors=False)
 
 
@@ -442,8 +441,8 @@ def test_where_a_basis_is_found(model, calibrated, tmp_path, monkeypatch, where)
         build_model().save_pretrained(path.parent)
         given = None
     elif where == "package":
-        tl.save_basis(basis, tmp_path / "shipped" / "my-base" / "basis.safetensors")
-        monkeypatch.setattr(files, "SHIPPED_BASES", tmp_path / "shipped")
+        tl.save_basis(basis, tmp_path / "shipped" / "my-base.safetensors")
+        monkeypatch.setattr("tinylora_lite.files.basis.SHIPPED_BASES", tmp_path / "shipped")
         given = None
     adapter = load(model, path, basis=given)
     assert adapter.config.projection.fingerprint() == basis.fingerprint()

@@ -1,6 +1,6 @@
 """Folders written by real old versions of PEFT: those of 0.20.0 are read, those of 0.19.1 only where P was saved.
 
-``tests/peft_files/make.py`` wrote them. PEFT itself is not needed here, and kept away.
+``tests/files/peft_files/make.py`` wrote them. PEFT itself is not needed here, and kept away.
 """
 
 import runpy
@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import tinylora_lite as tl
+from tinylora_lite.adapter.adapter import adapter_of
 
 HERE = Path(__file__).parent / "peft_files"
 
@@ -62,7 +63,7 @@ def test_without_p_0_19_is_refused_with_the_reason():
     base = _base_and_expected(HERE / "0.19.1/without_p")[0]
     with pytest.raises(tl.AdapterFileError, match=r"PEFT 0\.19\.1.*another one in every process.*P is lost"):
         tl.import_peft(base, HERE / "0.19.1/without_p")
-    assert tl.adapter.adapter_of(base) is None
+    assert adapter_of(base) is None
     assert all(p.requires_grad for p in base.parameters())
 
 

@@ -160,3 +160,10 @@ def test_a_base_without_a_basis_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(nano, "CHECKPOINTS", tmp_path)
     with pytest.raises(FileNotFoundError, match="no basis is shipped with the nano base small; make one"):
         nano.basis("small")
+
+
+def test_a_base_s_folder_holds_no_other_tensors_than_its_weights():
+    """vLLM takes every safetensors file of a folder for weights."""
+    for folder in nano.CHECKPOINTS.iterdir():
+        assert [file.name for file in folder.glob("*.safetensors")] == ["model.safetensors"]
+    assert [file.stem for file in nano.DIRECTIONS.iterdir()] == [nano.BASE]

@@ -16,7 +16,7 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).parents[2]
-BASIS = nano.CHECKPOINTS / nano.BASE / "basis.safetensors"
+BASIS = nano.basis_file()
 SETTINGS = {
     "model": "nano",
     "task": "nano",

@@ -56,7 +56,7 @@ class Ours:
     prompts: list[list[int]]
     end: int
     answers: dict[str, Answers]
-    base: Path
+    folder: Path
     loras: dict[str, Path]
     merged: dict[str, Path]
 
@@ -79,8 +79,6 @@ def answers_of(model, tokenizer, prompt_ids, prompt_mask) -> Answers:
 def ours(tmp_path_factory) -> Ours:
     folder = tmp_path_factory.mktemp("models")
     model, tokenizer = nano.load()
-    # The shipped folder holds a basis too, and vLLM takes every safetensors file of a folder for weights.
-    model.save_pretrained(folder / "base")
     prompt_ids, prompt_mask = encode_prompts(tokenizer, nano.task(), nano.task().test[:PROMPTS])
     answers = {BASE: answers_of(model, tokenizer, prompt_ids, prompt_mask)}
     loras, merged = {}, {}
@@ -96,7 +94,7 @@ def ours(tmp_path_factory) -> Ours:
             model.save_pretrained(merged[name], state_dict=model.state_dict() | dict(merged_weights(adapter)))
         adapter.detach()
     prompts = [row[mask.bool()].tolist() for row, mask in zip(prompt_ids, prompt_mask, strict=True)]
-    return Ours(prompts, tokenizer.eos_token_id, answers, folder / "base", loras, merged)
+    return Ours(prompts, tokenizer.eos_token_id, answers, folder, loras, merged)
 
 
 def serve(ours: Ours, model: Path, pairs: list[tuple[str, str | None]]) -> dict[tuple[str, str | None], Answers]:
@@ -121,7 +119,7 @@ def serve(ours: Ours, model: Path, pairs: list[tuple[str, str | None]]) -> dict[
         "requests": requests,
         "started": time.time(),
     }
-    job_path, answers_path = model.parent / "job.json", model.parent / "answers.json"
+    job_path, answers_path = ours.folder / "job.json", ours.folder / "answers.json"
     job_path.write_text(json.dumps(job), encoding="utf-8")
     settings = {
         "DO_NOT_TRACK": "1",
@@ -160,7 +158,7 @@ def gap(ours: list[float], theirs: list[float]) -> float:
 @pytest.fixture(scope="module")
 def served(ours):
     pairs = [(BASE, None), *((name, name) for name in ADAPTERS), *((name, None) for name in ADAPTERS)]
-    return serve(ours, ours.base, pairs)
+    return serve(ours, nano.CHECKPOINTS / nano.BASE, pairs)
 
 
 def test_the_base_is_served_as_it_computes_here(ours, served):

@@ -28,6 +28,7 @@ pytestmark = [
     pytest.mark.skipif("VLLM_PYTHON" not in os.environ, reason="needs vLLM: run `make test-vllm`"),
 ]
 
+NANO = nano.CHECKPOINTS / nano.BASE
 PROMPTS = 16
 TOLERANCE = 1e-3
 LIMIT = {"max_new_tokens": nano.MAX_NEW_TOKENS}
@@ -42,7 +43,6 @@ class World:
     model: torch.nn.Module
     tokenizer: object
     url: str
-    base: Path
     prompts: tuple[torch.Tensor, torch.Tensor]
 
 
@@ -71,18 +71,17 @@ def free_port() -> int:
 def world(tmp_path_factory):
     folder, port = tmp_path_factory.mktemp("server"), free_port()
     model, tokenizer = nano.load()
-    model.save_pretrained(folder / "base")
     command = serve_command(
-        folder / "base", 8, port=port, python=os.environ["VLLM_PYTHON"], kv_cache_memory_bytes=2**27, **ON_A_CPU
+        NANO, 8, port=port, python=os.environ["VLLM_PYTHON"], kv_cache_memory_bytes=2**27, **ON_A_CPU
     )
     prompts = encode_prompts(tokenizer, nano.task(), nano.task().test[:PROMPTS])
     with served(command, folder):
-        yield World(model, tokenizer, f"http://127.0.0.1:{port}", folder / "base", prompts)
+        yield World(model, tokenizer, f"http://127.0.0.1:{port}", prompts)
 
 
 @pytest.fixture
 def sampler(world, tmp_path):
-    sampler = VllmServerSampler(world.url, world.tokenizer, model=world.base, folder=tmp_path, wait=120)
+    sampler = VllmServerSampler(world.url, world.tokenizer, model=NANO, folder=tmp_path, wait=120)
     yield sampler
     sampler.sync(None)
 
@@ -180,7 +179,7 @@ def test_a_folder_that_the_server_cannot_see_is_named(sampler, adapter, monkeypa
 
 def test_a_server_of_another_kind_is_told_apart(world, tmp_path, adapter):
     port = free_port()
-    command = serve_command(world.base, port=port, python=os.environ["VLLM_PYTHON"], **ON_A_CPU)
+    command = serve_command(NANO, port=port, python=os.environ["VLLM_PYTHON"], **ON_A_CPU)
     wrong = [word for word in command if word not in ("env", "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1")]
     wrong[wrong.index("--logprobs-mode") + 1] = "raw_logprobs"
     with served([*wrong, "--kv-cache-memory-bytes", str(2**27)], tmp_path):

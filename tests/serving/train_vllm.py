@@ -7,7 +7,6 @@ SAMPLER is ``transformers``, ``lora`` or ``merged``.
 
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -22,10 +21,13 @@ def main(engine: str, seed: int, file: Path) -> None:
     model, tokenizer = nano.load()
     sampler = None
     if engine != "transformers":
-        base = tempfile.mkdtemp(dir=file.parent)
-        model.save_pretrained(base)
         sampler = VllmSampler(
-            base, tokenizer, sync=engine, max_model_len=256, dtype="float32", kv_cache_memory_bytes=128 * 2**20
+            nano.CHECKPOINTS / nano.BASE,
+            tokenizer,
+            sync=engine,
+            max_model_len=256,
+            dtype="float32",
+            kv_cache_memory_bytes=128 * 2**20,
         )
     adapter = tl.attach(model, tl.TinyLoraConfig(rank=8, u=13, n_tie="all", projection=nano.basis()))
     settings = tl.GRPOSettings(

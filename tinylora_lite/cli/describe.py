@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from tinylora_lite.files.adapter_file import find_basis
+from tinylora_lite.files.basis import find_basis
 from tinylora_lite.files.file_format import DTYPES, AdapterFileError, read_file
 from tinylora_lite.files.peft_format import CONFIG_FILE, TENSOR_FILE, kind_of, read_settings, read_tensors
 
@@ -89,7 +89,7 @@ def _basis(fingerprint: str, given: Path | None, path: Path) -> dict[str, Any]:
 
 
 def _folder(folder: Path) -> dict[str, Any]:
-    settings = read_settings(folder)
+    settings = read_settings(folder).model_dump()
     held = read_tensors(folder)
     if not held.vectors:
         raise AdapterFileError(f"{folder} holds no vectors")

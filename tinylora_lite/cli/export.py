@@ -13,10 +13,10 @@ from typing import Any
 from tinylora_lite import nano
 from tinylora_lite.cli import bases
 from tinylora_lite.files.file_format import DTYPES, Precision
-from tinylora_lite.files.lora import _check_free, export_lora
+from tinylora_lite.files.lora import SETTINGS, export_lora
 from tinylora_lite.files.merge import merge_report, merged_weights
 from tinylora_lite.files.peft import export_peft
-from tinylora_lite.files.peft_format import kind_of
+from tinylora_lite.files.peft_format import check_free
 from tinylora_lite.utils.progress import progress_bar
 from tinylora_lite.view.progress import PlainProgress, Progress
 
@@ -148,13 +148,10 @@ def _write_merged(
 
 def _check_out(out: Path, to: str) -> None:
     """Raises ``FileExistsError`` before the base is loaded, where the export itself would do so in the end."""
-    if to == "lora":
-        _check_free(out)
+    if to != "merged":
+        check_free(out, SETTINGS if to == "lora" else {"peft_type": "TINYLORA"})
     elif out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        if to == "merged":
-            raise FileExistsError(f"{out} exists and is not empty; name a new folder, or move that one")
-        if kind_of(out) != "TINYLORA":
-            raise FileExistsError(f"{out} exists and is no PEFT folder of a TINYLORA adapter; name a new one")
+        raise FileExistsError(f"{out} exists and is not empty; name a new folder, or move that one")
 
 
 def _serve(base: Path, out: Path, name: str, rank: int) -> str | None:

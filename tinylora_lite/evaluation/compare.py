@@ -23,7 +23,7 @@ class Difference:
         base, adapted: the two.
         difference: ``adapted - base``.
         low, high: its 95 % interval over problems: Tango's where both answered every problem once and rewards are 0 or
-            1, the bootstrap of the problems' differences otherwise (:mod:`tinylora_lite.evaluation.intervals`).
+            1, the bootstrap of the problems' differences otherwise.
         p_value: the chance of a difference at least as large, in either direction, were the two equally good.
         test: what computed it: ``"McNemar, exact"`` (where the interval is Tango's) or ``"sign flips"``, which swaps
             the two at random within problems.

@@ -1,22 +1,20 @@
-"""Adapter files: a few numbers, and everything that says which model and which directions they belong to.
+"""Adapter files: v, and everything that says which model and which directions it belongs to.
 
-A file is safetensors, never pickle. What only the base can hold (its weights, their SVD) is not stored but
-checked: numbers that were trained on one base mean nothing on another, and loading them there would go wrong
-without a sign. The checks find accidents and careless edits; a file is not signed.
+A file is safetensors, never pickle. What only the base can provide (its weights, their SVD) is not stored but checked:
+a v that was trained on one base means nothing on another, and without the checks it would load there without an error.
+The checks find accidents and careless edits; a file is not signed.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -27,7 +25,7 @@ from tinylora_lite.adapter.layer import Factors
 from tinylora_lite.adapter.projection import Basis
 from tinylora_lite.adapter.tying import find_sites
 from tinylora_lite.adapter.weights import base_fingerprint
-from tinylora_lite.files.basis import load_basis
+from tinylora_lite.files.basis import find_basis
 from tinylora_lite.files.file_format import (
     DTYPES,
     FACTORS,
@@ -38,11 +36,12 @@ from tinylora_lite.files.file_format import (
     base_dtype,
     base_name,
     checksum,
+    model_of,
     names_hash,
     read_file,
+    storable,
 )
-
-SHIPPED_BASES = Path(__file__).parents[1] / "nano" / "checkpoints"
+from tinylora_lite.utils.record import atomic_write
 
 
 def save(
@@ -55,47 +54,37 @@ def save(
 ) -> Path:
     """Writes an adapter; the file appears whole or not at all, and saving the same adapter twice gives equal bytes.
 
-    The file holds ``vectors``, ``[groups, u]`` in ``dtype`` (the adapter keeps its float32 numbers;
-    :func:`storage_loss` says what rounding takes), and ``decomposition``, ``[modules, 3]`` float32: of every adapted
-    weight the singular values beside the cut and a number that the singular vectors and P determine, so that
-    :func:`load` notices where another machine decomposes a weight differently. Beside them: the settings and the
-    seed, a hash of the modules' names, the base's name, revision where the hub named one, and
-    :func:`~tinylora_lite.adapter.weights.base_fingerprint`, the fingerprint of a calibrated basis, and a checksum.
-    13 numbers take 26 bytes, and their file less than 4 KiB on a model of 7 billion weights.
+    The file holds ``vectors``, ``[groups, u]`` in ``dtype`` (the adapter keeps its float32 values), and
+    :func:`decomposition`, by which :func:`load` notices where another machine decomposes a weight differently. The
+    header holds the settings, a hash of the modules' names, the base's name, revision, dtype and fingerprint, the
+    fingerprint of a calibrated basis, and a checksum. 13 parameters take 26 bytes, and their file less than 4 KiB on a
+    model of 7 billion weights.
 
     The frozen factors are computed from the base again when the file is loaded. Where singular values near the cut
-    are equal, machines disagree about them, and v alone would mean something else elsewhere: ``save`` then warns and
-    stores the factors of those modules too, 4 bytes for each of their ``r · (in + out) + u r²`` numbers.
+    are equal, machines disagree about the factors, and v would mean something else there: ``save`` then warns and
+    stores the factors of those modules too, 4 bytes for each of their ``r · (in + out) + u r²`` values.
 
     Args:
         adapter: attached or detached; its model must still exist.
         path: of the file; its folder is made.
-        dtype: ``"bf16"`` (the paper's, 2 bytes a number), ``"fp16"`` or ``"fp32"``.
-        factors: whose factors to store: ``"auto"``, of modules where others would compute different ones; ``True``,
-            of all, and loading takes no SVD; ``False``, of none.
+        dtype: ``"bf16"`` (the paper's, 2 bytes a parameter), ``"fp16"`` or ``"fp32"``.
+        factors: whose factors to store: ``"auto"``, of modules where another machine may compute different ones;
+            ``True``, of all, and loading takes no SVD; ``False``, of none.
         base_sha256: the base's fingerprint where it is known already: hashing 15 GB takes 20 seconds, and a training
             run saves often.
 
+    Returns:
+        The path.
+
     Raises:
-        ValueError: an unknown dtype, a number that is not finite or that ``dtype`` cannot hold, the model is gone, or
-            ``factors=False`` for an adapter whose factors were given to it (one from PEFT, say).
+        ValueError: an unknown dtype, a value that is not finite or that ``dtype`` cannot hold, the model is gone, or
+            ``factors=False`` for an adapter whose factors were given to it (one from PEFT, for example).
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(get_args(Precision))}, not {dtype!r}")
-    model = adapter._model()
-    if model is None:
-        raise ValueError("the adapter's model no longer exists, so the file could not name it; save before deleting it")
-    vectors = adapter.vectors.detach().cpu().to(DTYPES[dtype])
-    if not torch.isfinite(vectors).all():
-        finite = torch.isfinite(adapter.vectors).all()
-        held = f"numbers too large for {dtype}; save as fp32" if finite else "NaN or infinite numbers; train it again"
-        raise ValueError(f"the adapter holds {held}")
-    tensors = {"vectors": vectors.contiguous(), "decomposition": decomposition(adapter)}
-    for index in _stored_factors(adapter, factors):
+    model = model_of(adapter)
+    tensors = {"vectors": storable(adapter.vectors, dtype, "the file"), "decomposition": decomposition(adapter)}
+    for index in _modules_to_store(adapter, factors):
         stored = adapter.factors(adapter.names[index])
-        for part in FACTORS:
-            # A clone: two modules may share a given factor, and safetensors writes no memory twice.
-            tensors[f"{part}.{index}"] = getattr(stored, part).detach().cpu().contiguous().clone()
+        tensors |= {f"{part}.{index}": storable(getattr(stored, part), "fp32", "the file") for part in FACTORS}
     header = {
         "format": FORMAT,
         "settings": _settings(adapter.config),
@@ -106,17 +95,8 @@ def save(
         "base_dtype": base_dtype(model),
     }
     header["checksum"] = checksum(header, tensors)
-    # One entry: safetensors writes several in an order of the moment.
-    content = safetensors.torch.save(tensors, {KEY: json.dumps(header, sort_keys=True)})
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    # One entry, because safetensors writes several in a random order.
+    return atomic_write(path, safetensors.torch.save(tensors, {KEY: json.dumps(header, sort_keys=True)}))
 
 
 def load(
@@ -126,7 +106,7 @@ def load(
     *,
     cache: str | Path | None = None,
 ) -> TinyLoraAdapter:
-    """Attaches the adapter that :func:`save` wrote.
+    """Attaches the adapter that :func:`save` wrote, in this version of the library or an earlier one.
 
     Args:
         model: the base it was trained on, in the dtype it was trained in or a wider one.
@@ -136,155 +116,48 @@ def load(
         cache: of decompositions; see :func:`~tinylora_lite.attach`.
 
     Returns:
-        The adapter; its ``vectors`` are float32, equal to the stored numbers.
+        The adapter; its ``vectors`` are float32, equal to the stored values. A setting that the file does not name has
+        its default.
 
     Raises:
         FileNotFoundError: there is no such file.
-        AdapterFileError: the file is damaged, foreign or edited, was made for another base, or its basis is not found.
-            The model is untouched then.
+        AdapterFileError: the file is damaged, foreign or edited, has a setting that this version does not know, was
+            made for another base, or its basis is not found. The model is untouched then.
     """
     path = Path(path)
     header, tensors = read_file(path)
-    vectors = tensors["vectors"].float()
     try:
         settings = dict(header["settings"])
-        if settings.keys() != {field.name for field in fields(TinyLoraConfig)}:
-            raise ValueError(f"its settings are {', '.join(map(str, settings))}")
-        if settings["u"] != vectors.shape[1]:
-            raise ValueError(f"vectors of shape {tuple(vectors.shape)} with u={settings['u']}")
-        names = tuple(site.name for site in find_sites(model, settings["target_modules"]))
+        if unknown := sorted(settings.keys() - {field.name for field in fields(TinyLoraConfig)}):
+            raise ValueError(f"it sets {', '.join(unknown)}, unknown to this version of tinylora_lite; upgrade it")
+        names = tuple(site.name for site in find_sites(model, settings.get("target_modules")))
         _check_base(path, model, names, header)
-        if settings["projection"] not in ("random", "identity"):
+        if settings.get("projection", "random") not in ("random", "identity"):
             settings["projection"] = find_basis(settings["projection"], basis, path)
-        given = _stored_in(tensors, names)
-        adapter = attach(model, TinyLoraConfig(**settings), factors=given, cache=cache)
+        adapter = attach(model, TinyLoraConfig(**settings), factors=_stored_factors(tensors, names), cache=cache)
     except AdapterFileError:
         raise
     except (IndexError, KeyError, TypeError, ValueError) as error:
         raise AdapterFileError(f"{path} does not fit this model: {error}") from error
     try:
-        if vectors.shape != adapter.vectors.shape:
-            raise AdapterFileError(
-                f"{path} holds vectors of shape {tuple(vectors.shape)}; "
-                f"its settings ask for {tuple(adapter.vectors.shape)}"
-            )
-        _check_decomposition(path, adapter, tensors["decomposition"])
+        _check_tensors(path, adapter, tensors)
     except AdapterFileError:
         adapter.detach()
         raise
     with torch.no_grad():
-        adapter.vectors.copy_(vectors)
+        adapter.vectors.copy_(tensors["vectors"])
     return adapter
 
 
 def storage_loss(adapter: TinyLoraAdapter, dtype: Precision = "bf16") -> float:
-    """What storing v in a dtype takes from it: the norm of the rounding error over the norm of v; 0 for v = 0."""
+    """The relative error of storing v in a dtype: the norm of the rounding error over the norm of v; 0 for v = 0."""
     v = adapter.vectors.detach().double().cpu()
     rounded = v.to(DTYPES[dtype]).double()
     return float((rounded - v).norm() / v.norm()) if v.any() else 0.0
 
 
-def _stored_factors(adapter: TinyLoraAdapter, factors: bool | Literal["auto"]) -> list[int]:
-    if factors not in (True, False, "auto"):
-        raise ValueError(f'factors must be True, False or "auto", not {factors!r}')
-    if factors is False and adapter.given:
-        raise ValueError(
-            f"the factors of {len(adapter.given)} modules were given, and no base could give them back; "
-            'leave factors at "auto"'
-        )
-    doubtful = [name for name in adapter.names if name not in adapter.given and not adapter.factors(name).portable]
-    if doubtful and factors is not True:
-        others = f" (and of {len(doubtful) - 1} others)" if len(doubtful) > 1 else ""
-        warnings.warn(
-            f"singular values of {doubtful[0]}{others} are too close for the same vectors on every machine; "
-            + ("the file may not load elsewhere" if factors is False else "its factors are stored too"),
-            stacklevel=3,
-        )
-    wanted = {"auto": adapter.given | set(doubtful), True: set(adapter.names), False: set()}[factors]
-    return [index for index, name in enumerate(adapter.names) if name in wanted]
-
-
-def _stored_in(tensors: Mapping[str, Tensor], names: tuple[str, ...]) -> dict[str, Factors]:
-    indices = sorted({int(key.partition(".")[2]) for key in tensors if key not in ("vectors", "decomposition")})
-    wanted = {f"{part}.{index}" for part in FACTORS for index in indices if index >= 0}
-    if wanted != tensors.keys() - {"vectors", "decomposition"}:
-        raise ValueError(f"it holds tensors that are no adapter's: {', '.join(sorted(tensors))}")
-    return {
-        names[index]: Factors(tensors[f"left.{index}"], tensors[f"right.{index}"], tensors[f"projection.{index}"])
-        for index in indices
-    }
-
-
-def _settings(config: TinyLoraConfig) -> dict[str, Any]:
-    settings = {field.name: getattr(config, field.name) for field in fields(config)}
-    for name in ("target_modules", "groups"):
-        if settings[name] is not None:
-            settings[name] = list(settings[name])
-    if isinstance(config.projection, Basis):
-        settings["projection"] = config.projection.fingerprint()
-    return settings
-
-
-def _check_decomposition(path: Path, adapter: TinyLoraAdapter, stored: Tensor) -> None:
-    here = decomposition(adapter)
-    if stored.shape != here.shape:
-        raise AdapterFileError(
-            f"{path} is damaged: it describes its weights by a table of {list(stored.shape)}, not {list(here.shape)}"
-        )
-    # What float32 and an early stop of the SVD's iteration move stays far below; a flipped sign lies far above.
-    apart = (stored - here).abs()
-    # Given factors have no singular values, and were read from this very file.
-    computed = torch.tensor([name not in adapter.given for name in adapter.names])
-    wrong = (computed & (apart[:, :2] > 1e-2 * here[:, :1]).any(dim=1)) | (apart[:, 2] > 0.01)
-    if wrong.any():
-        index = int(wrong.nonzero()[0])
-        raise AdapterFileError(
-            f"{path} was trained on another decomposition of {adapter.names[index]} than this machine computes (its "
-            f"singular values near the cut, {here[index, 0]:.6g} and {here[index, 1]:.6g}, may be too close); save it "
-            "with factors=True where it was trained, or use its LoRA export"
-        )
-
-
-def _check_base(path: Path, model: nn.Module, names: tuple[str, ...], header: Mapping[str, Any]) -> None:
-    made_for = f"{path} was made for {header['base'] or 'a model without a name'}"
-    if names_hash(names) != header["modules"]:
-        raise AdapterFileError(f"{made_for}, whose adapted modules are others than the {len(names)} of this model")
-    if base_fingerprint(model) != header["base_sha256"]:
-        here, there = base_dtype(model), header["base_dtype"]
-        cure = f"load that base in {there}, not in {here}" if here != there else "load the base it was trained on"
-        raise AdapterFileError(f"{made_for}, and this model's weights differ from that base's; {cure}")
-
-
-def find_basis(wanted: str, given: Basis | str | Path | None, path: Path) -> Basis:
-    """The calibrated basis with a fingerprint, for the adapter file at ``path``; see :func:`load`.
-
-    Raises:
-        AdapterFileError: it is not there.
-    """
-    if isinstance(given, Basis):
-        if given.fingerprint() == wanted:
-            return given
-        raise AdapterFileError(f"{path} needs the basis {wanted[:12]}…; the one given is {given.fingerprint()[:12]}…")
-    if given is None:
-        candidates = [*sorted(path.parent.glob("*.safetensors")), *sorted(SHIPPED_BASES.glob("*/basis.safetensors"))]
-        searched = "beside it and in the package"
-    else:
-        candidates = sorted(Path(given).glob("*.safetensors")) if Path(given).is_dir() else [Path(given)]
-        searched = f"at {given}"
-    for candidate in candidates:
-        try:
-            basis = load_basis(candidate)
-        except (FileNotFoundError, ValueError) as error:
-            if given is not None and len(candidates) == 1:
-                raise AdapterFileError(f"{path} needs a calibrated basis: {error}") from error
-            continue
-        if basis.fingerprint() == wanted:
-            return basis
-    raise AdapterFileError(f"{path} needs the calibrated basis {wanted[:12]}…, not found {searched}; pass it as basis=")
-
-
 def decomposition(adapter: TinyLoraAdapter) -> Tensor:
-    """``[modules, 3]`` float32, what :func:`~tinylora_lite.load` compares: two singular values and one probe.
+    """``[modules, 3]`` float32, what :func:`load` compares: two singular values and one probe.
 
     The values are the last one kept and the first one left out (zeros where the factors were given). The probe is
     ``yᵀ (UΣ) M Vᵀ x`` over the norm of ``(UΣ) M Vᵀ``, with fixed waves x and y and a fixed mixture M of the module's
@@ -300,3 +173,81 @@ def decomposition(adapter: TinyLoraAdapter) -> Tensor:
         norm = math.sqrt(max(float(((left.T @ left @ M) * (M @ right @ right.T)).sum()), 1e-300))
         rows.append([*factors.spectrum.tolist(), float(y @ left @ M @ (right @ x)) / norm])
     return torch.tensor(rows, dtype=torch.float32)
+
+
+def _settings(config: TinyLoraConfig) -> dict[str, Any]:
+    settings = {field.name: getattr(config, field.name) for field in fields(config)}
+    for name in ("target_modules", "groups"):
+        if settings[name] is not None:
+            settings[name] = list(settings[name])
+    if isinstance(config.projection, Basis):
+        settings["projection"] = config.projection.fingerprint()
+    return settings
+
+
+def _modules_to_store(adapter: TinyLoraAdapter, factors: bool | Literal["auto"]) -> list[int]:
+    """The positions in tying order of the modules whose factors are stored."""
+    if factors not in (True, False, "auto"):
+        raise ValueError(f'factors must be True, False or "auto", not {factors!r}')
+    if factors is False and adapter.given:
+        raise ValueError(
+            f"the factors of {len(adapter.given)} modules were given and cannot be computed from the base; "
+            'leave factors at "auto"'
+        )
+    doubtful = [name for name in adapter.names if name not in adapter.given and not adapter.factors(name).portable]
+    if doubtful and factors is not True:
+        others = f" (and of {len(doubtful) - 1} others)" if len(doubtful) > 1 else ""
+        warnings.warn(
+            f"singular values of {doubtful[0]}{others} are too close for the same vectors on every machine; "
+            + ("the file may not load elsewhere" if factors is False else "its factors are stored too"),
+            stacklevel=3,
+        )
+    wanted = {"auto": adapter.given | set(doubtful), True: set(adapter.names), False: set()}[factors]
+    return [index for index, name in enumerate(adapter.names) if name in wanted]
+
+
+def _stored_factors(tensors: Mapping[str, Tensor], names: tuple[str, ...]) -> dict[str, Factors]:
+    keys = tensors.keys() - {"vectors", "decomposition"}
+    indices = sorted({int(key.partition(".")[2]) for key in keys})
+    if keys != {f"{part}.{index}" for part in FACTORS for index in indices if index >= 0}:
+        raise ValueError(f"it holds tensors that are no adapter's: {', '.join(sorted(tensors))}")
+    return {
+        names[index]: Factors(tensors[f"left.{index}"], tensors[f"right.{index}"], tensors[f"projection.{index}"])
+        for index in indices
+    }
+
+
+def _check_base(path: Path, model: nn.Module, names: tuple[str, ...], header: Mapping[str, Any]) -> None:
+    made_for = f"{path} was made for {header['base'] or 'a model without a name'}"
+    if names_hash(names) != header["modules"]:
+        raise AdapterFileError(f"{made_for}, whose adapted modules differ from the {len(names)} of this model")
+    if base_fingerprint(model) != header["base_sha256"]:
+        here, there = base_dtype(model), header["base_dtype"]
+        cure = f"load that base in {there}, not in {here}" if here != there else "load the base it was trained on"
+        raise AdapterFileError(f"{made_for}, and this model's weights differ from that base's; {cure}")
+
+
+def _check_tensors(path: Path, adapter: TinyLoraAdapter, tensors: Mapping[str, Tensor]) -> None:
+    """Raises where a file's v does not fit its settings, or its weights were decomposed otherwise than here."""
+    vectors, stored, here = tensors["vectors"], tensors["decomposition"], decomposition(adapter)
+    if vectors.shape != adapter.vectors.shape:
+        held, wanted = list(vectors.shape), list(adapter.vectors.shape)
+        raise AdapterFileError(f"{path} holds vectors of shape {held}; its settings ask for {wanted}")
+    if stored.shape[1] == 2:  # the first version of the library left the first value beyond the cut out
+        stored = torch.stack([stored[:, 0], here[:, 1], stored[:, 1]], dim=1)
+    if stored.shape != here.shape:
+        raise AdapterFileError(
+            f"{path} is damaged: its decomposition has the shape {list(stored.shape)}, not {list(here.shape)}"
+        )
+    # The bounds are far above what float32 and an early stop of the SVD move, and far below a flipped sign.
+    apart = (stored - here).abs()
+    # Given factors have no singular values, and were read from this very file.
+    computed = torch.tensor([name not in adapter.given for name in adapter.names])
+    wrong = (computed & (apart[:, :2] > 1e-2 * here[:, :1]).any(dim=1)) | (apart[:, 2] > 0.01)
+    if wrong.any():
+        index = int(wrong.nonzero()[0])
+        raise AdapterFileError(
+            f"{path} was trained on another decomposition of {adapter.names[index]} than this machine computes (its "
+            f"singular values near the cut, {here[index, 0]:.6g} and {here[index, 1]:.6g}, may be too close); save it "
+            "with factors=True where it was trained, or use its LoRA export"
+        )

@@ -9,11 +9,15 @@ import safetensors
 import safetensors.torch
 
 from tinylora_lite.adapter.projection import Basis
+from tinylora_lite.files.file_format import AdapterFileError
 from tinylora_lite.utils.record import atomic_write
 
 FORMAT = "tinylora-basis-1"
 KEY = "tinylora"
-"""All metadata are in one entry, because safetensors puts several into a random order."""
+"""All metadata are in one entry, because safetensors writes several in a random order."""
+
+SHIPPED_BASES = Path(__file__).parents[1] / "nano" / "directions"
+"""The calibrated bases that come with the package."""
 
 
 def save_basis(basis: Basis, path: str | Path) -> Path:
@@ -39,25 +43,51 @@ def save_basis(basis: Basis, path: str | Path) -> Path:
 
 
 def load_basis(path: str | Path) -> Basis:
-    """Reads what :func:`save_basis` wrote.
+    """Reads what :func:`save_basis` wrote, in this version of the library or an earlier one.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged or is no basis.
+        ValueError: the file is damaged, is no basis, or has an entry that this version does not know.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no basis file at {path}; tl.calibrate and tl.save_basis make one")
     try:
         with safetensors.safe_open(path, "pt") as file:
-            metadata = json.loads((file.metadata() or {}).get(KEY, "{}"))
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"its format is {metadata.get('format')!r} instead of {FORMAT!r}")
-            names, provenance = tuple(metadata["names"]), metadata["provenance"]
+            entries = json.loads((file.metadata() or {}).get(KEY, "{}"))
+            if entries.get("format") != FORMAT:
+                raise ValueError(f"its format is {entries.get('format')!r} instead of {FORMAT!r}")
+            settings = {name: entries[name] for name in ("sigma", "provenance") if name in entries}
             # A clone: the tensor itself is the file's memory, and changes when somebody writes there.
-            basis = Basis(file.get_tensor("directions").clone(), names, metadata["sigma"], provenance)
-            if basis.fingerprint() != metadata["fingerprint"]:
+            basis = Basis(file.get_tensor("directions").clone(), tuple(entries["names"]), **settings)
+            if basis.fingerprint() != entries["fingerprint"]:
                 raise ValueError("its directions are not those that were saved")
     except (safetensors.SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged or no basis file ({error}); make it again with tl.calibrate") from error
+    if unknown := sorted(entries.keys() - {"format", "names", "sigma", "provenance", "fingerprint"}):
+        raise ValueError(f"{path} sets {', '.join(unknown)}, unknown to this version of tinylora_lite; upgrade it")
     return basis
+
+
+def find_basis(wanted: str, given: Basis | str | Path | None, path: Path) -> Basis:
+    """The calibrated basis with the fingerprint ``wanted``, for the adapter file at ``path``; see :func:`load`.
+
+    Raises:
+        AdapterFileError: it is not there.
+    """
+    if isinstance(given, Basis):
+        if given.fingerprint() == wanted:
+            return given
+        raise AdapterFileError(f"{path} needs the basis {wanted[:12]}…; the one given is {given.fingerprint()[:12]}…")
+    searched = "beside it and in the package" if given is None else f"at {given}"
+    places = [path.parent, SHIPPED_BASES] if given is None else [Path(given)]
+    for file in [file for at in places for file in (sorted(at.glob("*.safetensors")) if at.is_dir() else [at])]:
+        try:
+            basis = load_basis(file)
+        except (FileNotFoundError, ValueError) as error:
+            if places == [file]:
+                raise AdapterFileError(f"{path} needs a calibrated basis: {error}") from error
+            continue
+        if basis.fingerprint() == wanted:
+            return basis
+    raise AdapterFileError(f"{path} needs the calibrated basis {wanted[:12]}…, not found {searched}; pass it as basis=")

@@ -1,4 +1,4 @@
-"""The bytes of an adapter file: how they are checked, and how they name the base they belong to."""
+"""The bytes of an adapter file: how values are stored, how a file is checked, and how it names its base."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import safetensors
 import torch
 from torch import Tensor, nn
 
+from tinylora_lite.adapter.adapter import TinyLoraAdapter
 from tinylora_lite.adapter.weights import quantization_of
 
 FORMAT = "tinylora-adapter-1"
@@ -27,7 +28,7 @@ class AdapterFileError(ValueError):
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The header and the tensors of a file that is what it was when it was written.
+    """The header and the tensors of an adapter file, checked to be what was written.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -51,17 +52,49 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise AdapterFileError(f"{path} is damaged or no adapter file ({error})") from error
     if not intact:
         raise AdapterFileError(f"{path} is damaged or was edited: its checksum does not fit its content; get it again")
-    if not {"vectors", "decomposition"} <= tensors.keys():
+    ranks = {name: tensor.ndim for name, tensor in tensors.items()}
+    if ranks.get("vectors") != 2 or ranks.get("decomposition") != 2:
         raise AdapterFileError(f"{path} holds no vectors or no decomposition")
-    if tensors["vectors"].dtype not in DTYPES.values() or any(
-        tensor.dtype != torch.float32 or not torch.isfinite(tensor).all()
-        for name, tensor in tensors.items()
-        if name != "vectors"
-    ):
-        raise AdapterFileError(f"{path} holds tensors of other dtypes than an adapter's, or NaN or infinity")
-    if tensors["vectors"].ndim != 2 or not torch.isfinite(tensors["vectors"]).all():
-        raise AdapterFileError(f"{path} holds no vectors of finite numbers")
+    for name, tensor in tensors.items():
+        allowed = tuple(DTYPES.values()) if name == "vectors" else (torch.float32,)
+        if tensor.dtype not in allowed or not torch.isfinite(tensor).all():
+            raise AdapterFileError(f"{path}: {name} is {tensor.dtype}, which is not stored there, or not finite")
     return header, tensors
+
+
+def storable(tensor: Tensor, dtype: Precision, what: str) -> Tensor:
+    """The values of a tensor in the dtype of a file: on the CPU, contiguous, in memory of their own.
+
+    Two modules may share a given factor, and safetensors writes no memory twice.
+
+    Args:
+        tensor: of any shape and floating dtype, on any device.
+        dtype: ``"fp32"``, ``"fp16"`` or ``"bf16"``.
+        what: the tensor's name in an error message.
+
+    Raises:
+        ValueError: an unknown dtype, or a value that is not finite or that ``dtype`` cannot hold.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(get_args(Precision))}, not {dtype!r}")
+    stored = tensor.detach().cpu().to(DTYPES[dtype]).contiguous().clone()
+    if not torch.isfinite(stored).all():
+        finite = torch.isfinite(tensor).all()
+        problem = f"values too large for {dtype}; use fp32" if finite else "NaN or infinity; train the adapter again"
+        raise ValueError(f"{what} would hold {problem}")
+    return stored
+
+
+def model_of(adapter: TinyLoraAdapter) -> nn.Module:
+    """The model that an adapter was attached to.
+
+    Raises:
+        ValueError: the model no longer exists.
+    """
+    model = adapter._model()
+    if model is None:
+        raise ValueError("the adapter's model no longer exists; keep the model until the adapter is written or merged")
+    return model
 
 
 def checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
@@ -82,7 +115,7 @@ def names_hash(names: tuple[str, ...]) -> str:
 def base_name(model: nn.Module) -> str:
     """The name by which a model was loaded; of a local folder the last part alone; "" where it has none."""
     name = str(getattr(model, "name_or_path", "") or "")
-    # A folder on the machine that saved is nobody's business and nobody's help.
+    # The path of a local folder means nothing on another machine and may be private.
     return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
 
 

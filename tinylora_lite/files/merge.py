@@ -1,6 +1,6 @@
-"""Merging: an adapter's update added to the weights, always from the pristine base, and what the rounding takes of it.
+"""Merging: an adapter's update added to the pristine base's weights, and how much of it survives the rounding.
 
-Merging in place and subtracting afterwards leaves a little of every rounding behind; so the base is only read here.
+The base is only read: merging in place and subtracting afterwards would leave a rounding error behind each time.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from torch import Tensor, nn
 
 from tinylora_lite.adapter.adapter import TinyLoraAdapter
 from tinylora_lite.adapter.weights import FLOATING, dense_weight
+from tinylora_lite.files.file_format import model_of
 
 ENTRIES_AT_ONCE = 1 << 22
-"""Of a weight, in the report: its float64 sums then need no copies of a whole weight."""
+"""How many entries of a weight the report sums in float64 at a time, to hold no float64 copy of a whole weight."""
 
 
 @dataclass(frozen=True)
 class MergeEffect:
-    """What a merge makes of an update D, given the base W and W + D both rounded to the dtype of the merge.
+    """How much of an update D survives a merge that rounds both the base W and W + D to one dtype.
 
-    The realised update is the difference of these two roundings: what the merged model does differently from the
-    base as it is served in that dtype. Where W lies on the grid of the dtype already, as every bf16 checkpoint does on
-    bf16's, an entry of D below half a step is lost. Where it does not, roundings up and down balance: ``kept`` stays
-    near 1, and what is lost shows in ``cosine``.
+    The realised update is the difference of these two roundings. Where W is exact in the dtype already, as a bf16
+    checkpoint is in bf16, an entry of D below half a rounding step is lost. Where W is not, roundings up and down
+    balance: ``kept`` stays near 1, and the loss shows in ``cosine``.
 
     Attributes:
-        changed: the share of the entries that differ, 0 … 1.
+        changed: the share of the entries that differ, 0 to 1.
         kept: the share of D that the realised update holds along D, ``⟨realised, D⟩ / ‖D‖²``; 1 is all of it.
         cosine: of the angle between the realised update and D: 0 where nothing of D is realised.
         size: ``‖D‖ / ‖W‖`` in Frobenius norms, before any rounding.
 
-    An update that is zero loses nothing: ``kept`` and ``cosine`` are 1 then.
+    For an update of zero, ``kept`` and ``cosine`` are 1.
     """
 
     changed: float
@@ -45,12 +45,12 @@ class MergeEffect:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge makes of an adapter's whole update, and of each module's part.
+    """How much of an adapter's update survives a merge.
 
     Attributes:
-        dtype: that the merged weights are rounded to.
+        dtype: of the merged weights.
         total: over the entries of all adapted modules together.
-        modules: by name, in tying order.
+        modules: of each module, by name, in tying order.
     """
 
     dtype: torch.dtype
@@ -59,9 +59,9 @@ class MergeReport:
 
 
 def merged_weights(adapter: TinyLoraAdapter, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-    """The weights with the update inside, ``W + (U Σ) R Vᵀ``, one at a time; the base is read and never written.
+    """The adapted weights with their update, ``W + (U Σ) R Vᵀ``, one at a time; the base is read and never written.
 
-    Only the adapted weights come: all others are the base's. A checkpoint of its own, where the base is not quantized::
+    A checkpoint of the merged model, where the base is not quantized::
 
         state = model.state_dict() | dict(merged_weights(adapter))
         model.save_pretrained(folder, state_dict=state)
@@ -69,28 +69,25 @@ def merged_weights(adapter: TinyLoraAdapter, dtype: torch.dtype | None = None) -
     Args:
         adapter: attached or detached, enabled or not; its model must still exist.
         dtype: of the merged weights; ``None`` takes the base weight's, or the one that a quantized weight dequantizes
-            to. The sum is taken in float32 (float64 on a float64 base) and rounded once.
-            :func:`merge_report` tells what bfloat16 loses.
+            to. The sum is taken in float32 (float64 on a float64 base) and rounded once;
+            :func:`merge_report` measures what rounding to bfloat16 loses.
 
     Yields:
         The name in ``model.named_parameters()``, and a new tensor ``[out, in]`` on the weight's device.
 
     Raises:
-        ValueError: the model is gone, an adapted module shares its weight with another module, ``dtype`` is none of
-            float64, float32, bfloat16 and float16, or a merged weight is not finite in it.
+        ValueError: the model is gone, an adapted module shares its weight with another module, ``dtype`` is not
+            float64, float32, bfloat16 or float16, or a merged weight is not finite in it.
     """
     modules = _modules(adapter, dtype)
-
-    def merged() -> Iterator[tuple[str, Tensor]]:
-        for name in adapter.names:
-            weight = dense_weight(modules[name])
-            yield f"{name}.weight", _merge(name, weight, adapter.delta(name), dtype or weight.dtype)
-
-    return merged()
+    return (
+        (f"{name}.weight", _merge(name, dense_weight(modules[name]), adapter.delta(name), dtype))
+        for name in adapter.names
+    )
 
 
 def merge_report(adapter: TinyLoraAdapter, dtype: torch.dtype = torch.bfloat16) -> MergeReport:
-    """What :func:`merged_weights` in ``dtype`` would make of the update; the base is read and never written.
+    """How much of the update :func:`merged_weights` in ``dtype`` keeps; the base is read and never written.
 
     Args:
         adapter: attached or detached, enabled or not; its model must still exist.
@@ -106,20 +103,14 @@ def merge_report(adapter: TinyLoraAdapter, dtype: torch.dtype = torch.bfloat16) 
 
 
 def _modules(adapter: TinyLoraAdapter, dtype: torch.dtype | None) -> dict[str, nn.Module]:
-    """All modules of the adapter's model by name, once it is clear that a merge can be done."""
+    """All modules of the adapter's model by name, checked to be mergeable."""
     if dtype not in (None, *FLOATING):
         raise ValueError(f"dtype must be one of {', '.join(map(str, FLOATING))}, not {dtype}")
-    model = adapter._model()
-    if model is None:
-        raise ValueError("the adapter's model no longer exists, and its weights with it; merge before deleting it")
-    modules = dict(model.named_modules())
-    names_of: dict[int, list[str]] = {}
-    for name, module in modules.items():
-        for parameter in module.parameters(recurse=False):
-            names_of.setdefault(id(parameter), []).append(name)
+    modules = dict(model_of(adapter).named_modules())
     for name in adapter.names:
-        others = [other for other in names_of[id(modules[name].get_parameter("weight"))] if other != name]
-        if others:
+        weight = modules[name].get_parameter("weight")
+        sharing = (other for other, module in modules.items() if any(p is weight for p in module._parameters.values()))
+        if others := [other for other in sharing if other != name]:
             raise ValueError(
                 f"{name} shares its weight with {', '.join(others)}, which a merge would change too; "
                 "export a LoRA, or load the model with tie_word_embeddings=False"
@@ -127,18 +118,18 @@ def _modules(adapter: TinyLoraAdapter, dtype: torch.dtype | None) -> dict[str, n
     return modules
 
 
-def _merge(name: str, weight: Tensor, delta: Tensor, dtype: torch.dtype) -> Tensor:
+def _merge(name: str, weight: Tensor, delta: Tensor, dtype: torch.dtype | None) -> Tensor:
     wide = torch.promote_types(weight.dtype, torch.float32)
-    merged = (weight.to(wide) + delta.to(weight.device, wide)).to(dtype)
+    merged = (weight.to(wide) + delta.to(weight.device, wide)).to(dtype or weight.dtype)
     if not torch.isfinite(merged).all():
         finite = torch.isfinite(delta).all()
-        cure = "merge in float32" if finite else "the adapter holds NaN or infinite numbers, so train it again"
-        raise ValueError(f"{name}: the merged weight is not finite in {dtype}; {cure}")
+        cure = "merge in float32" if finite else "the adapter holds NaN or infinity; train it again"
+        raise ValueError(f"{name}: the merged weight is not finite in {merged.dtype}; {cure}")
     return merged
 
 
 def _sums(name: str, weight: Tensor, delta: Tensor, dtype: torch.dtype) -> Tensor:
-    """Entries, those that change, ``⟨realised, D⟩``, ``‖realised‖²``, ``‖D‖²`` and ``‖W‖²``: ``[6]`` float64."""
+    """``[6]`` float64: entries, changed entries, ``⟨realised, D⟩``, ``‖realised‖²``, ``‖D‖²`` and ``‖W‖²``."""
     total = torch.zeros(6, dtype=torch.float64)
     rows = max(1, ENTRIES_AT_ONCE // weight.shape[1])
     for W, D in zip(weight.split(rows), delta.split(rows), strict=True):

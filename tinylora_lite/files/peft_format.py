@@ -1,8 +1,8 @@
-"""A PEFT adapter folder: ``adapter_config.json`` and ``adapter_model.safetensors``, read with suspicion, written whole.
+"""A PEFT adapter folder: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-What stands in one of TinyLoRA, for PEFT 0.20 and later: of every module ``base_model.model.<name>.tinylora_A [r, in]``,
-``tinylora_B [out, r]`` and (unless ``save_projection`` is false) ``tinylora_P [u, r, r]``; and the vectors that the
-modules share, ``base_model.tinylora_v.<group> [u]``.
+A folder with a TinyLoRA, as PEFT 0.20 and later write it, holds of every module
+``base_model.model.<name>.tinylora_A [r, in]``, ``tinylora_B [out, r]`` and (unless ``save_projection`` is false)
+``tinylora_P [u, r, r]``; and the vectors that the modules share, ``base_model.tinylora_v.<group> [u]``.
 """
 
 from __future__ import annotations
@@ -10,49 +10,27 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
+import tempfile
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
+from pydantic import ValidationError
+from torch import Tensor, nn
 
-from tinylora_lite.files.file_format import AdapterFileError
+from tinylora_lite.files.file_format import AdapterFileError, base_name
+from tinylora_lite.files.peft_rules import PeftSettings, targets_of
+from tinylora_lite.utils.record import atomic_write
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 
-DEFAULTS: dict[str, Any] = {
-    "auto_mapping": None,
-    "base_model_name_or_path": None,
-    "bias": "none",
-    "fan_in_fan_out": False,
-    "inference_mode": True,
-    "init_v_bound": 0.02,
-    "init_weights": True,
-    "layers_pattern": None,
-    "layers_to_transform": None,
-    "modules_to_save": None,
-    "peft_type": "TINYLORA",
-    "peft_version": None,
-    "projection_seed": 42,
-    "r": 2,
-    "revision": None,
-    "save_projection": True,
-    "target_modules": None,
-    "task_type": None,
-    "tinylora_dropout": 0.0,
-    "u": 64,
-    "weight_tying": 0.0,
-}
-"""The settings of PEFT's TinyLoRA, and what PEFT takes where one is missing."""
 
-
-def read_settings(folder: Path) -> dict[str, Any]:
+def read_settings(folder: Path) -> PeftSettings:
     """``adapter_config.json`` with PEFT's defaults filled in, checked to be one that this library can follow.
 
     Raises:
@@ -69,45 +47,33 @@ def read_settings(folder: Path) -> dict[str, Any]:
         below = ", ".join(sorted(found.parent.name for found in folder.glob(f"*/{CONFIG_FILE}")))
         advice = f"its subfolders {below} do; give one of them" if below else "PEFT's save_pretrained writes one"
         raise AdapterFileError(f"{folder} holds no {CONFIG_FILE}; {advice}")
-    try:
-        stored = json.loads(path.read_bytes())
-    except (RecursionError, ValueError) as error:
-        raise AdapterFileError(f"{path} is damaged: no JSON ({error})") from error
-    if not isinstance(stored, dict) or not isinstance(stored.get("peft_type"), str):
-        raise AdapterFileError(f"{path} is no configuration of a PEFT adapter: it names no peft_type")
-    if stored["peft_type"] != "TINYLORA":
+    if isinstance(kind := kind_of(folder), str) and kind != "TINYLORA":
         raise AdapterFileError(
-            f"{folder} holds a {stored['peft_type']} adapter, and import_peft reads TINYLORA only; "
+            f"{folder} holds a {kind} adapter, and import_peft reads TINYLORA only; "
             "load it with peft.PeftModel.from_pretrained"
         )
-    settings = DEFAULTS | stored
-    for name, fits in (
-        ("r", _is_whole(settings["r"]) and settings["r"] >= 1),
-        ("u", _is_whole(settings["u"]) and settings["u"] >= 1),
-        ("projection_seed", _is_whole(settings["projection_seed"]) and abs(settings["projection_seed"]) < 2**62),
-        ("weight_tying", isinstance(settings["weight_tying"], int | float) and 0 <= settings["weight_tying"] <= 1),
-        ("tinylora_dropout", isinstance(settings["tinylora_dropout"], int | float)),
-        ("target_modules", _are_names(settings["target_modules"])),
-    ):
-        if not fits:
-            raise AdapterFileError(f"{path} is damaged: {name} is {settings[name]!r}")
-    if settings["bias"] != "none":
-        raise AdapterFileError(f"{folder} holds trained biases (bias={settings['bias']!r}), which no adapter here can")
-    if settings["modules_to_save"]:
-        raise AdapterFileError(
-            f"{folder} holds whole trained modules (modules_to_save={settings['modules_to_save']}), "
-            "which no adapter here can; load it with peft.PeftModel.from_pretrained"
-        )
-    if settings["tinylora_dropout"]:
+    try:
+        settings = PeftSettings.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        found = error.errors()[0]
+        name = str(next(iter(found["loc"]), ""))
+        what = f"it names no {name}" if found["type"] == "missing" else f"{name} is {found['input']!r}"
+        raise AdapterFileError(f"{path} is damaged: {what if name else found['msg']}") from error
+    for name, trained in (("bias", settings.bias != "none"), ("modules_to_save", settings.modules_to_save)):
+        if trained:
+            raise AdapterFileError(
+                f"{folder} holds trained weights of the base ({name}={getattr(settings, name)!r}), "
+                "which no adapter here can hold; load it with peft.PeftModel.from_pretrained"
+            )
+    if settings.tinylora_dropout:
         warnings.warn(
-            f"{folder} was trained with tinylora_dropout={settings['tinylora_dropout']}; here no dropout is applied, "
+            f"{folder} was trained with tinylora_dropout={settings.tinylora_dropout}; here no dropout is applied, "
             "which makes a difference to further training only",
             stacklevel=3,
         )
-    unknown = sorted(name for name in stored if name not in DEFAULTS and name != "exclude_modules" and stored[name])
-    if unknown:
+    if unknown := sorted(name for name, value in (settings.model_extra or {}).items() if value):
         warnings.warn(
-            f"{path} sets {', '.join(unknown)}, unknown to this version of tinylora_lite and passed over; if it "
+            f"{path} sets {', '.join(unknown)}, unknown to this version of tinylora_lite and ignored; if it "
             "changes what PEFT computes, the outputs differ. Compare them, or upgrade tinylora_lite",
             stacklevel=3,
         )
@@ -119,8 +85,8 @@ class Tensors(NamedTuple):
 
     Attributes:
         vectors: by group, ``[u]``.
-        parts: of each module, by its name, ``"A"``, ``"B"`` and ``"P"`` as far as they stand there.
-        weights: copies of the base's own weights, by their names; PEFT adds them of embeddings and heads.
+        parts: of each module, by its name, ``"A"``, ``"B"`` and ``"P"``, as far as the file holds them.
+        weights: copies of the base's own weights, by their names; PEFT adds those of embeddings and heads.
     """
 
     vectors: dict[int, Tensor]
@@ -160,43 +126,59 @@ def read_tensors(folder: Path) -> Tensors:
     return found
 
 
-def write_folder(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Writes both files; a new folder appears whole or not at all, and equal contents give equal bytes.
+def settings_of_base(model: nn.Module, names: Sequence[str]) -> dict[str, Any]:
+    """What every kind of PEFT adapter says of its base: name, kind of model, and which modules are adapted.
 
-    Raises:
-        FileExistsError: the folder is a file, or holds other things than a PEFT adapter of this kind.
+    Args:
+        model: the base.
+        names: of the adapted modules, in any order.
     """
-    folder, kind = folder.resolve(), settings["peft_type"]
-    if folder.exists() and kind_of(folder) != kind:
-        if not folder.is_dir() or any(folder.iterdir()):
-            raise FileExistsError(f"{folder} exists and is no PEFT folder of a {kind} adapter; name a new one")
-        folder.rmdir()
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-        (temporary / TENSOR_FILE).write_bytes(safetensors.torch.save(dict(tensors), {"format": "pt"}))
-        (temporary / CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
+    ordered = [name for name, _ in model.named_modules() if name in names]
+    return {
+        "base_model_name_or_path": base_name(model) or None,
+        "target_modules": targets_of(model, ordered) or "|".join(map(re.escape, ordered)),
+        "task_type": "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
+    }
+
+
+def check_free(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Raises ``FileExistsError`` where an export with these settings would overwrite something else.
+
+    An adapter of PEFT's TinyLoRA may be replaced, and a LoRA only where an export wrote it: PEFT itself writes more
+    settings and more files, so a LoRA that somebody trained is never replaced.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    kind, stored = settings["peft_type"], _stored_settings(folder)
+    files = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    ours = files == {CONFIG_FILE, TENSOR_FILE} and stored.keys() == settings.keys()
+    if stored.get("peft_type") != kind or (kind == "LORA" and not ours):
+        raise FileExistsError(f"{folder} exists and is no {kind} folder that may be replaced; name a new one")
+
+
+def write_folder(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
+    """Writes both files; a new folder appears whole or not at all, and equal contents give equal bytes."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as beside:
+        new = Path(beside) / "new"
+        atomic_write(new / TENSOR_FILE, safetensors.torch.save(dict(tensors), {"format": "pt"}))
+        atomic_write(new / CONFIG_FILE, json.dumps(settings, indent=2, sort_keys=True))
         if folder.exists():
             for name in (TENSOR_FILE, CONFIG_FILE):
-                os.replace(temporary / name, folder / name)
+                os.replace(new / name, folder / name)
         else:
-            temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            new.rename(folder)
+    return folder
 
 
 def kind_of(folder: Path) -> Any:
     """The ``peft_type`` that a folder's configuration names, ``None`` where there is none."""
+    return _stored_settings(folder).get("peft_type")
+
+
+def _stored_settings(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / CONFIG_FILE).read_bytes()).get("peft_type")
-    except (AttributeError, OSError, RecursionError, ValueError):
-        return None
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _are_names(value: Any) -> bool:
-    names = [value] if isinstance(value, str) else value
-    return isinstance(names, list) and bool(names) and all(isinstance(name, str) and name for name in names)
+        stored = json.loads((folder / CONFIG_FILE).read_bytes())
+    except (OSError, RecursionError, ValueError):
+        return {}
+    return stored if isinstance(stored, dict) else {}

@@ -1,73 +1,105 @@
-"""PEFT's TinyLoRA by its own rules: which modules, which vectors, which P and which factors.
+"""The rules of PEFT's TinyLoRA: which modules, which vectors, which P and which factors.
 
-Written after the sources of PEFT 0.20.0 and 0.21.2, which agree in all of it; PEFT itself is not needed.
+They follow the sources of PEFT 0.20.0 and 0.21.2, which agree in all of them; PEFT itself is not needed.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+Text = Annotated[str, Field(min_length=1)]
 
-def matched_modules(model: nn.Module, settings: Mapping[str, Any]) -> list[str]:
-    """The names that ``target_modules`` and its kin match, of any type, in PEFT's order: ``named_modules()``.
 
-    Args:
-        model: the base.
-        settings: of ``adapter_config.json``: ``target_modules`` (a regular expression for whole names, a list of names
-            or of last parts of names, or ``"all-linear"``), ``exclude_modules``, ``layers_to_transform`` and
-            ``layers_pattern``.
+class PeftSettings(BaseModel):
+    """The settings of PEFT's TinyLoRA with PEFT's defaults, as ``adapter_config.json`` holds them.
+
+    Attributes:
+        target_modules: the modules to adapt: a regular expression for whole names, a list of names or of last parts of
+            names, or ``"all-linear"``.
+        exclude_modules: modules that are left out, named as in ``target_modules``.
+        layers_to_transform: the only layers whose modules are adapted; PEFT ignores it for a regular expression.
+        layers_pattern: the name of the list that holds the layers, where it is not the innermost numbered one.
+        weight_tying: the share of vectors that tying saves, 0 (none tied) to 1 (all tied).
+    """
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    peft_type: Literal["TINYLORA"]
+    target_modules: Text | Annotated[list[Text], Field(min_length=1)]
+    auto_mapping: Any = None
+    base_model_name_or_path: str | None = None
+    bias: str = "none"
+    exclude_modules: str | list[str] | None = Field(default=None, exclude=True)  # no setting of PEFT's own class
+    fan_in_fan_out: bool = False
+    inference_mode: bool = True
+    init_v_bound: float = 0.02
+    init_weights: bool | str = True
+    layers_pattern: str | list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
+    modules_to_save: list[str] | None = None
+    peft_version: Any = None
+    projection_seed: int = Field(default=42, gt=-(2**62), lt=2**62)
+    r: int = Field(default=2, ge=1)
+    revision: str | None = None
+    save_projection: bool = True
+    task_type: str | None = None
+    tinylora_dropout: float = 0.0
+    u: int = Field(default=64, ge=1)
+    weight_tying: float = Field(default=0.0, ge=0, le=1)
+
+
+def matched_modules(model: nn.Module, settings: PeftSettings) -> list[str]:
+    """The names of the modules that the settings adapt, of any type, in PEFT's order: that of ``named_modules()``.
 
     Raises:
-        ValueError: a setting has a type that PEFT does not know, or is no regular expression.
+        ValueError: a setting is no regular expression.
     """
-    targets = settings["target_modules"]
+    targets, layers, patterns = settings.target_modules, settings.layers_to_transform, settings.layers_pattern or ()
     if isinstance(targets, str) and targets.lower() == "all-linear":
         targets = _all_linear(model)
-    layers, patterns = settings["layers_to_transform"], settings["layers_pattern"] or ()
     layers = [layers] if isinstance(layers, int) else layers or []
     patterns = [patterns] if isinstance(patterns, str) else patterns
     try:
-        targets = targets if isinstance(targets, str) else frozenset(targets)
         return [
             name
             for name, _ in model.named_modules()
             if name
-            and not _names(settings.get("exclude_modules") or (), name)
-            and _names(targets, name)
-            # To PEFT, layers_to_transform is silent about regular expressions and full names.
+            and not _matches(settings.exclude_modules or (), name)
+            and _matches(targets, name)
+            # PEFT ignores layers_to_transform for full names too.
             and (not layers or isinstance(targets, str) or name in targets or _layer(name, patterns) in layers)
         ]
-    except (re.error, TypeError) as error:
-        raise ValueError(f"target_modules or a setting beside it is none that PEFT knows ({error})") from error
+    except re.error as error:
+        raise ValueError(f"target_modules or a setting beside it is no regular expression ({error})") from error
 
 
 def targets_of(model: nn.Module, names: Sequence[str]) -> list[str] | None:
-    """The shortest list that stands for exactly these modules, to PEFT and to ``find_sites``, if there is any.
+    """The shortest list that means exactly these modules, to PEFT and to ``find_sites``, if there is any.
 
     Args:
         model: the base.
         names: of the modules, in the order of ``named_modules()``.
     """
-    beside = {"layers_to_transform": None, "layers_pattern": None}
     for targets in (list(dict.fromkeys(name.rpartition(".")[2] for name in names)), list(names)):
-        if matched_modules(model, beside | {"target_modules": targets}) == names:
+        if matched_modules(model, PeftSettings(peft_type="TINYLORA", target_modules=targets)) == names:
             return targets
     return None
 
 
-def _names(targets: str | Collection[str], name: str) -> bool:
+def _matches(targets: str | Collection[str], name: str) -> bool:
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     parts = name.split(".")
     return any(".".join(parts[first:]) in targets for first in range(len(parts)))
 
 
-def _layer(name: str, patterns: Sequence[str]) -> int | None:
+def _layer(name: str, patterns: Collection[str]) -> int | None:
     anywhere = [r".*?\.[^.]*\.(\d+)\."]
     for pattern in [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns] or anywhere:
         if found := re.match(pattern, name):
@@ -98,10 +130,10 @@ def groups_of_ratio(modules: int, weight_tying: float) -> list[int]:
 
 
 def ratio_of_groups(groups: Sequence[int]) -> float:
-    """The ``weight_tying`` that ties most among those that tie nothing which ``groups`` keeps apart.
+    """The ``weight_tying`` that ties the most modules among those that tie no two which ``groups`` keeps apart.
 
-    PEFT knows one way to make a number of groups. Where ``groups`` is that way, the ratio gives exactly these groups;
-    where it is another, finer ones, at worst one for each module.
+    PEFT has one way to make a given number of groups. Where ``groups`` was made that way, the ratio gives exactly
+    these groups; otherwise it gives finer ones, at worst one for each module.
 
     >>> ratio_of_groups([0, 0, 1, 1, 2, 2])
     0.5
@@ -109,21 +141,13 @@ def ratio_of_groups(groups: Sequence[int]) -> float:
     0.0
     """
     modules = len(groups)
-    ends = [modules] * modules  # of the run of equal groups that each module stands in
-    for index in range(modules - 2, -1, -1):
-        ends[index] = ends[index + 1] if groups[index] == groups[index + 1] else index + 1
     for count in range(len(set(groups)), modules):
-        size = modules // count
-        last = size * (count - 1)
-        if ends[last] == modules and all(ends[first] >= first + size for first in range(0, last, size)):
-            return _shortest_ratio(modules, count)
+        # The shortest decimal fraction that gives this many groups.
+        shorter = (round(1 - count / modules, digits) for digits in range(18))
+        ratio = next(ratio for ratio in shorter if max(1, round(modules * (1.0 - ratio))) == count)
+        if len(set(zip(groups_of_ratio(modules, ratio), groups, strict=True))) == count:
+            return ratio
     return 0.0
-
-
-def _shortest_ratio(modules: int, count: int) -> float:
-    exact = 1 - count / modules
-    rounded = (round(exact, digits) for digits in range(17))
-    return next((ratio for ratio in rounded if max(1, round(modules * (1.0 - ratio))) == count), exact)
 
 
 def peft_projection(seed: int, module: int, u: int, rank: int, dtype: torch.dtype) -> Tensor:
@@ -131,7 +155,7 @@ def peft_projection(seed: int, module: int, u: int, rank: int, dtype: torch.dtyp
 
     Args:
         seed: ``projection_seed``.
-        module: the module's place in PEFT's order, counted from 0.
+        module: the module's position in PEFT's order, counted from 0.
         u: the length of v.
         rank: r.
         dtype: of the base's weight, to which PEFT rounds P.
@@ -144,7 +168,7 @@ def peft_projection(seed: int, module: int, u: int, rank: int, dtype: torch.dtyp
 def peft_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """``B [out, r]`` and ``A [r, in]`` of one weight as PEFT computes them, float32: √Σ on both sides.
 
-    The signs of the singular vectors are those of this machine's SVD, and everything is rounded to the weight's dtype.
+    The signs of the singular vectors are those of this machine's SVD. All factors are rounded to the weight's dtype.
 
     Raises:
         ValueError: the weight holds NaN or infinity.
@@ -154,5 +178,5 @@ def peft_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     U, S, Vh = torch.linalg.svd(weight.detach().float(), full_matrices=False)
     U, S, Vh = (part.to(weight.dtype) for part in (U[:, :rank], S[:rank], Vh[:rank]))
     root = torch.sqrt(S)
-    # Products round according to the layout in memory too, so it is PEFT's.
+    # The layout in memory changes how products round, so it is PEFT's.
     return (U * root).contiguous().float(), (root[:, None] * Vh).contiguous().float()

@@ -17,10 +17,12 @@ from tinylora_lite.files.basis import load_basis
 from tinylora_lite.nano.task import MAX_NEW_TOKENS, reward, task
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
+DIRECTIONS = Path(__file__).parent / "directions"
+"""The calibrated bases, each named after the base model that it belongs to."""
 BASE = "qwen2-1m"
 """The base that is loaded where none is named."""
 
-__all__ = ["BASE", "CHECKPOINTS", "MAX_NEW_TOKENS", "basis", "load", "reward", "task"]
+__all__ = ["BASE", "CHECKPOINTS", "MAX_NEW_TOKENS", "basis", "basis_file", "load", "reward", "task"]
 
 
 def load(name: str = BASE) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
@@ -32,17 +34,22 @@ def load(name: str = BASE) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
 
 
 def basis(name: str = BASE) -> Basis:
-    """The calibrated basis that is shipped with a base.
+    """The calibrated basis that is shipped with a base; see :func:`basis_file`."""
+    return load_basis(basis_file(name))
+
+
+def basis_file(name: str = BASE) -> Path:
+    """The file of :func:`basis`. It is not in the base's folder, where vLLM would read it as weights.
 
     Raises:
         FileNotFoundError: there is no such base, or none is shipped with it.
     """
-    path = _folder(name) / "basis.safetensors"
+    path = DIRECTIONS / f"{_folder(name).name}.safetensors"
     if not path.is_file():
         raise FileNotFoundError(
             f"no basis is shipped with the nano base {name}; make one: tl.calibrate(*nano.load({name!r}), nano.task())"
         )
-    return load_basis(path)
+    return path
 
 
 def _folder(name: str) -> Path:

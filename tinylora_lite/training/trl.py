@@ -37,7 +37,8 @@ from tinylora_lite.sampling.sampler import ModelSampler
 from tinylora_lite.tasks.task import Example, Task
 from tinylora_lite.training.batches import check_task
 from tinylora_lite.training.grpo import validate
-from tinylora_lite.training.ready import check_adapter, ready_to_train
+from tinylora_lite.training.loop import ready_to_train
+from tinylora_lite.training.ready import check_adapter
 from tinylora_lite.training.settings import GRPOSettings
 from tinylora_lite.training.trl_checks import check_trl
 from tinylora_lite.training.trl_config import trl_config, trl_dataset

@@ -1,7 +1,7 @@
 """Makes the PEFT folders beside it, with the PEFT that is installed; run once with 0.19.1 and once with 0.20.0:
 
     pip install --no-deps --target old peft==0.19.1
-    PYTHONPATH=old python tests/peft_files/make.py
+    PYTHONPATH=old python tests/files/peft_files/make.py
 
 Every folder is what PEFT's own ``save_pretrained`` wrote, less its README. Beside it lie the base's weights, an input,
 and the outputs that this PEFT computed.
