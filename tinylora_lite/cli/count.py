@@ -55,7 +55,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     from tinylora_lite.planning.counting import count_parameters
 
-    config, rows = shapes.model_config(arguments.model), []
+    config = shapes.model_config(arguments.model)
+    rows: list[dict[str, Any]] = []
     for method, options in _asked(arguments):
         parameters = count_parameters(config, method, **options)
         rows.append({"method": method, "settings": options, "parameters": parameters, "bytes": 2 * parameters})
