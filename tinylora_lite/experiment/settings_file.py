@@ -137,7 +137,7 @@ def _first_mistake(error: ValidationError, group: type[Settings]) -> SettingsErr
         cause: SettingsError = errors[0]["ctx"]["error"]
         return cause
     depth = len(names)
-    wanted = " or ".join(found["msg"] for found in errors if found["loc"][:depth] == path[:depth])
+    wanted = " or ".join(dict.fromkeys(found["msg"] for found in errors if found["loc"][:depth] == path[:depth]))
     for theirs, ours in {r"\w+ should ": "", "a valid tuple": "a list", "a valid boolean": "true or false"}.items():
         wanted = re.sub(theirs, ours, wanted)
     return SettingsError(key, f"{key} should {wanted.replace('None', 'null')}, not {value!r}")
