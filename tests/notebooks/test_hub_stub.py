@@ -21,14 +21,14 @@ SHORTER = [
 LOAD = """
 import json
 from transformers.utils import logging
-from tinylora_lite.experiment.models import load_model
+from tinylora_lite.experiment.models import load_model, load_tokenizer
 from tinylora_lite.book.colab import hub_commit
 from tinylora_lite.tasks.datasets import load_task
 from tinylora_lite.sampling.rollouts import encode_prompts
 from tinylora_lite.experiment.settings import RunSettings
 
 logging.disable_progress_bar()
-model, tokenizer = load_model("Qwen/Qwen2.5-7B-Instruct")
+model, tokenizer = load_model("Qwen/Qwen2.5-7B-Instruct"), load_tokenizer("Qwen/Qwen2.5-7B-Instruct")
 task = load_task("gsm8k")
 ids, mask = encode_prompts(tokenizer, task, task.train[:2])
 text = "It's 123 eggs,\\n\\n na\\u00efve  \\u4f60\\u597d\\t<|im_end|>"
