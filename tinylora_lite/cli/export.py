@@ -16,6 +16,7 @@ from tinylora_lite.cli import shared
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from tinylora_lite.files.file_format import Precision
     from tinylora_lite.view.progress import Progress
 
 EXAMPLE = "tinylora export tinylora-demo/calibrated.tinylora --base nano --to lora --out calibrated-lora"
@@ -105,7 +106,7 @@ def _write_merged(
     adapter: tl.TinyLoraAdapter,
     base: Path,
     out: Path,
-    precision: str | None,
+    precision: Precision | None,
     progress: Progress,
 ) -> dict[str, Any]:
     """The base with the update inside, in place of the base in memory, which this process no longer needs."""
@@ -113,8 +114,7 @@ def _write_merged(
 
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError("the base is quantized, and a merged weight would not be; export --to lora")
-    dtypes = {str(name): dtype for name, dtype in DTYPES.items()}
-    dtype = dtypes[precision] if precision else model.get_parameter(f"{adapter.names[0]}.weight").dtype
+    dtype = DTYPES[precision] if precision else model.get_parameter(f"{adapter.names[0]}.weight").dtype
     progress.begin("measuring what the rounding takes")
     total = tl.merge_report(adapter, dtype).total
     progress.begin("merging", len(adapter.names))
@@ -164,7 +164,7 @@ def _serve(base: Path, out: Path, name: str, rank: int, is_nano: bool) -> str | 
     if "," in module or "=" in name:
         module = json.dumps({"name": name, "path": str(out.resolve())})
     command = ["vllm", "serve", str(base.resolve()), "--enable-lora", "--lora-modules", module]
-    command += ["--skip-tokenizer-init"] if is_nano else []
+    command += ["--skip-tokenizer-init", "--dtype", "float32"] if is_nano else []  # the dtype of its training
     if rank > VLLM_RANKS[0]:
         command += ["--max-lora-rank", str(next(allowed for allowed in VLLM_RANKS if allowed >= rank))]
     return shlex.join(command)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import Tensor
 
+    from tinylora_lite.files.file_format import Precision
     from tinylora_lite.files.merge import MergeEffect
 
 EXAMPLE = "tinylora inspect tinylora-demo/calibrated.tinylora --base nano"
@@ -30,8 +31,6 @@ VALUES = 1024
 
 SHOWN, FIRST = 64, 8
 """At most ``SHOWN`` values are printed; of longer lists of names, the ``FIRST`` ones."""
-
-FLAGS = "lost: less than half of the update is kept; noisy: the cosine is below 0.9"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,8 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.base:
             if found["kind"] not in (TINYLORA, PEFT_TINYLORA):
                 raise ValueError(f"{arguments.file} holds a {found['kind']} adapter; --base takes TinyLoRA adapters")
-            folder = shared.base_folder(arguments.base)
-            found |= _on_base(arguments.file, folder, arguments.basis, arguments.dtype or "bf16")
+            found |= _on_base(arguments, arguments.dtype or "bf16")
     if arguments.json:
         print(json.dumps(found))
         return
@@ -212,14 +210,15 @@ def _bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("adapter_*") if path.is_file())
 
 
-def _on_base(file: Path, folder: Path, basis: Path | None, precision: str) -> dict[str, Any]:
+def _on_base(arguments: argparse.Namespace, precision: Precision) -> dict[str, Any]:
+    """What a merge into the base would keep."""
     from tinylora_lite.files.file_format import DTYPES
     from tinylora_lite.view.progress import PlainProgress
 
-    progress = PlainProgress()
-    _model, adapter = shared.load_adapted(file, folder, basis, progress)
+    progress, folder = PlainProgress(), shared.base_folder(arguments.base)
+    _model, adapter = shared.load_adapted(arguments.file, folder, arguments.basis, progress)
     progress.begin(f"merging {len(adapter.names)} modules")
-    report = tl.merge_report(adapter, {str(name): dtype for name, dtype in DTYPES.items()}[precision])
+    report = tl.merge_report(adapter, DTYPES[precision])
     modules = {name: _effect(effect) for name, effect in report.modules.items()}
     return {
         "fits": True,  # or an error would have been raised
@@ -241,8 +240,12 @@ def _words(found: dict[str, Any]) -> Table:
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    base = found["base"]
+    base, (groups, u) = found["base"], found["vectors"]["shape"]
     checked = "; checksum verified" if "checksum" in found else ""
+    modules = found["modules"] or "as many as its target_modules name"
+    origin = [base["name"] or "no name"]
+    origin += [f"revision {base['revision']}"] if base["revision"] else []
+    origin += [f"trained in {base['dtype']}"] if base.get("dtype") else []
     rows = {
         "file": found["file"],
         "format": found.get("format", found["kind"]),
@@ -250,9 +253,9 @@ def _words(found: dict[str, Any]) -> Table:
         "size": f"{found['bytes']:,} bytes, settings and checksums included{checked}",
         "settings": _settings(found["settings"]),
         "directions": _directions(found),
-        "modules": _modules(found),
+        "modules": f"{modules}, driven by {groups} vector{'s'[: groups > 1]} of {u} parameter{'s'[: u > 1]}",
         "factors": _factors(found),
-        "base": _base(base),
+        "base": ", ".join(origin),
         "fingerprint": base.get("sha256"),
         "fits": found["merge"]["base"] if "merge" in found else None,
         "v": _values(found["vectors"]),
@@ -275,12 +278,6 @@ def _settings(settings: dict[str, Any]) -> str:
     return ", ".join(f"{name}={_short(value)}" for name, value in settings.items() if name != "projection")
 
 
-def _modules(found: dict[str, Any]) -> str:
-    groups, u = found["vectors"]["shape"]
-    count = f"{found['modules']}" if found["modules"] else "as many as its target_modules name"
-    return f"{count}, driven by {groups} vector{'s'[: groups > 1]} of {u} parameter{'s'[: u > 1]}"
-
-
 def _directions(found: dict[str, Any]) -> str:
     settings, basis = found["settings"], found.get("basis")
     if found["kind"] == PEFT_TINYLORA:
@@ -300,13 +297,6 @@ def _factors(found: dict[str, Any]) -> str:
     return f"stored, of {len(stored)} modules ({_short(stored)}); computed from the base, of the others"
 
 
-def _base(base: dict[str, Any]) -> str:
-    parts = [base["name"] or "no name"]
-    parts += [f"revision {base['revision']}"] if base["revision"] else []
-    parts += [f"trained in {base['dtype']}"] if base.get("dtype") else []
-    return ", ".join(parts)
-
-
 def _values(vectors: dict[str, Any]) -> str:
     groups, u = vectors["shape"]
     summary = f"norm {vectors['norm']:.4g}, from {vectors['smallest']:.4g} to {vectors['largest']:.4g}"
@@ -321,10 +311,9 @@ def _table(merge: dict[str, Any]) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(
-        title=f"A merge in {merge['dtype']}", title_justify="left", caption=FLAGS, caption_justify="left",
-        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_footer=True,
-    )  # fmt: skip
+    flags = "lost: less than half of the update is kept; noisy: the cosine is below 0.9"
+    table = Table(title=f"A merge in {merge['dtype']}", caption=flags, box=box.SIMPLE_HEAD, show_footer=True)
+    table.title_justify, table.caption_justify, table.padding = "left", "left", (0, 1, 0, 0)
     columns, total = ("changed", "kept", "cosine", "size"), merge["total"]
     table.add_column("module", "all", overflow="fold")
     for name in columns:
@@ -336,13 +325,11 @@ def _table(merge: dict[str, Any]) -> Table:
 
 
 def _verdict(merge: dict[str, Any]) -> str:
-    flagged = sum(effect["flag"] is not None for effect in merge["modules"].values())
-    if not flagged:
-        return f"A merge in {merge['dtype']} keeps the update in all {len(merge['modules'])} modules."
-    return (
-        f"A merge in {merge['dtype']} spoils the update in {flagged} of {len(merge['modules'])} modules; "
-        "tinylora export --to lora keeps all of it."
-    )
+    flags, merged = [effect["flag"] for effect in merge["modules"].values()], f"A merge in {merge['dtype']}"
+    spoilt = sum(flag is not None for flag in flags)
+    if not spoilt:
+        return f"{merged} keeps the update in all {len(flags)} modules."
+    return f"{merged} spoils the update in {spoilt} of {len(flags)} modules; tinylora export --to lora keeps all of it."
 
 
 def _number(value: float | None) -> str:

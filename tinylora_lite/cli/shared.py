@@ -112,7 +112,6 @@ def show_results(console: Console, progress: Progress) -> None:
     from tinylora_lite.view.progress import LiveProgress, score_table
 
     if isinstance(progress, LiveProgress):
-        progress.begin("done")
         console.print(progress)
     elif progress.scores:
         console.print(score_table(progress.scores))

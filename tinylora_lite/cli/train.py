@@ -50,11 +50,12 @@ def run(arguments: argparse.Namespace) -> None:
     from tinylora_lite.experiment.run import run_experiment
     from tinylora_lite.view.progress import progress_for
 
-    console = Console(quiet=distributed.rank() > 0)
-    with progress_for(console, plain=arguments.json or distributed.rank() > 0) as progress:
-        outcome = run_experiment(settings, progress=progress)
-    if distributed.rank() > 0:
+    if distributed.rank() > 0:  # the first process shows the progress and the result
+        run_experiment(settings)
         return
+    console = Console()
+    with progress_for(console, plain=arguments.json) as progress:
+        outcome = run_experiment(settings, progress=progress)
     if arguments.json:
         print(json.dumps(outcome.summary()))
         return

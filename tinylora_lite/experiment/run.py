@@ -104,7 +104,8 @@ def run_experiment(
         OSError: the model, the data or the folder cannot be read or written.
         ImportError: an extra is missing that the settings ask for.
     """
-    folder, progress, writes = Path(settings.folder), progress or Progress(), distributed.rank() == 0
+    folder, progress = Path(settings.folder), progress or Progress()
+    writes = distributed.rank() == 0
     _check_processes(settings, folder)
     folder.mkdir(parents=True, exist_ok=True)
     if writes and not (folder / "settings.yaml").exists():
@@ -125,14 +126,15 @@ def run_experiment(
             for name in settings.evaluation.tasks
         }
 
-    base, basis = test("base"), _basis(runner, task, settings)
+    base = test("base")
+    basis = _basis(runner, task, settings)
     runs, rates = settings.sweep(), {}
     for one in runs if len(runs) > 1 else ():
         with _trained(runner, task, one, basis, on_rollouts) as (_, run):
             kept = Path(one.folder) / "validation"
             score = runner.evaluate("validation", task, settings.evaluation, split="validation", folder=kept)
         rates[float(run.settings["learning_rate"])] = score
-        if settings.adapter.kind == "all" or settings.shard:  # the base is not what it was
+        if settings.adapter.kind == "all" or settings.shard:  # training changed the base itself
             del runner
             gc.collect()
             torch.cuda.empty_cache()

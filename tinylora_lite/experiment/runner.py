@@ -70,7 +70,7 @@ class Runner:
             settings: of a run.
             tokenizer: the base's.
             progress: see the class.
-            dtype: of the base, in place of the settings'; ``"auto"`` takes the checkpoint's.
+            dtype: of the base, in place of the settings'; ``"auto"`` as ``load_model`` takes it.
             device: of the base; ``None`` takes the GPU if there is one.
             weights: ``False`` loads no model, because a vLLM engine answers for the untouched base.
             max_model_len: tokens of the longest prompt and completion, for vLLM; ``None`` takes the model's own limit.
@@ -80,6 +80,8 @@ class Runner:
             ValueError, OSError, ImportError: as :func:`~tinylora_lite.experiment.models.load_model` and the samplers.
         """
         s, options, dtype = settings, settings.sampler, dtype or settings.dtype
+        if dtype == "auto" and is_nano(s.model):
+            dtype = "float32"  # as load_model does; vLLM would take the checkpoint's float16
         progress.begin(f"loading {s.model}")
         model = None
         if weights:
