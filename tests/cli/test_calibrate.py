@@ -17,6 +17,7 @@ def test_a_basis_of_the_nano_base(capsys, tmp_path):
     basis = tl.load_basis(out)
     assert result["fingerprint"] == basis.fingerprint()
     assert (result["directions"], result["rank"], result["problems"]) == (3, 2, 8)
+    assert len(result["spectrum"]) >= 3
     assert 3 <= result["informative"] <= 8
     model, _ = nano.load()
     adapter = tl.attach(model, tl.TinyLoraConfig(rank=2, u=3, n_tie="all", projection=basis))
@@ -24,6 +25,6 @@ def test_a_basis_of_the_nano_base(capsys, tmp_path):
 
 
 def test_a_folder_that_is_missing_is_said_before_the_work(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("tinylora_lite.experiment.models.load_model", None)
+    monkeypatch.setattr("tinylora_lite.experiment.runner.load_model", None)
     assert main(["calibrate", "nano", "--task", "nano", "--out", str(tmp_path / "none" / "b.safetensors")]) == 1
     assert "there is no folder" in capsys.readouterr().err

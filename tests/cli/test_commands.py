@@ -2,13 +2,14 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 
 import pytest
 
 import tinylora_lite as tl
-from tinylora_lite.cli import main
+from tinylora_lite.cli import COMMANDS, build_parser, main
 from tinylora_lite.planning.shapes import model_config
 
 
@@ -83,7 +84,7 @@ def test_a_model_of_ones_own(capsys, tmp_path):
         (["count", "nano", "--n-tie", "some"], 2, "--n-tie"),
         (["plan", "nano"], 2, "required: --budget"),
         (["plan", "nano", "--budget", "few"], 2, "--budget"),
-        (["plan", "nano", "--budget", "13", "--seed", "-1"], 2, "a seed is a whole number"),
+        (["plan", "nano", "--budget", "13", "--seed", "-1"], 2, "a seed is an integer"),
         (["count", "gpt-9"], 1, "no model named gpt-9"),
         (["count", "nano", "--u", "3"], 1, "--u belongs to one method"),
         (["count", "nano", "--u", "0"], 1, "--u belongs to one method"),
@@ -109,8 +110,8 @@ def test_mistakes_take_one_line(capsys, argv, code, reason):
 
 def test_a_terminal_that_lacks_the_characters():
     script = (
-        "import sys; from tinylora_lite import cli; cli.plan.run = lambda _: print('\\u28ff', 'done'); "
-        "sys.exit(cli.main(['plan', 'nano', '--budget', '13']))"
+        "import sys; from tinylora_lite.cli import main, plan; plan.run = lambda _: print('\\u28ff', 'done'); "
+        "sys.exit(main(['plan', 'nano', '--budget', '13']))"
     )
     environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
@@ -135,18 +136,50 @@ def test_interruption(capsys, monkeypatch):
     assert capsys.readouterr().err == "tinylora demo: stopped before the end\n"
 
 
-@pytest.mark.parametrize("command", ["demo", "count", "plan"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_holds_an_example_that_parses(capsys, command):
-    from tinylora_lite.cli import build_parser
-
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     out = capsys.readouterr().out
     assert stop.value.code == 0
     assert "--seed" in out
     assert "--json" in out
-    example = out.split("example:\n")[1].split()
-    assert build_parser().parse_args(example[1:]).command == command
+    example = shlex.split(out.split("example:\n")[1].split(">")[0])
+    assert build_parser(command).parse_args(example[1:]).command == command
+
+
+def test_help_lists_every_command(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    assert all(f" {name} {summary}" in out for name, (_, summary) in COMMANDS.items())
+
+
+LIGHT = """
+import json, os, sys
+from tinylora_lite.cli import main
+
+try:
+    main(sys.argv[1:])
+except SystemExit:
+    pass
+seconds = os.times().user + os.times().system
+print(json.dumps([seconds, [name for name in ("torch", "transformers") if name in sys.modules]]), file=sys.stderr)
+"""
+
+
+QUICK = ("calibrate", "demo", "eval", "export", "inspect", "lab", "serve", "train")
+
+
+@pytest.mark.parametrize(
+    ("words", "most"), [(["--version"], 0.5), (["--help"], 1.0), *(([name, "--help"], 1.0) for name in QUICK)]
+)
+def test_what_needs_no_torch_does_not_wait_for_it(words, most):
+    done = subprocess.run([sys.executable, "-c", LIGHT, *words], capture_output=True, text=True, check=True)
+    seconds, heavy = json.loads(done.stderr)
+    assert heavy == []
+    assert seconds < 2 * most, "of the processor; twice the target, for a busy machine"
 
 
 def test_as_a_module():

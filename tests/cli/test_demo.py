@@ -10,9 +10,10 @@ from rich.console import Console
 
 import tinylora_lite as tl
 from tinylora_lite import nano
+from tinylora_lite.adapter.adapter import adapter_of
 from tinylora_lite.adapter.tying import find_sites
 from tinylora_lite.cli import demo, main
-from tinylora_lite.cli.report import report
+from tinylora_lite.experiment import runner
 from tinylora_lite.files import adapter_file as files
 
 
@@ -75,12 +76,12 @@ def test_the_seed_decides(tmp_path):
 
 
 def test_calibrating_anew(capsys, tmp_path, monkeypatch, basis):
-    def calibrate(model, tokenizer, task, *, rank, directions, seed, max_new_tokens, progress):
+    def calibrate(model, tokenizer, task, *, rank, directions, seed, max_new_tokens, progress, sampler):
         progress(1, 2)
         assert (rank, directions, seed) == (8, 13, 5)
         return tl.Basis(basis.directions.flip(0), basis.names)
 
-    monkeypatch.setattr(demo, "calibrate_basis", calibrate)
+    monkeypatch.setattr(runner, "calibrate", calibrate)
     result, progress = run(capsys, tmp_path, "--calibrate", "--seed", "5")
     assert "calibrating a basis" in progress
     # Found beside the adapter, without being named.
@@ -92,32 +93,32 @@ def test_calibrating_anew(capsys, tmp_path, monkeypatch, basis):
 def test_in_words(capsys, tmp_path):
     assert main(["demo", "--steps", "1", "--problems", "4", "--folder", str(tmp_path)]) == 0
     captured = capsys.readouterr()
-    for text in ("pass@1", "test problem 3", "13 numbers, 26 bytes", "calibrated.tinylora"):
+    for text in ("pass@1", "test problem 3", "13 parameters, 26 bytes", "calibrated.tinylora"):
         assert text in captured.out
-    assert "training: random P" in captured.err
+    assert "training: random\n" in captured.err
 
 
 def test_the_report_fits(tmp_path):
     made = demo.run_demo(steps=1, problems=4, folder=tmp_path)
     for width in (60, 120):
         console = Console(record=True, width=width, file=io.StringIO())
-        console.print(report(made))
+        console.print(demo.report(made))
         text = console.export_text()
         assert max(map(len, text.splitlines())) <= width
         assert made.base.completions[0].prompt.split()[0] in text
 
 
 def test_an_error_leaves_no_adapter_on_the_model(tmp_path, monkeypatch):
-    model, tokenizer = nano.load()
-    monkeypatch.setattr(nano, "load", lambda: (model, tokenizer))
-    monkeypatch.setattr(demo, "save", lambda adapter, file: 1 / 0)
+    model, _ = nano.load()
+    monkeypatch.setattr(runner, "load_model", lambda *args, **options: model)
+    monkeypatch.setattr(tl, "save", lambda adapter, file: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         demo.run_demo(steps=1, problems=1, folder=tmp_path)
-    assert tl.adapter.adapter_of(model) is None
+    assert adapter_of(model) is None
 
 
 def test_a_folder_that_cannot_be_made_is_noticed_before_training(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "train_grpo", lambda *args, **options: pytest.fail("it has begun to train"))
+    monkeypatch.setattr(runner, "train_grpo", lambda *args, **options: pytest.fail("it has begun to train"))
     (tmp_path / "taken").touch()
     assert main(["demo", "--folder", str(tmp_path / "taken")]) == 1
     assert str(tmp_path / "taken") in capsys.readouterr().err

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import tinylora_lite as tl
 from tinylora_lite import nano
 from tinylora_lite.adapter.tying import find_sites
-from tinylora_lite.cli import bases, build_parser, main
+from tinylora_lite.cli import main, shared
 
 TOKENS = torch.arange(2, 26).reshape(2, 12)
 
@@ -220,7 +220,7 @@ def test_vllm_is_told_of_a_rank_above_its_default(capsys, base, tmp_path):
 def test_in_words(capsys, base, file, tmp_path):
     assert main(["export", str(file), "--base", str(base), "--to", "merged", "--out", str(tmp_path / "out")]) == 0
     captured = capsys.readouterr()
-    for text in ("a checkpoint that needs no adapter, 12 numbers on 14 modules", "model.safetensors", "100.0%"):
+    for text in ("a checkpoint that needs no adapter, 12 parameters on 14 modules", "model.safetensors", "100.0%"):
         assert text in captured.out
     steps = [line.partition("] ")[2] for line in captured.err.splitlines()]
     assert steps[:2] == ["loading the base", "attaching the adapter"]
@@ -232,8 +232,10 @@ def test_the_nano_base(capsys, tmp_path):
     adapter = filled(tl.attach(model, tl.plan(model, 13)), 0.02)
     file = tl.save(adapter, tmp_path / "a.tinylora", dtype="fp32")
     lora = exported(capsys, file, "--base", "nano", "--to", "lora", "--out", tmp_path / "lora")
-    assert (lora["modules"], lora["serve"]) == (49, None)
-    assert "vLLM does not serve the nano base" in lora["note"]
+    assert lora["modules"] == 49
+    assert shlex.split(lora["serve"])[:3] == ["vllm", "serve", str((nano.CHECKPOINTS / nano.BASE).resolve())]
+    assert "--skip-tokenizer-init" in lora["serve"], "AutoTokenizer would take Qwen2's own"
+    assert "PreTrainedTokenizerFast" in lora["note"]
     merged = exported(capsys, file, "--base", "nano", "--to", "merged", "--out", tmp_path / "merged")
     assert close(logits(loaded(tmp_path / "merged")), logits(model))
     question = nano.task().test[0].prompt
@@ -255,7 +257,7 @@ def test_a_warning_takes_one_line(capsys, base, tmp_path):
 
 @pytest.mark.parametrize("kind", ["lora", "peft", "merged"])
 def test_what_is_there_stays_and_nothing_is_loaded_for_it(capsys, monkeypatch, base, file, tmp_path, kind):
-    monkeypatch.setattr(bases, "load_adapted", lambda *args: pytest.fail("it has begun to load"))
+    monkeypatch.setattr(shared, "load_adapted", lambda *args: pytest.fail("it has begun to load"))
     (tmp_path / "file").write_text("notes", encoding="utf-8")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("notes", encoding="utf-8")
@@ -307,14 +309,14 @@ def test_a_weight_that_two_modules_share_is_not_merged(capsys, make_model, tmp_p
 
 
 def test_a_quantized_base_is_not_merged(capsys, monkeypatch, base, file, tmp_path):
-    load = bases.load_adapted
+    load = shared.load_adapted
 
     def quantized(*args):
-        found = load(*args)
-        found.model.hf_quantizer = object()
-        return found
+        model, adapter = load(*args)
+        model.hf_quantizer = object()
+        return model, adapter
 
-    monkeypatch.setattr(bases, "load_adapted", quantized)
+    monkeypatch.setattr(shared, "load_adapted", quantized)
     call = (file, "--base", base, "--to", "merged", "--out", tmp_path / "out")
     assert "the base is quantized" in refused(capsys, *call)
 
@@ -342,12 +344,3 @@ def test_what_must_be_said(capsys, missing):
     assert stop.value.code == 2
     assert f"required: {missing}" in captured.err
     assert captured.err.count("\n") == 1
-
-
-def test_help_holds_an_example_that_parses(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["export", "--help"])
-    out = capsys.readouterr().out
-    assert stop.value.code == 0
-    assert all(option in out for option in ("--seed", "--json", "--base", "--basis", "--to", "--out", "--dtype"))
-    assert build_parser().parse_args(out.split("example:\n")[1].split()[1:]).command == "export"

@@ -44,7 +44,7 @@ def test_plain_lines_and_a_report(file, capsys):
     printed = capsys.readouterr()
     assert "testing: nano, base" in printed.err
     assert "grpo, rate 0.01: step 1 of 1" in printed.err
-    assert "49 numbers" in printed.out
+    assert "49 parameters" in printed.out
 
 
 def test_a_preset(capsys, tmp_path):
@@ -78,5 +78,7 @@ def test_the_server_of_a_settings_file(file, capsys):
     for option, value in [("--model", "some/folder"), ("--port", "8123"), ("--dtype", "bfloat16")]:
         assert words[words.index(option) + 1] == value
     assert int(words[words.index("--max-model-len") + 1]) == 1024 + nano.MAX_NEW_TOKENS
-    assert main(["serve", str(file)]) == 1
-    assert "vLLM takes the basis beside the nano base for weights" in capsys.readouterr().err
+    assert main(["serve", str(file), "--json"]) == 0
+    command = result(capsys)["command"]
+    assert command[command.index("--model") + 1] == str(nano.CHECKPOINTS / nano.BASE)
+    assert "--skip-tokenizer-init" in command, "vLLM would read the nano tokenizer as Qwen2's own"

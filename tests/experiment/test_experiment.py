@@ -8,7 +8,9 @@ import torch
 import tinylora_lite as tl
 from tinylora_lite import nano
 from tinylora_lite.evaluation.score import Score
-from tinylora_lite.experiment.run import Workbench, run_experiment
+from tinylora_lite.experiment import runner
+from tinylora_lite.experiment.models import load_model, load_tokenizer
+from tinylora_lite.experiment.run import run_experiment, short_prompts
 from tinylora_lite.experiment.settings import RunSettings
 from tinylora_lite.utils.record import Run
 from tinylora_lite.view.progress import Progress
@@ -120,7 +122,7 @@ def test_all_weights(tmp_path, learning_rates):
         )
     )
     assert outcome.run.parameters == sum(p.numel() for p in nano.load()[0].parameters())
-    trained = Workbench(settings(tmp_path / "x", model=str(tmp_path / "model"))).model
+    trained = load_model(str(tmp_path / "model"), dtype="float32")
     base = nano.load()[0]
     moved = max((a - b).abs().max().item() for a, b in zip(base.parameters(), trained.parameters(), strict=True))
     rate = outcome.run.settings["learning_rate"]
@@ -150,12 +152,17 @@ def test_a_new_basis_is_made_once(tmp_path):
     assert torch.allclose(loaded, torch.tensor([one.vectors]), rtol=2**-8, atol=0)
 
 
-def test_prompts_that_are_too_long_are_left_out(tmp_path):
-    bench = Workbench(settings(tmp_path, max_prompt_tokens=40))
-    whole = nano.task().train
-    kept = bench.task.train
-    assert 0 < len(kept) < len(whole)
-    ids = bench.tokenizer.apply_chat_template(bench.task.messages(kept[0]), add_generation_prompt=True)
+def test_prompts_that_are_too_long_are_left_out():
+    tokenizer, whole = load_tokenizer("nano"), nano.task()
+    task = short_prompts(whole, tokenizer, 40)
+    assert 0 < len(task.train) < len(whole.train)
+    assert 0 < len(task.validation) < len(whole.validation)
+    assert task.test == whole.test
+    ids = tokenizer.apply_chat_template(task.messages(task.train[0]), add_generation_prompt=True)
     assert len(ids["input_ids"] if not isinstance(ids, list) else ids) <= 40
+
+
+def test_prompts_that_are_all_too_long_are_noticed_before_the_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "load_model", lambda *args, **options: pytest.fail("it has begun to load"))
     with pytest.raises(ValueError, match="no training problem of nano fits max_prompt_tokens=3; raise it"):
-        _ = Workbench(settings(tmp_path, max_prompt_tokens=3)).task
+        run_experiment(settings(tmp_path, max_prompt_tokens=3))

@@ -5,24 +5,28 @@ import copy
 import pytest
 import torch
 
-from tinylora_lite.experiment.models import default_device, load_model
+from tinylora_lite import nano
+from tinylora_lite.experiment.models import default_device, load_model, load_tokenizer
 
 
 def test_the_nano_base():
-    model, tokenizer = load_model("nano", dtype="float32")
+    model, shipped = load_model("nano", dtype="float32"), nano.load()
     assert (model.dtype, model.device, model.training) == (torch.float32, default_device(), False)
-    assert tokenizer.pad_token_id is not None
-    assert load_model("nano")[0].dtype == torch.bfloat16
+    assert all(torch.equal(a, b) for a, b in zip(shipped[0].parameters(), model.parameters(), strict=True))
+    text = nano.task().test[0].prompt
+    assert load_tokenizer("nano")(text).input_ids == shipped[1](text).input_ids
+    assert load_model("nano").dtype == torch.bfloat16
+    assert load_model("nano", dtype="auto").dtype == torch.float32
 
 
 def test_a_folder(make_model, tokenizer, tmp_path):
     model = make_model()
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    found, its_tokenizer = load_model(str(tmp_path), dtype="float32", device="cpu")
+    found = load_model(str(tmp_path), dtype="float32", device="cpu")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), found.parameters(), strict=True))
     text = "ann has 3 and then ?"
-    assert its_tokenizer(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert load_tokenizer(str(tmp_path))(text)["input_ids"] == tokenizer(text)["input_ids"]
 
 
 def test_a_tokenizer_without_a_pad_token_gets_one(make_model, tokenizer, tmp_path):
@@ -30,8 +34,7 @@ def test_a_tokenizer_without_a_pad_token_gets_one(make_model, tokenizer, tmp_pat
     bare = copy.deepcopy(tokenizer)  # the fixture is everybody's
     bare.pad_token = None
     bare.save_pretrained(tmp_path)
-    _, found = load_model(str(tmp_path), dtype="float32")
-    assert found.pad_token_id == tokenizer.eos_token_id
+    assert load_tokenizer(str(tmp_path)).pad_token_id == tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize(
@@ -46,14 +49,23 @@ def test_what_cannot_be(name, options, message):
         load_model(name, **options)
 
 
-def test_an_empty_folder(tmp_path):
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+def test_an_empty_folder(load, tmp_path):
     with pytest.raises(OSError, match=r"holds no config.json; give the folder of a transformers checkpoint"):
+        load(str(tmp_path))
+
+
+def test_a_damaged_checkpoint(make_model, tmp_path):
+    make_model().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"notes")
+    with pytest.raises(OSError, match="holds no checkpoint that transformers can load"):
         load_model(str(tmp_path))
 
 
-def test_a_name_that_nobody_knows(monkeypatch):
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+def test_a_name_that_nobody_knows(load, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
         OSError, match=r"no model nobody/has-this: it is no folder here.*or give the folder of a checkpoint"
     ):
-        load_model("nobody/has-this")
+        load("nobody/has-this")

@@ -23,12 +23,12 @@ import json
 from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 from transformers.utils import logging
-from tinylora_lite.experiment.models import load_model
+from tinylora_lite.experiment.models import load_model, load_tokenizer
 from tinylora_lite.tasks.datasets import load_task
 from tinylora_lite.sampling.rollouts import encode_prompts
 
 logging.disable_progress_bar()
-model, tokenizer = load_model("Qwen/Qwen2.5-7B-Instruct")
+model, tokenizer = load_model("Qwen/Qwen2.5-7B-Instruct"), load_tokenizer("Qwen/Qwen2.5-7B-Instruct")
 task = load_task("gsm8k")
 ids, mask = encode_prompts(tokenizer, task, task.train[:2])
 text = "It's 123 eggs,\\n\\n na\\u00efve  \\u4f60\\u597d\\t<|im_end|>"

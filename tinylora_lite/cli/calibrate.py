@@ -1,7 +1,7 @@
 """Make a basis of calibrated directions: policy gradients of a few hundred problems, in one pass.
 
-The basis is made once for a base and a task, and shared; adapters on it hold only their numbers. This is the project's
-own method: the paper draws its directions at random.
+The basis is made once for a base and a task, and shared; adapters on it hold only their parameters. This is the
+project's own method: the paper draws its directions at random.
 """
 
 from __future__ import annotations
@@ -11,9 +11,6 @@ import json
 import time
 from pathlib import Path
 
-from tinylora_lite.utils.progress import progress_bar
-
-HELP = "make a basis of directions from policy gradients"
 EXAMPLE = "tinylora calibrate nano --task nano --directions 13 --out basis.safetensors"
 SEED_HELP = "of the choice of problems and of the sampling"
 
@@ -37,65 +34,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Calibrates and writes the basis; prints where it is and how much of the gradients it holds, or JSON."""
+    """Calibrates and writes the basis; prints where it is and how many problems informed it, or JSON."""
+    from rich.console import Console
     from transformers.utils import logging
 
-    from tinylora_lite.experiment.models import load_model
+    from tinylora_lite.experiment.models import is_nano, load_tokenizer
     from tinylora_lite.experiment.run import task_named
+    from tinylora_lite.experiment.runner import Runner
     from tinylora_lite.experiment.settings import RunSettings
-    from tinylora_lite.files.basis import save_basis
-    from tinylora_lite.training.calibrate import calibrate
+    from tinylora_lite.view.progress import progress_for
 
+    a = arguments
     logging.disable_progress_bar()
     started = time.perf_counter()
-    if not arguments.out.absolute().parent.is_dir():  # before an hour of work, not after it
-        raise FileNotFoundError(f"there is no folder {arguments.out.absolute().parent} to write to")
-    task = task_named(arguments.task, RunSettings(model=arguments.model, task=arguments.task, data=arguments.data))
-    dtype = "float32" if arguments.model == "nano" else arguments.dtype
-    model, tokenizer = load_model(arguments.model, dtype=dtype, revision=arguments.revision)
-    if arguments.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    with progress_bar("calibrating", arguments.problems) as advance:
-        done = 0
-
-        def progress(now: int, _total: int) -> None:
-            nonlocal done
-            for _ in range(now - done):
-                advance("")
-            done = now
-
-        basis = calibrate(
-            model,
-            tokenizer,
-            task,
-            rank=arguments.rank,
-            directions=arguments.directions,
-            seed=arguments.seed,
-            problems=arguments.problems,
-            group_size=arguments.group_size,
-            looks=arguments.looks,
-            max_new_tokens=arguments.max_new_tokens,
-            micro_batch=arguments.micro_batch,
-            progress=progress,
-        )
-    save_basis(basis, arguments.out)
-    found = basis.provenance
+    if not a.out.absolute().parent.is_dir():  # before an hour of work, not after it
+        raise FileNotFoundError(f"there is no folder {a.out.absolute().parent} to write to")
+    settings = RunSettings(
+        model=a.model,
+        task=a.task,
+        data=a.data,
+        revision=a.revision,
+        dtype="float32" if is_nano(a.model) else a.dtype,
+        gradient_checkpointing=a.checkpointing,
+    )
+    task = task_named(a.task, settings)
+    names = ("rank", "directions", "seed", "problems", "group_size", "looks", "max_new_tokens", "micro_batch")
+    with progress_for(Console(stderr=True)) as progress:
+        runner = Runner.open(settings, load_tokenizer(a.model, a.revision), progress)
+        basis = runner.calibrate(task, a.out, **{name: getattr(a, name) for name in names})
     result = {
-        "file": str(arguments.out),
-        "bytes": arguments.out.stat().st_size,
+        "file": str(a.out),
+        "bytes": a.out.stat().st_size,
         "fingerprint": basis.fingerprint(),
         "rank": basis.rank,
         "directions": len(basis.directions),
-        "problems": found["problems"],
-        "informative": found["informative"],
-        "spectrum": found["spectrum"],
+        **{name: basis.provenance[name] for name in ("problems", "informative", "spectrum")},
         "seconds": round(time.perf_counter() - started, 1),
     }
-    if arguments.json:
+    if a.json:
         print(json.dumps(result))
         return
     print(
         f"{result['directions']} directions of rank {result['rank']} from {result['informative']} of "
         f"{result['problems']} problems, {result['bytes']:,} bytes, {result['seconds']:.0f} seconds:\n"
-        f"{arguments.out.resolve()}"
+        f"{a.out.resolve()}"
     )

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
     from tinylora_lite.planning.counting import Method
 
-HELP = "count the parameters that a method trains on a model"
 EXAMPLE = "tinylora count qwen2.5-7b --method tinylora --u 1 --n-tie 16"
 SEED_HELP = "taken by every command; no count depends on it"
 

@@ -1,6 +1,6 @@
 """See TinyLoRA work on this machine, in about three minutes and without a network.
 
-Two adapters of 13 numbers are trained by GRPO on a small model that comes with the library: one with the paper's
+Two adapters of 13 parameters are trained by GRPO on a small model that comes with the library: one with the paper's
 random projections, and one whose projections were calibrated (this project's own method).
 """
 
@@ -9,36 +9,23 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
-from tinylora_lite import nano
-from tinylora_lite.adapter.adapter import attach
-from tinylora_lite.adapter.config import TinyLoraConfig
-from tinylora_lite.adapter.projection import Basis
-from tinylora_lite.cli.report import report
-from tinylora_lite.evaluation.evaluate import evaluate
-from tinylora_lite.evaluation.score import Completion, Score
-from tinylora_lite.files.adapter_file import save
-from tinylora_lite.files.basis import save_basis
-from tinylora_lite.planning.counting import plan
-from tinylora_lite.training.calibrate import calibrate as calibrate_basis
-from tinylora_lite.training.grpo import train_grpo
-from tinylora_lite.training.settings import GRPOSettings
-from tinylora_lite.utils.record import Run
-from tinylora_lite.view.progress import LiveProgress, Progress, progress_for, score_table
+import tinylora_lite as tl
+from tinylora_lite.cli.shared import show_results
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from rich.table import Table
 
-HELP = "train 13 numbers on a small model and see what they change"
+    from tinylora_lite.evaluation.score import Completion
+    from tinylora_lite.view.progress import Progress
+
 EXAMPLE = "tinylora demo"
 SEED_HELP = "of the random projections, the order of problems and the sampling"
 
-NUMBERS = 13
+PARAMETERS = 13
 STEPS = 30
 PROMPTS = 32
 GROUP_SIZE = 8
@@ -50,23 +37,22 @@ FOLDER = Path("tinylora-demo")
 
 @dataclass(frozen=True)
 class Trained:
-    """One trained adapter: how it was trained, what it scores, its numbers, and its file."""
+    """One trained adapter: how it was trained, its score, its vectors, and its file."""
 
-    parameters: int
-    run: Run
-    score: Score
+    run: tl.Run
+    score: tl.Score
     vectors: tuple[float, ...]
     file: Path
 
     @property
     def payload_bytes(self) -> int:
-        """Of the numbers alone, as bfloat16."""
-        return 2 * self.parameters
+        """Of the trained parameters alone, as bfloat16."""
+        return 2 * len(self.vectors)
 
     def summary(self) -> dict[str, Any]:
         """What the command prints as JSON."""
         return {
-            "parameters": self.parameters,
+            "parameters": len(self.vectors),
             "trained": self.score.summary(),
             "file": str(self.file),
             "bytes": self.file.stat().st_size,
@@ -76,9 +62,9 @@ class Trained:
 
 @dataclass(frozen=True)
 class Demo:
-    """What came out: the base's score, the two adapters, and the seconds from start to end."""
+    """The result: the base's score, the two adapters, and the seconds from start to end."""
 
-    base: Score
+    base: tl.Score
     random: Trained
     calibrated: Trained
     seconds: float
@@ -100,21 +86,19 @@ class Demo:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``tinylora demo``."""
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"of training, for each adapter (default: {STEPS})")
-    parser.add_argument(
-        "--problems", type=int, default=TEST_PROBLEMS, help=f"of the test set (default: {TEST_PROBLEMS})"
-    )
-    parser.add_argument(
-        "--calibrate",
-        action="store_true",
-        help="make the calibrated basis anew, not take the shipped one",
-    )
-    parser.add_argument("--folder", type=Path, default=FOLDER, help=f"where the files go (default: {FOLDER})")
+    add = parser.add_argument
+    add("--steps", type=int, default=STEPS, help=f"of training, for each adapter (default: {STEPS})")
+    add("--problems", type=int, default=TEST_PROBLEMS, help=f"of the test set (default: {TEST_PROBLEMS})")
+    add("--calibrate", action="store_true", help="make the calibrated basis anew, not take the shipped one")
+    add("--folder", type=Path, default=FOLDER, help=f"where the files go (default: {FOLDER})")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Shows the progress while it runs and a report at the end, or JSON."""
+    from rich.console import Console
     from transformers.utils import logging
+
+    from tinylora_lite.view.progress import progress_for
 
     logging.disable_progress_bar()
     console = Console()
@@ -130,10 +114,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(demo.summary()))
         return
-    if isinstance(progress, LiveProgress):
-        console.print(progress)
-    else:
-        console.print(score_table(progress.scores))
+    show_results(console, progress)
     console.print(report(demo))
 
 
@@ -146,7 +127,7 @@ def run_demo(
     folder: str | Path = FOLDER,
     progress: Progress | None = None,
 ) -> Demo:
-    """Trains 13 numbers with random and with calibrated projections on the nano base, and evaluates before and after.
+    """Trains 13 parameters with random and with calibrated projections on the nano base, and evaluates all three.
 
     Args:
         steps: of GRPO for each adapter, ``PROMPTS · GROUP_SIZE`` completions each.
@@ -155,97 +136,80 @@ def run_demo(
         calibrate: makes the basis anew, from training problems, instead of taking the one that is shipped.
         folder: where the adapters (``random.tinylora``, ``calibrated.tinylora``), the records of the runs and a new
             basis are written.
-        progress: where to show how far it is; ``None`` shows nothing.
+        progress: where progress is shown; ``None`` shows nothing.
 
     Raises:
         ValueError: ``steps`` or ``problems`` is below 1.
         OSError: ``folder`` cannot be made or written, or the basis that should be shipped is missing.
     """
+    from tinylora_lite import nano
+    from tinylora_lite.experiment.models import load_tokenizer
+    from tinylora_lite.experiment.runner import Runner
+    from tinylora_lite.experiment.settings import EvaluationSettings, RunSettings
+    from tinylora_lite.view.progress import Progress
+
     if problems < 1:
         raise ValueError(f"problems must be at least 1, not {problems}")
-    settings = {
-        name: GRPOSettings(
-            steps=steps,
-            prompts_per_step=PROMPTS,
-            group_size=GROUP_SIZE,
-            max_new_tokens=nano.MAX_NEW_TOKENS,
-            learning_rate=rate,
-            schedule="linear",
-            seed=seed,
-        )
-        for name, rate in LEARNING_RATES.items()
-    }
-    folder, progress = Path(folder), progress or Progress()
+    training = tl.GRPOSettings(
+        steps=steps,
+        prompts_per_step=PROMPTS,
+        group_size=GROUP_SIZE,
+        max_new_tokens=nano.MAX_NEW_TOKENS,
+        schedule="linear",
+        seed=seed,
+    )
+    folder, progress, task = Path(folder), progress or Progress(), nano.task()
     folder.mkdir(parents=True, exist_ok=True)  # fails now rather than after a minute of training
     progress.steps = steps
     started = time.perf_counter()
-    progress.begin("loading the model")
-    model, tokenizer = nano.load()
-    world = _World(model, tokenizer, folder, problems, seed, progress)
-    basis = world.calibrate() if calibrate else nano.basis()
-    base = world.evaluate("base")
+    settings = RunSettings(model="nano", task="nano", dtype="float32")
+    runner = Runner.open(settings, load_tokenizer("nano"), progress, device="cpu")
+    if calibrate:
+        options = {"rank": BASIS_RANK, "directions": PARAMETERS, "seed": seed, "max_new_tokens": nano.MAX_NEW_TOKENS}
+        basis = runner.calibrate(task, folder / "basis.safetensors", **options)  # tl.load looks beside the adapter
+    else:
+        basis = nano.basis()
+    testing = EvaluationSettings(problems=problems, temperature=1.0, max_new_tokens=nano.MAX_NEW_TOKENS)
+    base = runner.evaluate("base", task, testing, seed=seed)
     configs = {
-        "random": plan(model, NUMBERS, seed=seed),
-        "calibrated": TinyLoraConfig(rank=basis.rank, u=NUMBERS, n_tie="all", seed=seed, projection=basis),
+        "random": tl.plan(runner.base, PARAMETERS, seed=seed),
+        "calibrated": tl.TinyLoraConfig(rank=basis.rank, u=PARAMETERS, n_tie="all", seed=seed, projection=basis),
     }
-    trained = {name: world.train(name, configs[name], settings[name]) for name in configs}
+    trained = {}
+    for name, config in configs.items():
+        adapter = tl.attach(runner.base, config)
+        try:
+            record = runner.train(name, task, adapter, replace(training, learning_rate=LEARNING_RATES[name]))
+            record.save(folder / f"{name}.run.json")
+            score = runner.evaluate(name, task, testing, seed=seed)
+            file = tl.save(adapter, folder / f"{name}.tinylora").resolve()
+            trained[name] = Trained(record, score, tuple(adapter.vectors.flatten().tolist()), file)
+        finally:
+            adapter.detach()
     return Demo(base, trained["random"], trained["calibrated"], time.perf_counter() - started)
 
 
-@dataclass(frozen=True)
-class _World:
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerFast
-    folder: Path
-    problems: int
-    seed: int
-    progress: Progress
+def report(demo: Demo) -> Table:
+    """Three problems with their answers, and where the files are."""
+    from rich.table import Table
+    from rich.text import Text
 
-    def calibrate(self) -> Basis:
-        self.progress.begin("calibrating a basis")
-        basis = calibrate_basis(
-            self.model,
-            self.tokenizer,
-            nano.task(),
-            rank=BASIS_RANK,
-            directions=NUMBERS,
-            seed=self.seed,
-            max_new_tokens=nano.MAX_NEW_TOKENS,
-            progress=self.progress.advance,
+    report = Table.grid()
+    for number, answers in enumerate(demo.examples(), start=1):
+        lines = Table.grid(padding=(0, 1, 0, 0))
+        lines.add_column(no_wrap=True)
+        lines.add_row(f"test problem {number}", Text(answers[0].prompt, "italic"))
+        for name, answer in zip(("base", "random", "calibrated"), answers, strict=True):
+            verdict = "right" if answer.reward else "wrong"
+            lines.add_row(name, Text(f"{answer.text or '(nothing)'}  [{verdict}]", "" if answer.reward else "dim"))
+        report.add_row("")
+        report.add_row(lines)
+    report.add_row("")
+    for name, trained in (("random", demo.random), ("calibrated", demo.calibrated)):
+        size = trained.file.stat().st_size
+        report.add_row(
+            f"{name}: {len(trained.vectors)} parameters, {trained.payload_bytes} bytes, in a file of {size:,} bytes:\n"
+            f"  {trained.file}"
         )
-        # Beside the adapter, where tl.load looks for it.
-        save_basis(basis, self.folder / "basis.safetensors")
-        return basis
-
-    def evaluate(self, name: str) -> Score:
-        self.progress.begin(f"testing: {name}", self.problems)
-        score = evaluate(
-            self.model,
-            self.tokenizer,
-            nano.task(),
-            problems=self.problems,
-            max_new_tokens=nano.MAX_NEW_TOKENS,
-            seed=self.seed,
-            progress=self.progress.advance,
-        )
-        self.progress.scored(name, score)
-        return score
-
-    def train(self, name: str, config: TinyLoraConfig, settings: GRPOSettings) -> Trained:
-        adapter = attach(self.model, config)
-        try:
-            self.progress.begin(f"training: {name} P", settings.steps)
-
-            def on_step(run: Run) -> None:
-                self.progress.step(name, run.curve(), adapter.vectors.flatten().tolist())
-
-            record = train_grpo(
-                self.model, self.tokenizer, adapter, nano.task(), settings, on_step=on_step, progress=False
-            )
-            record.save(self.folder / f"{name}.run.json")
-            score = self.evaluate(name)
-            file = save(adapter, self.folder / f"{name}.tinylora").resolve()
-            vectors = tuple(adapter.vectors.flatten().tolist())
-            return Trained(adapter.num_parameters, record, score, vectors, file)
-        finally:
-            adapter.detach()
+    report.add_row(f"{demo.seconds:.0f} seconds in all")
+    return report

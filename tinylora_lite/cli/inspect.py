@@ -1,4 +1,4 @@
-"""What an adapter file is, and what a merge into its base would make of it."""
+"""Describe an adapter file, and what a merge into its base would make of it."""
 
 from __future__ import annotations
 
@@ -7,48 +7,51 @@ import json
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+import tinylora_lite as tl
+from tinylora_lite.cli import shared
 
-from tinylora_lite.cli import bases
-from tinylora_lite.cli.describe import PEFT_TINYLORA, TINYLORA, describe
-from tinylora_lite.files.file_format import DTYPES, Precision
-from tinylora_lite.files.merge import MergeEffect, merge_report
-from tinylora_lite.view.progress import PlainProgress
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
-HELP = "say what an adapter file is, and what a merge would make of it"
+    from rich.table import Table
+    from torch import Tensor
+
+    from tinylora_lite.files.file_format import Precision
+    from tinylora_lite.files.merge import MergeEffect
+
 EXAMPLE = "tinylora inspect tinylora-demo/calibrated.tinylora --base nano"
 SEED_HELP = "taken by every command; nothing that is shown depends on it"
 
-SHOWN = 64
-"""So many numbers are written out; of more, the first ones and a summary."""
-FIRST = 8
+TINYLORA, PEFT_TINYLORA = "tinylora", "PEFT TINYLORA"
+PEFT_SETTINGS = ("r", "u", "weight_tying", "projection_seed", "save_projection", "target_modules", "peft_version")
+VALUES = 1024
+"""A description holds at most this many values of v; of more, only their norm and extremes."""
 
-FLAGS = "lost: less than half of the update is kept; noisy: the cosine is below 0.9"
+SHOWN, FIRST = 64, 8
+"""At most ``SHOWN`` values are printed; of longer lists of names, the ``FIRST`` ones."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``tinylora inspect``."""
-    bases.add_file_arguments(parser)
-    parser.add_argument("--base", help=f"{bases.HELP}; shows whether it fits, and what a merge into it keeps")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="of the merged weights, with --base (default: bf16)")
+    shared.add_file_arguments(parser)
+    parser.add_argument("--base", help=f"{shared.BASE_HELP}; shows whether it fits, and what a merge into it keeps")
+    parser.add_argument("--dtype", choices=shared.PRECISIONS, help="of the merged weights, with --base (default: bf16)")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Prints what there is in words and, with a base, a table of the merge; or JSON."""
+    """Prints the description in words and, with a base, a table of the merge; or JSON."""
+    from rich.console import Console
+
     if arguments.dtype and not arguments.base:
         raise ValueError("--dtype is of a merge; say into which base with --base")
-    with bases.told_warnings():
+    with shared.told_warnings():
         found = describe(arguments.file, arguments.basis)
         if arguments.base:
             if found["kind"] not in (TINYLORA, PEFT_TINYLORA):
                 raise ValueError(f"{arguments.file} holds a {found['kind']} adapter; --base takes TinyLoRA adapters")
-            folder = bases.base_folder(arguments.base)
-            found |= _on_base(arguments.file, folder, arguments.basis, arguments.dtype or "bf16")
+            found |= _on_base(arguments, arguments.dtype or "bf16")
     if arguments.json:
         print(json.dumps(found))
         return
@@ -59,19 +62,168 @@ def run(arguments: argparse.Namespace) -> None:
     console.print(_words(found))
     if arguments.base:
         console.print(_table(found["merge"]))
-        console.print(Text(_verdict(found["merge"])))
+        console.print(_verdict(found["merge"]), markup=False, highlight=False)
 
 
-def _on_base(file: Path, folder: Path, basis: Path | None, dtype: Precision) -> dict[str, Any]:
-    progress = PlainProgress()
-    adapted = bases.load_adapted(file, folder, basis, progress)
-    progress.begin(f"merging {len(adapted.adapter.names)} modules")
-    report = merge_report(adapted.adapter, DTYPES[dtype])
+def describe(path: Path, basis: Path | None = None) -> dict[str, Any]:
+    """What an adapter file of this library or a folder of PEFT holds, read without its base.
+
+    Args:
+        path: of the file or folder.
+        basis: where a calibrated basis is looked for, as :func:`~tinylora_lite.load` takes it.
+
+    Returns:
+        JSON values. ``kind`` is ``"tinylora"``, or ``"PEFT …"`` with PEFT's name of the kind. ``payload_bytes`` is the
+        size of the trained parameters alone. ``stored_factors`` are the modules whose factors are stored: their places
+        in tying order in a file, their names in a folder.
+
+    Raises:
+        FileNotFoundError: there is nothing at ``path``.
+        AdapterFileError: it is damaged, edited or foreign, or ``basis`` is not the one that it needs.
+    """
+    from tinylora_lite.files.peft_format import kind_of
+
+    if not path.is_dir():
+        return {"file": str(path)} | _file(path, basis)
+    kind = kind_of(path)
+    # A folder whose kind cannot be read goes to _folder, where reading its settings says what is wrong.
+    is_foreign = isinstance(kind, str) and kind != "TINYLORA"
+    return {"file": str(path)} | (_foreign(path, kind) if is_foreign else _folder(path))
+
+
+def _file(path: Path, basis: Path | None) -> dict[str, Any]:
+    from tinylora_lite.files.file_format import read_file
+
+    header, tensors = read_file(path)
+    try:
+        settings, vectors = header["settings"], tensors["vectors"]
+        base = {"name": header["base"] or None, "revision": header["base_revision"]}
+        base |= {"dtype": header["base_dtype"], "sha256": header["base_sha256"]}
+        calibrated = settings["projection"] not in ("random", "identity")
+        return {
+            "kind": TINYLORA,
+            "format": header["format"],
+            "checksum": "verified",
+            "parameters": vectors.numel(),
+            "dtype": _dtypes([vectors]),
+            "payload_bytes": vectors.nbytes,
+            "bytes": path.stat().st_size,
+            "vectors": _vectors(vectors.float()),
+            "settings": {name: value for name, value in settings.items() if value is not None},
+            "basis": _basis(settings["projection"], basis, path) if calibrated else None,
+            "modules": len(tensors["decomposition"]),
+            "stored_factors": sorted(int(key.partition(".")[2]) for key in tensors if key.startswith("left.")),
+            "base": base,
+        }
+    except tl.AdapterFileError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise tl.AdapterFileError(f"{path} is no complete adapter file ({error!r}); save it again") from error
+
+
+def _basis(fingerprint: str, given: Path | None, path: Path) -> dict[str, Any]:
+    from tinylora_lite.files.basis import find_basis
+
+    try:
+        find_basis(fingerprint, given, path)
+    except tl.AdapterFileError:
+        if given is not None:
+            raise
+        return {"fingerprint": fingerprint, "found": False}
+    return {"fingerprint": fingerprint, "found": True}
+
+
+def _folder(folder: Path) -> dict[str, Any]:
+    import torch
+
+    from tinylora_lite.files.peft_format import read_settings, read_tensors
+
+    settings, held = read_settings(folder).model_dump(), read_tensors(folder)
+    if not held.vectors:
+        raise tl.AdapterFileError(f"{folder} holds no vectors")
+    try:
+        vectors = torch.stack([held.vectors[group] for group in sorted(held.vectors)])
+    except RuntimeError as error:
+        raise tl.AdapterFileError(f"{folder} holds vectors of different lengths") from error
+    stored = [tensor for key, tensor in _stored(folder).items() if ".tinylora_v." in key]
+    return {
+        "kind": PEFT_TINYLORA,
+        "parameters": vectors.numel(),
+        "dtype": _dtypes(stored),
+        "payload_bytes": sum(tensor.nbytes for tensor in stored),
+        "bytes": _bytes(folder),
+        "vectors": _vectors(vectors),
+        "settings": {name: settings[name] for name in PEFT_SETTINGS if settings[name] is not None},
+        "modules": len(held.parts) or None,
+        "stored_factors": [name for name, parts in held.parts.items() if "A" in parts],
+        "base": {"name": settings["base_model_name_or_path"], "revision": settings["revision"]},
+    }
+
+
+def _foreign(folder: Path, kind: str) -> dict[str, Any]:
+    from tinylora_lite.files.peft_format import CONFIG_FILE
+
+    settings, stored = json.loads((folder / CONFIG_FILE).read_bytes()), _stored(folder).values()
+    named = {name: settings[name] for name in ("r", "lora_alpha", "target_modules") if settings.get(name) is not None}
+    return {
+        "kind": f"PEFT {kind}",
+        "parameters": sum(tensor.numel() for tensor in stored) if stored else None,
+        "dtype": _dtypes(stored) or None,
+        "bytes": _bytes(folder),
+        "settings": named,
+        "base": {"name": settings.get("base_model_name_or_path"), "revision": settings.get("revision")},
+    }
+
+
+def _vectors(vectors: Tensor) -> dict[str, Any]:
+    return {
+        "shape": list(vectors.shape),
+        "norm": float(vectors.double().norm()),
+        "smallest": float(vectors.min()),
+        "largest": float(vectors.max()),
+        "values": vectors.tolist() if vectors.numel() <= VALUES else None,
+    }
+
+
+def _stored(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a PEFT folder as they are stored; none where PEFT wrote a pickle."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from tinylora_lite.files.peft_format import TENSOR_FILE
+
+    path = folder / TENSOR_FILE
+    try:
+        return load_file(path) if path.is_file() else {}
+    except (OSError, SafetensorError) as error:
+        raise tl.AdapterFileError(f"{path} is damaged ({error}); get the folder again") from error
+
+
+def _dtypes(tensors: Iterable[Tensor]) -> str:
+    from tinylora_lite.files.file_format import DTYPES
+
+    short = {dtype: name for name, dtype in DTYPES.items()}
+    return ", ".join(sorted({short.get(tensor.dtype, str(tensor.dtype)) for tensor in tensors}))
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("adapter_*") if path.is_file())
+
+
+def _on_base(arguments: argparse.Namespace, precision: Precision) -> dict[str, Any]:
+    """What a merge into the base would keep."""
+    from tinylora_lite.files.file_format import DTYPES
+    from tinylora_lite.view.progress import PlainProgress
+
+    progress, folder = PlainProgress(), shared.base_folder(arguments.base)
+    _model, adapter = shared.load_adapted(arguments.file, folder, arguments.basis, progress)
+    progress.begin(f"merging {len(adapter.names)} modules")
+    report = tl.merge_report(adapter, DTYPES[precision])
     modules = {name: _effect(effect) for name, effect in report.modules.items()}
     return {
         "fits": True,  # or an error would have been raised
-        "stored_factors": [name for name in adapted.adapter.names if name in adapted.adapter.given],
-        "merge": {"base": str(folder), "dtype": dtype, "total": _effect(report.total), "modules": modules},
+        "stored_factors": [name for name in adapter.names if name in adapter.given],
+        "merge": {"base": str(folder), "dtype": precision, "total": _effect(report.total), "modules": modules},
     }
 
 
@@ -81,26 +233,33 @@ def _effect(effect: MergeEffect) -> dict[str, Any]:
 
 
 def _words(found: dict[str, Any]) -> Table:
-    """A line for each thing to know of a TinyLoRA."""
+    """A line for each property of a TinyLoRA."""
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table.grid(padding=(0, 2, 0, 0))
-    base = found["base"]
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    base, (groups, u) = found["base"], found["vectors"]["shape"]
     checked = "; checksum verified" if "checksum" in found else ""
+    modules = found["modules"] or "as many as its target_modules name"
+    origin = [base["name"] or "no name"]
+    origin += [f"revision {base['revision']}"] if base["revision"] else []
+    origin += [f"trained in {base['dtype']}"] if base.get("dtype") else []
     rows = {
         "file": found["file"],
         "format": found.get("format", found["kind"]),
-        "numbers": f"{found['parameters']:,}, {found['payload_bytes']:,} bytes as {found['dtype']}",
-        "size": f"{found['bytes']:,} bytes, with what the numbers belong to{checked}",
+        "parameters": f"{found['parameters']:,}, {found['payload_bytes']:,} bytes as {found['dtype']}",
+        "size": f"{found['bytes']:,} bytes, settings and checksums included{checked}",
         "settings": _settings(found["settings"]),
         "directions": _directions(found),
-        "modules": _modules(found),
+        "modules": f"{modules}, driven by {groups} vector{'s'[: groups > 1]} of {u} parameter{'s'[: u > 1]}",
         "factors": _factors(found),
-        "base": _base(base),
+        "base": ", ".join(origin),
         "fingerprint": base.get("sha256"),
         "fits": found["merge"]["base"] if "merge" in found else None,
-        "v": _vectors(found["vectors"]),
+        "v": _values(found["vectors"]),
     }
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
     for name, text in rows.items():
         if text:
             table.add_row(name, Text(text))
@@ -111,18 +270,12 @@ def _one_line(found: dict[str, Any]) -> str:
     count = "an unknown number of" if found["parameters"] is None else f"{found['parameters']:,}"
     return (
         f"{found['file']}: a {found['kind'].removeprefix('PEFT ')} adapter of PEFT ({_settings(found['settings'])}) "
-        f"for {found['base']['name'] or 'a base without a name'}, {count} numbers, {found['bytes']:,} bytes"
+        f"for {found['base']['name'] or 'a base without a name'}, {count} parameters, {found['bytes']:,} bytes"
     )
 
 
 def _settings(settings: dict[str, Any]) -> str:
     return ", ".join(f"{name}={_short(value)}" for name, value in settings.items() if name != "projection")
-
-
-def _modules(found: dict[str, Any]) -> str:
-    groups, u = found["vectors"]["shape"]
-    count = f"{found['modules']}" if found["modules"] else "as many as its target_modules name"
-    return f"{count}, driven by {groups} vector{'s'[: groups > 1]} of {u} number{'s'[: u > 1]}"
 
 
 def _directions(found: dict[str, Any]) -> str:
@@ -144,14 +297,7 @@ def _factors(found: dict[str, Any]) -> str:
     return f"stored, of {len(stored)} modules ({_short(stored)}); computed from the base, of the others"
 
 
-def _base(base: dict[str, Any]) -> str:
-    parts = [base["name"] or "no name"]
-    parts += [f"revision {base['revision']}"] if base["revision"] else []
-    parts += [f"trained in {base['dtype']}"] if base.get("dtype") else []
-    return ", ".join(parts)
-
-
-def _vectors(vectors: dict[str, Any]) -> str:
+def _values(vectors: dict[str, Any]) -> str:
     groups, u = vectors["shape"]
     summary = f"norm {vectors['norm']:.4g}, from {vectors['smallest']:.4g} to {vectors['largest']:.4g}"
     if groups * u > SHOWN or vectors["values"] is None:
@@ -162,29 +308,28 @@ def _vectors(vectors: dict[str, Any]) -> str:
 
 def _table(merge: dict[str, Any]) -> Table:
     """A row for each module, and the whole update in the last."""
-    table = Table(
-        title=f"A merge in {merge['dtype']}", title_justify="left", caption=FLAGS, caption_justify="left",
-        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_footer=True,
-    )  # fmt: skip
-    total = merge["total"]
+    from rich import box
+    from rich.table import Table
+
+    flags = "lost: less than half of the update is kept; noisy: the cosine is below 0.9"
+    table = Table(title=f"A merge in {merge['dtype']}", caption=flags, box=box.SIMPLE_HEAD, show_footer=True)
+    table.title_justify, table.caption_justify, table.padding = "left", "left", (0, 1, 0, 0)
+    columns, total = ("changed", "kept", "cosine", "size"), merge["total"]
     table.add_column("module", "all", overflow="fold")
-    for name in ("changed", "kept", "cosine", "size"):
+    for name in columns:
         table.add_column(name, _number(total[name]), justify="right", no_wrap=True)
     table.add_column("flag", total["flag"] or "", no_wrap=True)
     for name, effect in merge["modules"].items():
-        numbers = (_number(effect[column]) for column in ("changed", "kept", "cosine", "size"))
-        table.add_row(name, *numbers, effect["flag"] or "")
+        table.add_row(name, *(_number(effect[column]) for column in columns), effect["flag"] or "")
     return table
 
 
 def _verdict(merge: dict[str, Any]) -> str:
-    flagged = sum(effect["flag"] is not None for effect in merge["modules"].values())
-    if not flagged:
-        return f"A merge in {merge['dtype']} keeps the update in all {len(merge['modules'])} modules."
-    return (
-        f"A merge in {merge['dtype']} spoils the update in {flagged} of {len(merge['modules'])} modules; "
-        "tinylora export --to lora keeps all of it."
-    )
+    flags, merged = [effect["flag"] for effect in merge["modules"].values()], f"A merge in {merge['dtype']}"
+    spoilt = sum(flag is not None for flag in flags)
+    if not spoilt:
+        return f"{merged} keeps the update in all {len(flags)} modules."
+    return f"{merged} spoils the update in {spoilt} of {len(flags)} modules; tinylora export --to lora keeps all of it."
 
 
 def _number(value: float | None) -> str:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from tinylora_lite.lab.store import Record, Store
     from tinylora_lite.lab.trial import Trial
 
-HELP = "test the paper's claims in miniature: list, run, draw, table"
 EXAMPLE = "tinylora lab run rl-parameters --minutes 30"
 SEED_HELP = "taken by every command; the seeds of the lab's runs stand in the claims"
 

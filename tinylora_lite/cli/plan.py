@@ -7,7 +7,6 @@ import json
 
 from tinylora_lite.planning import shapes
 
-HELP = "find the settings that train a budget of parameters"
 EXAMPLE = "tinylora plan qwen2.5-7b --budget 13"
 SEED_HELP = "of the random projections, carried into the settings"
 

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from tinylora_lite.planning.plan import Plan
     from tinylora_lite.planning.run_time import Range
 
-HELP = "say what memory and time a run will take"
 EXAMPLE = "tinylora plan-run qwen2.5-7b/gsm8k --gpu h100"
 SEED_HELP = "taken by every command; no plan depends on it"
 GIB = 2**30

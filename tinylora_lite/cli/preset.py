@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 
-HELP = "list the presets, or print one as a settings file"
 EXAMPLE = "tinylora preset qwen2.5-7b/gsm8k --gpu h100 > settings.yaml"
 SEED_HELP = "of training, written into the settings"
 

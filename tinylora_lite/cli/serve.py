@@ -11,10 +11,6 @@ import os
 import shlex
 import sys
 
-from tinylora_lite.cli.train import read
-from tinylora_lite.sampling.vllm_server import serve_command
-
-HELP = "start the vLLM server that a settings file asks for"
 EXAMPLE = "tinylora serve settings.yaml --port 8000"
 SEED_HELP = "of the engine; samples depend on the seed of training and not on this one"
 
@@ -31,15 +27,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Becomes the server, or prints how to start it."""
+    """Becomes the server, or prints the command that starts it."""
+    from tinylora_lite.cli.train import read
+    from tinylora_lite.experiment.models import checkpoint
+    from tinylora_lite.sampling.vllm_server import serve_command
+
     settings = read(arguments.settings, arguments.gpu, arguments.overrides)
-    if settings.model == "nano":
-        raise ValueError("vLLM takes the basis beside the nano base for weights; save the model and give model=FOLDER")
     training = settings.training_settings(1)
-    longest = max(getattr(training, "max_new_tokens", 0), settings.evaluation.max_new_tokens)
-    options = {"revision": settings.revision} if settings.revision is not None else {}
+    longest = max(training.max_new_tokens, settings.evaluation.max_new_tokens)
     command = serve_command(
-        settings.model,
+        checkpoint(settings.model),
         settings.adapter.rank,
         settings.sampler.tensor_parallel,
         arguments.port,
@@ -49,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
         gpu_memory_utilization=settings.sampler.gpu_memory,
         max_model_len=settings.max_prompt_tokens + longest,
         seed=arguments.seed,
-        **options,
+        **({} if settings.revision is None else {"revision": settings.revision}),
     )
     if arguments.json:
         print(json.dumps({"command": command}))

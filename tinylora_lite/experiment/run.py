@@ -1,51 +1,44 @@
-"""A settings file from beginning to end: score the base, train the numbers, score again, compare, keep everything.
+"""A settings file from beginning to end: score the base, train, score again, compare, and keep everything.
 
-Whatever is in the folder already is not done again, so the same call goes on where an interrupted one stopped.
+What the folder holds already is not done again, so the same call continues an interrupted run.
 """
 
 from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from tinylora_lite.adapter.adapter import TinyLoraAdapter, attach
 from tinylora_lite.adapter.projection import Basis
 from tinylora_lite.evaluation.compare import Comparison, compare
-from tinylora_lite.evaluation.evaluate import evaluate
 from tinylora_lite.evaluation.score import Score
-from tinylora_lite.experiment.models import is_nano, load_model
+from tinylora_lite.experiment.models import load_tokenizer, nano_package
+from tinylora_lite.experiment.runner import OnRollouts, Runner
 from tinylora_lite.experiment.settings import RunSettings
 from tinylora_lite.files.adapter_file import save
-from tinylora_lite.files.basis import load_basis, save_basis
-from tinylora_lite.sampling.rollouts import Rollouts, Sampler, encode_prompts
-from tinylora_lite.sampling.sampler import ModelSampler
+from tinylora_lite.files.basis import load_basis
+from tinylora_lite.sampling.rollouts import encode_prompts
+from tinylora_lite.tasks.datasets import load_task
 from tinylora_lite.tasks.task import Example, Task
-from tinylora_lite.training.calibrate import calibrate
-from tinylora_lite.training.grpo import train_grpo
-from tinylora_lite.training.settings import SFTSettings
-from tinylora_lite.training.sft import train_sft
 from tinylora_lite.utils import distributed
 from tinylora_lite.utils.distributed import is_sharded, shard_model
 from tinylora_lite.utils.record import Run, atomic_write
 from tinylora_lite.view.progress import Progress
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-OnRollouts = Callable[[Rollouts, Tensor], None]
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of an experiment; all of it lies in ``folder``, too.
+    """The result of an experiment; all of it is in ``folder``, too.
 
     Attributes:
         settings: of the run that was chosen, where several learning rates were tried.
@@ -53,7 +46,7 @@ class Outcome:
         rates: the validation score of every learning rate that was tried; empty where there was one.
         base: the untouched base's scores, by the name of the task.
         adapted: the trained model's, on the same problems.
-        vectors: v as it is in the end, group by group; empty where all weights trained.
+        vectors: v at the end, group by group; empty where all weights trained.
         folder: where everything is.
     """
 
@@ -94,56 +87,85 @@ def run_experiment(
 ) -> Outcome:
     """Does what a settings file says.
 
-    Of several learning rates the one with the best score on the validation split is taken; the test split is seen by
-    the base and by that one alone. In the folder: ``settings.yaml``, ``base/`` and ``trained/`` with every completion,
-    ``run.json`` and ``checkpoint.pt`` of training (in a folder for each rate, where there are several), the adapter as
+    Of several learning rates the one with the best score on the validation split is taken; only the base and the model
+    that it trained see the test split. The folder holds ``settings.yaml``, ``base/`` and ``trained/`` with every
+    completion, ``run.json`` and ``checkpoint.pt`` of training (in a folder for each of several rates), the adapter as
     ``adapter.tinylora`` (all weights as a checkpoint in ``model/``), and ``outcome.json``.
 
-    Where several processes run this under ``accelerate launch``, they share the work, and the first writes the files.
+    Several processes under ``accelerate launch`` share the work, and the first one writes the files.
 
     Args:
         settings: see :class:`~tinylora_lite.experiment.settings.RunSettings`.
-        progress: where to show how far it is; ``None`` shows nothing.
+        progress: where progress is shown; ``None`` shows nothing.
         on_rollouts: called in every step of GRPO with what was sampled and its rewards, ``[prompts, group_size]``.
 
     Raises:
-        ValueError: settings that do not fit the model, the task or what the folder holds already.
+        ValueError: settings that do not fit the model, the task or the content of the folder.
         OSError: the model, the data or the folder cannot be read or written.
         ImportError: an extra is missing that the settings ask for.
     """
     folder, progress = Path(settings.folder), progress or Progress()
+    writes = distributed.rank() == 0
     _check_processes(settings, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if distributed.rank() == 0 and not (folder / "settings.yaml").exists():
+    if writes and not (folder / "settings.yaml").exists():
         settings.save(folder / "settings.yaml")
-    bench = Workbench(settings, progress, on_rollouts)
-    base = bench.evaluate("base", None)
+    tasks = {name: task_named(name, settings) for name in (settings.task, *settings.evaluation.tasks)}
+    tokenizer = load_tokenizer(settings.model, settings.revision)
+    task = short_prompts(tasks[settings.task], tokenizer, settings.max_prompt_tokens)
+    longest = None if settings.sampler.engine == "transformers" else _longest(settings, tasks, tokenizer)
+
+    def load() -> Runner:
+        return Runner.open(settings, tokenizer, progress, max_model_len=longest, lora_folder=folder / "lora")
+
+    runner = load()
+
+    def test(model: str) -> dict[str, Score]:
+        return {
+            name: runner.evaluate(f"{name}, {model}", tasks[name], settings.evaluation, folder=folder / model / name)
+            for name in settings.evaluation.tasks
+        }
+
+    base = test("base")
+    basis = _basis(runner, task, settings)
     runs, rates = settings.sweep(), {}
-    if len(runs) > 1:
-        for one in runs:
-            adapter, run = bench.train(one)
-            rates[float(run.settings["learning_rate"])] = bench.validate(one, adapter)
-            bench.clear(adapter)
+    for one in runs if len(runs) > 1 else ():
+        with _trained(runner, task, one, basis, on_rollouts) as (_, run):
+            kept = Path(one.folder) / "validation"
+            score = runner.evaluate("validation", task, settings.evaluation, split="validation", folder=kept)
+        rates[float(run.settings["learning_rate"])] = score
+        if settings.adapter.kind == "all" or settings.shard:  # training changed the base itself
+            del runner
+            gc.collect()
+            torch.cuda.empty_cache()
+            runner = load()
     chosen = runs[0] if not rates else max(runs, key=lambda one: rates[one.training["learning_rate"]].accuracy)
-    adapter, run = bench.train(chosen)
-    adapted = bench.evaluate("trained", adapter)
-    vectors = () if adapter is None else tuple(adapter.vectors.flatten().tolist())
-    outcome = Outcome(chosen, run, rates, base, adapted, vectors, folder)
-    if distributed.rank() == 0:
-        if adapter is not None:
+    with _trained(runner, task, chosen, basis, on_rollouts) as (adapter, run):
+        adapted = test("trained")
+        vectors = () if adapter is None else tuple(adapter.vectors.flatten().tolist())
+        outcome = Outcome(chosen, run, rates, base, adapted, vectors, folder)
+        if writes and adapter is not None:
             save(adapter, folder / "adapter.tinylora", base_sha256=run.base)
-        else:
-            bench.model.save_pretrained(folder / "model")
-            bench.tokenizer.save_pretrained(folder / "model")
-        settings.save(folder / "settings.yaml")  # again: what may differ between two calls, may
+        elif writes:
+            runner.base.save_pretrained(folder / "model")
+            runner.tokenizer.save_pretrained(folder / "model")
+    if writes:
+        settings.save(folder / "settings.yaml")  # again, with the settings that may differ between two calls
         atomic_write(folder / "outcome.json", json.dumps(outcome.summary(), indent=1) + "\n")
-    bench.clear(adapter)
     distributed.barrier()
     return outcome
 
 
+def task_named(name: str, settings: RunSettings) -> Task:
+    """The task of a name: ``nano``, or one that :func:`~tinylora_lite.load_task` knows, from ``settings.data``."""
+    if name == "nano":
+        task: Task = nano_package().task()
+        return task
+    return load_task(name, data=settings.data, prompt=settings.prompt)
+
+
 def _check_processes(settings: RunSettings, folder: Path) -> None:
-    """Raises ``ValueError`` before anything large is loaded where several processes cannot do what is asked for."""
+    """Raises ``ValueError``, before anything large is loaded, where several processes cannot do what is asked for."""
     if distributed.world_size() == 1:
         return
     if settings.sampler.engine == "vllm":
@@ -158,254 +180,74 @@ def _check_processes(settings: RunSettings, folder: Path) -> None:
         )
 
 
-class Workbench:
-    """What the runs of one settings file share: the model, the problems, the sampler, the basis; made when needed."""
-
-    def __init__(
-        self, settings: RunSettings, progress: Progress | None = None, on_rollouts: OnRollouts | None = None
-    ) -> None:
-        self.settings, self.folder = settings, Path(settings.folder)
-        self.progress, self.on_rollouts = progress or Progress(), on_rollouts
-        self._changed = (
-            False  # whether the base is no longer as it was loaded: trained itself, or spread over processes
-        )
-
-    @cached_property
-    def loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """The base and its tokenizer."""
-        s = self.settings
-        self.progress.begin(f"loading {s.model}")
-        model, tokenizer = load_model(s.model, dtype=s.dtype, revision=s.revision, quantize=s.quantize)
-        if s.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        return model, tokenizer
-
-    @property
-    def model(self) -> PreTrainedModel:
-        """The base, with whatever adapter it carries."""
-        return self.loaded[0]
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The base's tokenizer."""
-        return self.loaded[1]
-
-    @cached_property
-    def task(self) -> Task:
-        """The problems to train and to choose on, less those whose prompts are longer than ``max_prompt_tokens``."""
-        task = task_named(self.settings.task, self.settings)
-        train, validation = self._short_enough(task.train, task), self._short_enough(task.validation, task)
-        if not train:
-            raise ValueError(
-                f"no training problem of {task.name} fits max_prompt_tokens={self.settings.max_prompt_tokens}; raise it"
-            )
-        return replace(task, train=train, validation=validation)
-
-    @cached_property
-    def sampler(self) -> Sampler:
-        """Who answers the prompts."""
-        s = self.settings.sampler
-        if s.engine == "transformers":
-            return ModelSampler(self.model, self.tokenizer, s.batch_size)
-        if s.engine == "vllm-server":
-            from tinylora_lite.sampling.vllm_server import VllmServerSampler
-
-            assert s.url is not None  # SamplerSettings sees to that
-            served = None if is_nano(self.settings.model) else self.settings.model
-            return VllmServerSampler(s.url, self.tokenizer, model=served, folder=self.folder / "lora")
-        from tinylora_lite.sampling.vllm import VllmSampler
-
-        weights: str | Path = self.settings.model
-        if is_nano(self.settings.model):  # its folder holds a basis too, which vLLM would take for weights
-            weights = self.folder / "base-weights"
-            self.model.save_pretrained(weights)
-        engine: dict[str, Any] = {} if self.settings.revision is None else {"revision": self.settings.revision}
-        return VllmSampler(
-            weights,
-            self.tokenizer,
-            sync=s.sync,
-            max_model_len=min(self._longest(), self.model.config.max_position_embeddings),
-            gpu_memory=s.gpu_memory,
-            tensor_parallel=s.tensor_parallel,
-            dtype=self.settings.dtype,
-            max_lora_rank=self.settings.adapter.rank,
-            **engine,
-        )
-
-    @cached_property
-    def basis(self) -> Basis | None:
-        """The calibrated directions; made in one pass, and kept in the folder, where the settings ask for new ones."""
-        a = self.settings.adapter
-        if not a.calibrated:
-            return None
-        if a.projection != "calibrated":
-            return load_basis(a.projection)
-        file = self.folder / "basis.safetensors"
-        if not file.exists():
-            c = a.calibration
-            self.progress.begin("calibrating a basis")
-            basis = calibrate(
-                self.model,
-                self.tokenizer,
-                self.task,
-                rank=a.rank,
-                directions=a.u,
-                sigma=a.sigma,
-                problems=c.problems,
-                group_size=c.group_size,
-                looks=c.looks,
-                max_new_tokens=c.max_new_tokens,
-                seed=c.seed,
-                progress=self.progress.advance,
-                sampler=self.sampler,
-            )
-            if distributed.rank() == 0:
-                save_basis(basis, file)
-            distributed.barrier()
-        return load_basis(file)
-
-    def train(self, settings: RunSettings) -> tuple[TinyLoraAdapter | None, Run]:
-        """Trains one learning rate, or takes up what its folder holds; the adapter stays on the model."""
-        if self._changed:
-            self.__dict__.pop("sampler", None)
-            del self.loaded
-            gc.collect()
-            torch.cuda.empty_cache()
-        config = settings.adapter.config(self.basis)
-        self._changed = config is None or settings.shard
-        adapter = None if config is None else attach(self.model, config)
-        if settings.shard and not is_sharded(self.model):
-            shard_model(self.model)
-        training = settings.training_settings(len(self.task.train))
-        rate, folder = training.learning_rate, Path(settings.folder)
-        name = f"{settings.method}, rate {rate:g}"
-        self.progress.begin(f"training: {name}", training.steps)
-        self.progress.steps = training.steps
-
-        def on_step(run: Run) -> None:
-            key = "reward" if settings.method == "grpo" else "loss"
-            if "length" in run.steps[-1]:
-                self.progress.lengths[name] = run.curve("length")
-            self.progress.step(name, run.curve(key), [] if adapter is None else adapter.vectors.flatten().tolist())
-
-        if isinstance(training, SFTSettings):
-            run = train_sft(
-                self.model,
-                self.tokenizer,
-                adapter,
-                self.task,
-                training,
-                sampler=self.sampler,
-                folder=folder,
-                on_step=on_step,
-                progress=False,
-            )
-            return adapter, run
-        if settings.trainer == "trl":
-            from tinylora_lite.training.trl import train_trl
-
-            assert adapter is not None  # RunSettings sees to that
-            sampler = None if isinstance(self.sampler, ModelSampler) else self.sampler
-            run = train_trl(
-                self.model,
-                self.tokenizer,
-                adapter,
-                self.task,
-                training,
-                sampler=sampler,
-                folder=folder,
-                on_step=on_step,
-            )
-            return adapter, run
-        run = train_grpo(
-            self.model,
-            self.tokenizer,
-            adapter,
-            self.task,
-            training,
-            sampler=self.sampler,
-            folder=folder,
-            on_step=on_step,
-            on_rollouts=self.on_rollouts,
-            progress=False,
-        )
-        return adapter, run
-
-    def clear(self, adapter: TinyLoraAdapter | None) -> None:
-        """Takes the adapter off, so that the next one finds the base."""
+@contextmanager
+def _trained(
+    runner: Runner, task: Task, settings: RunSettings, basis: Basis | None, on_rollouts: OnRollouts | None
+) -> Iterator[tuple[TinyLoraAdapter | None, Run]]:
+    """Trains one learning rate, or takes up what its folder holds; the adapter stays on the model during the block."""
+    config = settings.adapter.config(basis)
+    adapter = None if config is None else attach(runner.base, config)
+    try:
+        if settings.shard and not is_sharded(runner.base):
+            shard_model(runner.base)
+        training = settings.training_settings(len(task.train))
+        name, folder = f"{settings.method}, rate {training.learning_rate:g}", Path(settings.folder)
+        options: dict[str, Any] = {"trainer": settings.trainer, "folder": folder, "on_rollouts": on_rollouts}
+        yield adapter, runner.train(name, task, adapter, training, **options)
+    finally:
         if adapter is not None:
             adapter.detach()
 
-    def validate(self, settings: RunSettings, adapter: TinyLoraAdapter | None) -> Score:
-        """The score on the validation split, by which learning rates are chosen."""
-        return self._score("validation", self.task, Path(settings.folder) / "validation", adapter, "validation")
 
-    def evaluate(self, name: str, adapter: TinyLoraAdapter | None) -> dict[str, Score]:
-        """The scores on the test splits of ``evaluation.tasks``, by their names."""
-        scores = {}
-        for task_name in self.settings.evaluation.tasks:
-            task = self.task if task_name == self.settings.task else task_named(task_name, self.settings)
-            scores[task_name] = self._score(
-                f"{task_name}, {name}", task, self.folder / name / task_name, adapter, "test"
-            )
-        return scores
-
-    def _score(self, name: str, task: Task, folder: Path, adapter: TinyLoraAdapter | None, split: str) -> Score:
-        e = self.settings.evaluation
-        problems = tuple(getattr(task, split)[: e.problems])
-        padded = problems + problems[-1:] * (-len(problems) % distributed.world_size())
-        share = padded[distributed.rank() :: distributed.world_size()]
-        if distributed.world_size() > 1:
-            folder = folder / f"{distributed.rank() + 1}-of-{distributed.world_size()}"
-        self.progress.begin(f"testing: {name}", len(share) * e.samples)
-        changed: dict[str, Any] = {split: share}
-        score = evaluate(
-            self.model,
-            self.tokenizer,
-            replace(task, **changed),
-            split=split,
-            samples=e.samples,
-            temperature=e.temperature,
-            max_new_tokens=e.max_new_tokens,
-            batch_size=self.settings.sampler.batch_size or (256 if isinstance(self.sampler, ModelSampler) else 1024),
-            sampler=self.sampler,
-            # Processes that compute together go on from the same place, which is the beginning.
-            folder=None if is_sharded(self.model) else folder,
-            progress=self.progress.advance,
-        )
-        if distributed.world_size() > 1:
-            parts = [list(part.completions) for part in distributed.all_gather_object(score)]
-            dealt = [parts[i % len(parts)][i // len(parts) * e.samples :][: e.samples] for i in range(len(problems))]
-            score = Score.of((completion for each in dealt for completion in each), e.samples)
-        self.progress.scored(name, score)
-        return score
-
-    def _lengths(self, examples: Sequence[Example], task: Task) -> list[int]:
-        """Tokens of each prompt."""
-        chunks = (examples[start : start + 1000] for start in range(0, len(examples), 1000))
-        masks = (encode_prompts(self.tokenizer, task, chunk)[1] for chunk in chunks)
-        return [int(length) for mask in masks for length in mask.sum(dim=1)]
-
-    def _short_enough(self, examples: Sequence[Example], task: Task) -> tuple[Example, ...]:
-        lengths = self._lengths(examples, task)
-        return tuple(e for e, n in zip(examples, lengths, strict=True) if n <= self.settings.max_prompt_tokens)
-
-    def _longest(self) -> int:
-        """Tokens of the longest prompt and completion together, those of the test problems included."""
-        s = self.settings
-        training = s.training_settings(len(self.task.train))
-        answer = max(training.max_new_tokens, s.adapter.calibration.max_new_tokens if s.adapter.calibrated else 1)
-        tests = [self.task if name == s.task else task_named(name, s) for name in s.evaluation.tasks]
-        prompts = [n for task in tests for n in self._lengths(task.test[: s.evaluation.problems], task)]
-        return max(s.max_prompt_tokens + answer, max(prompts, default=0) + s.evaluation.max_new_tokens)
+def _basis(runner: Runner, task: Task, settings: RunSettings) -> Basis | None:
+    """The calibrated directions; new ones are made once and kept in the folder of the settings file."""
+    a = settings.adapter
+    if not a.calibrated:
+        return None
+    if a.projection != "calibrated":
+        return load_basis(a.projection)
+    file = Path(settings.folder) / "basis.safetensors"
+    if file.exists():
+        return load_basis(file)
+    c = a.calibration
+    return runner.calibrate(
+        task,
+        file,
+        rank=a.rank,
+        directions=a.u,
+        sigma=a.sigma,
+        problems=c.problems,
+        group_size=c.group_size,
+        looks=c.looks,
+        max_new_tokens=c.max_new_tokens,
+        seed=c.seed,
+    )
 
 
-def task_named(name: str, settings: RunSettings) -> Task:
-    """The problems of that name: the nano world's, or those of :mod:`tinylora_lite.tasks.datasets`."""
-    if name == "nano":
-        from tinylora_lite import nano
+def short_prompts(task: Task, tokenizer: PreTrainedTokenizerBase, most: int) -> Task:
+    """The task without the training and validation problems whose prompts have more than ``most`` tokens."""
 
-        return nano.task()
-    from tinylora_lite.tasks.datasets import load_task
+    def short(examples: Sequence[Example]) -> tuple[Example, ...]:
+        lengths = _lengths(tokenizer, task, examples)
+        return tuple(example for example, length in zip(examples, lengths, strict=True) if length <= most)
 
-    return load_task(name, data=settings.data, prompt=settings.prompt)
+    train = short(task.train)
+    if not train:
+        raise ValueError(f"no training problem of {task.name} fits max_prompt_tokens={most}; raise it")
+    return replace(task, train=train, validation=short(task.validation))
+
+
+def _longest(settings: RunSettings, tasks: Mapping[str, Task], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of the longest prompt and completion together, in calibration, training and tests."""
+    s, a = settings, settings.adapter
+    trained = max(s.training_settings(1).max_new_tokens, a.calibration.max_new_tokens if a.calibrated else 1)
+    tests = (_lengths(tokenizer, tasks[name], tasks[name].test[: s.evaluation.problems]) for name in s.evaluation.tasks)
+    tested = max((length for lengths in tests for length in lengths), default=0) + s.evaluation.max_new_tokens
+    return max(s.max_prompt_tokens + trained, tested)
+
+
+def _lengths(tokenizer: PreTrainedTokenizerBase, task: Task, examples: Sequence[Example]) -> list[int]:
+    """Tokens of each prompt."""
+    chunks = (examples[start : start + 1000] for start in range(0, len(examples), 1000))
+    masks = (encode_prompts(tokenizer, task, chunk)[1] for chunk in chunks)
+    return [int(length) for mask in masks for length in mask.sum(dim=1)]
