@@ -34,23 +34,12 @@ def save_checkpoint(
     os.replace(temporary, folder / "checkpoint.pt")
 
 
-def resume(folder: str | Path, run: Run, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """Puts run, parameters and optimizer where the checkpoint in ``folder`` left them; without one, changes nothing.
+def check_same_run(folder: str | Path, saved: Run, run: Run) -> None:
+    """Raises ``ValueError`` where ``folder`` holds a run of another method, task, adapter, base or other settings.
 
-    Raises:
-        ValueError: the checkpoint is damaged, or of a run of another method, task, adapter, base or other settings.
-            ``save_every`` may differ, and under a constant learning rate ``steps`` may, down to what is done: they
-            decide where training stops, not where it goes.
+    ``save_every`` may differ, and under a constant learning rate ``steps`` may: they decide where training stops, not
+    where it goes.
     """
-    path = Path(folder) / "checkpoint.pt"
-    if not path.exists():
-        return
-    try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
-        saved, values, moments = Run.from_dict(json.loads(state["run"])), state["parameters"], state["optimizer"]
-    except Exception as error:  # pickle, zip and tensor formats each raise their own
-        raise ValueError(f"{path} is damaged ({type(error).__name__}); delete it to start the run again") from error
-
     may_differ = {"save_every", "steps"} if run.settings.get("schedule") == "constant" else {"save_every"}
     for what, before, now in (
         ("method", saved.method, run.method),
@@ -63,6 +52,23 @@ def resume(folder: str | Path, run: Run, parameters: Sequence[Tensor], optimizer
             raise ValueError(
                 f"{folder} holds a run with {what} = {before!r}, not {now!r}; give another folder, or delete that one"
             )
+
+
+def resume(folder: str | Path, run: Run, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """Puts run, parameters and optimizer where the checkpoint in ``folder`` left them; without one, changes nothing.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or of another run (:func:`check_same_run`), or of more steps.
+    """
+    path = Path(folder) / "checkpoint.pt"
+    if not path.exists():
+        return
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        saved, values, moments = Run.from_dict(json.loads(state["run"])), state["parameters"], state["optimizer"]
+    except Exception as error:  # pickle, zip and tensor formats each raise their own
+        raise ValueError(f"{path} is damaged ({type(error).__name__}); delete it to start the run again") from error
+    check_same_run(folder, saved, run)
     if [v.shape for v in values] != [p.shape for p in parameters]:
         raise ValueError(f"{folder} holds a run of a model of another shape; give another folder, or delete that one")
     if len(saved.steps) > run.settings["steps"]:
