@@ -1,4 +1,4 @@
-"""Rewards against what people write, what models write, and what nobody should write; the process that compares."""
+"""Rewards of answers that people and models write, and of hostile ones; the process that compares."""
 
 import doctest
 import importlib.util
@@ -21,9 +21,9 @@ from tinylora_lite.tasks import answers, math_equal, math_worker, rewards
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 SECONDS = 1.0
-"""What the reward of any completion may cost, of the wall clock."""
+"""The wall-clock time that the reward of any completion may take."""
 SLACK = 0.5
-"""For a machine that does other things besides; on an idle one there is none to see."""
+"""For a busy machine."""
 
 needs_math_verify = pytest.mark.skipif(
     importlib.util.find_spec("math_verify") is None, reason="math-verify is not installed"
@@ -354,7 +354,7 @@ def test_no_zombies(worker):
         assert not math_equal.equal("1", r"\binom{10^9}{5\cdot10^8}")
     math_equal._close()
     assert members(str(os.getpid()), "Z") == []
-    assert math_equal.equal("1/2", "0.5"), "closing is not the end"
+    assert math_equal.equal("1/2", "0.5"), "a new one starts"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="kills a process group")
@@ -415,12 +415,18 @@ def test_the_process_that_compares_does_without_torch(worker):
     assert "libtorch" not in mapped
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc")
+def test_the_process_that_compares_has_a_limit_of_memory(worker):
+    limits = Path(f"/proc/{math_equal._worker.process.pid}/limits").read_text(encoding="utf-8")
+    assert re.search(rf"Max address space +{4 << 30} ", limits)
+
+
 def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setattr(math_equal, "find_spec", lambda name: None)
     math_equal._close()
     with pytest.raises(ImportError, match=r'pip install "tinylora_lite\[train\]"'):
         tl.math_reward(boxed(r"\frac{1}{2}"), "0.5")
-    assert tl.math_reward(boxed("27"), "27.0") == 1.0, "equal numbers need nobody"
+    assert tl.math_reward(boxed("27"), "27.0") == 1.0, "equal numbers need no math-verify"
 
 
 def test_a_process_that_cannot_start_says_so(worker, monkeypatch, tmp_path):

@@ -50,7 +50,7 @@ def task(task):
 
 
 class ShiftedSampler(ModelSampler):
-    """The model, which takes its own log-probabilities for other numbers: lower by ``shift`` on every other token."""
+    """The model, which reports log-probabilities that are too low by ``shift`` on every other token."""
 
     shift = 0.5
 
@@ -120,7 +120,7 @@ class TestSteps:
         model, adapter = policy()
         calls = []
 
-        def reward(text, gold):  # says something in the first step only
+        def reward(text, gold):  # rewards differ in the first step only
             calls.append(text)
             return number_words(text, gold) if len(calls) <= 1 + 16 else 1.0
 
