@@ -1,4 +1,4 @@
-"""What can be said of vLLM without vLLM: what it is asked, how answers are read, and what follows where it fails."""
+"""vLLM without vLLM: what it is asked, how its answers are read, and what follows where it fails."""
 
 import json
 import sys
@@ -15,10 +15,10 @@ import tinylora_lite as tl
 from tinylora_lite import nano
 from tinylora_lite.sampling.rollouts import encode_prompts
 from tinylora_lite.sampling.sampler import sample
-from tinylora_lite.sampling.vllm import VllmSampler
-from tinylora_lite.sampling.vllm_answers import prompt_rows, rollouts_of, room_for, row_seeds
+from tinylora_lite.sampling.vllm import Answer, VllmSampler, reserved_rank, rollouts_of
 from tinylora_lite.sampling.vllm_server import VllmServerSampler, serve_command
 from tinylora_lite.utils import distributed
+from tinylora_lite.utils.record import seed_of
 
 NOT_JSON = {"error": {"message": "Out of range float values are not JSON compliant", "code": 400}}
 TOO_HIGH = {"error": {"message": "failed: 'LoRA rank 16 is greater than max_lora_rank 8.'", "code": 500}}
@@ -39,9 +39,9 @@ def adapter(base):
 
 
 class Server(ThreadingHTTPServer):
-    """Stands where vLLM's server would: answers every prompt with its own first token and the end token.
+    """In place of vLLM's server: answers every prompt with its own first token and the end token.
 
-    ``answers`` replaces what is said to a path, by a status and a body, or by something to call with the request.
+    ``answers`` replaces the answer of a path: a status and a body, or a function of the request.
     """
 
     daemon_threads = True
@@ -122,14 +122,9 @@ def test_answers_become_the_rollouts_that_the_model_makes_of_the_same_tokens(bas
     prompts = encode_prompts(tokenizer, nano.task(), nano.task().test[:6])
     ours = sample(model, tokenizer, *prompts, max_new_tokens=12, seed=2)
     assert 0 < ours.truncated.sum() < 6
-    lengths = ours.lengths.tolist()
-    again = rollouts_of(
-        tokenizer,
-        *prompts,
-        [row[:n] for row, n in zip(ours.completion_ids.tolist(), lengths, strict=True)],
-        [row[:n] for row, n in zip(ours.logprobs.tolist(), lengths, strict=True)],
-        ours.truncated.tolist(),
-    )
+    rows = zip(*(t.tolist() for t in (ours.completion_ids, ours.logprobs, ours.truncated, ours.lengths)), strict=True)
+    answers = [Answer(ids[:length], logprobs[:length], cut) for ids, logprobs, cut, length in rows]
+    again = rollouts_of(tokenizer, *prompts, answers)
     for part in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "logprobs", "truncated"):
         mine, its = getattr(ours, part), getattr(again, part)
         assert torch.equal(mine, its), part
@@ -139,32 +134,34 @@ def test_answers_become_the_rollouts_that_the_model_makes_of_the_same_tokens(bas
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf"), float("inf")])
-def test_odds_that_are_no_numbers_are_an_error(base, value):
+def test_log_probabilities_that_are_not_finite_are_an_error(base, value):
+    answers = [Answer([1], [logprob], False) for logprob in (-1.0, value, -1.0)]
     with pytest.raises(FloatingPointError, match="the model puts out NaN; lower the learning rate"):
-        rollouts_of(base[1], *PROMPTS, [[1]] * 3, [[-1.0], [value], [-1.0]], [False] * 3)
+        rollouts_of(base[1], *PROMPTS, answers)
 
 
-def test_prompts_lose_their_padding_and_nothing_else():
-    assert prompt_rows(*PROMPTS) == [[7, 8], [5, 6, 9], [5, 6, 9]]
+def test_every_row_has_a_seed_of_its_own_that_vllm_takes(base, vllm):
+    def seeds(rows: int, **settings) -> list[int]:
+        sampler = VllmSampler("base", base[1])
+        sampler.sample(torch.zeros(rows, 1, dtype=torch.long), torch.ones(rows, 1), max_new_tokens=2, **settings)
+        return [each.seed for each in sampler.llm.sampled]
+
+    all_of_them = seeds(1000, seed=5)
+    assert len(set(all_of_them)) == 1000
+    assert not set(all_of_them) & set(seeds(1000, seed=6))
+    assert all(0 <= seed < 2**63 for seed in all_of_them)
+    assert all_of_them[400:] == seeds(600, seed=5, first_row=400)
 
 
-def test_every_row_has_a_seed_of_its_own_that_vllm_takes():
-    seeds = row_seeds(1000, seed=5, first_row=0)
-    assert len(set(seeds)) == 1000
-    assert not set(seeds) & set(row_seeds(1000, seed=6, first_row=0))
-    assert all(0 <= seed < 2**63 for seed in seeds)
-    assert seeds[400:] == row_seeds(600, seed=5, first_row=400)
-
-
-@pytest.mark.parametrize(("rank", "room"), [(1, 1), (2, 8), (8, 8), (9, 16), (300, 320), (512, 512)])
-def test_a_rank_takes_the_next_larger_room(rank, room):
-    assert room_for(rank) == room
+@pytest.mark.parametrize(("rank", "reserved"), [(1, 1), (2, 8), (8, 8), (9, 16), (300, 320), (512, 512)])
+def test_a_rank_takes_the_next_larger_one_that_vllm_reserves(rank, reserved):
+    assert reserved_rank(rank) == reserved
 
 
 @pytest.mark.parametrize("rank", [0, 513])
-def test_ranks_that_vllm_has_no_room_for(rank):
+def test_ranks_that_vllm_does_not_serve(rank):
     with pytest.raises(ValueError, match=f"rank 1 to 512, not {rank}"):
-        room_for(rank)
+        reserved_rank(rank)
 
 
 def test_the_command_that_serves():
@@ -182,7 +179,8 @@ def test_the_command_that_serves():
 
 def test_what_the_server_is_asked(server, sampler):
     rollouts = sampler.sample(*PROMPTS, max_new_tokens=2, temperature=1.0, seed=3)
-    bodies = sorted(server.of("/v1/completions"), key=lambda body: row_seeds(3, 3, 0).index(body["seed"]))
+    seeds = [seed_of("row", 3, row) for row in range(3)]
+    bodies = sorted(server.of("/v1/completions"), key=lambda body: seeds.index(body["seed"]))
     assert [body["prompt"] for body in bodies] == [[7, 8], [5, 6, 9], [5, 6, 9]]
     plain = {"model": "base", "max_tokens": 2, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
     plain |= {"repetition_penalty": 1.0, "logprobs": 0, "return_token_ids": True, "stop_token_ids": [1]}
@@ -192,7 +190,7 @@ def test_what_the_server_is_asked(server, sampler):
     assert not rollouts.truncated.any()
     server.seen.clear()
     cut = sampler.sample(*(t[1:] for t in PROMPTS), max_new_tokens=1, temperature=1.0, seed=3, first_row=1)
-    assert {body["seed"] for body in server.of("/v1/completions")} == set(row_seeds(3, 3, 0)[1:])
+    assert {body["seed"] for body in server.of("/v1/completions")} == set(seeds[1:])
     assert cut.truncated.tolist() == [True, True]
 
 
@@ -262,8 +260,8 @@ def test_nan_is_noticed_in_either_form(server, sampler, said):
         sampler.sample(*PROMPTS, max_new_tokens=2)
 
 
-def test_odds_at_another_temperature_are_noticed(server, sampler):
-    sampler.sample(*PROMPTS, max_new_tokens=2, temperature=0.7)  # this server scales its odds
+def test_probabilities_at_another_temperature_are_noticed(server, sampler):
+    sampler.sample(*PROMPTS, max_new_tokens=2, temperature=0.7)  # this server scales its probabilities
     asked = len(server.of("/v1/completions"))
     sampler.sample(*PROMPTS, max_new_tokens=2, temperature=0.7)
     assert len(server.of("/v1/completions")) == asked + 3  # what is known is not asked again
@@ -340,26 +338,26 @@ def test_a_proxy_of_the_environment_is_passed_by(server, base, monkeypatch):
 
 
 def test_the_processes_beside_the_first_take_its_name_and_load_nothing(server, sampler, adapter, monkeypatch):
-    monkeypatch.setattr(distributed, "wait", lambda: None)
-    monkeypatch.setattr(distributed, "count", lambda: 2)
+    monkeypatch.setattr(distributed, "barrier", lambda: None)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "rank", lambda: 1)
-    monkeypatch.setattr(distributed, "gathered", lambda value: ["tinylora-first", value])
+    monkeypatch.setattr(distributed, "all_gather_object", lambda value: ["tinylora-first", value])
     for _ in range(2):
         sampler.sync(adapter)
     assert {path for path, *_ in server.seen} == {"/v1/models"}
     sampler.sample(*PROMPTS, max_new_tokens=2)
     assert server.of("/v1/completions")[-1]["model"] == "tinylora-first"
-    monkeypatch.setattr(distributed, "gathered", lambda value: [ValueError("no room"), value])
+    monkeypatch.setattr(distributed, "all_gather_object", lambda value: [ValueError("no room"), value])
     with pytest.raises(ValueError, match="no room"):
         sampler.sync(adapter)
 
 
 def test_the_first_process_tells_the_others_what_it_found(server, sampler, adapter, monkeypatch):
     told = []
-    monkeypatch.setattr(distributed, "wait", lambda: None)
-    monkeypatch.setattr(distributed, "count", lambda: 2)
+    monkeypatch.setattr(distributed, "barrier", lambda: None)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "rank", lambda: 0)
-    monkeypatch.setattr(distributed, "gathered", lambda value: told.append(value) or [value, None])
+    monkeypatch.setattr(distributed, "all_gather_object", lambda value: told.append(value) or [value, None])
     sampler.sync(adapter)
     assert told == [server.of("/v1/load_lora_adapter")[-1]["lora_name"]]
     server.answers["/v1/load_lora_adapter"] = 500, TOO_HIGH
@@ -368,17 +366,17 @@ def test_the_first_process_tells_the_others_what_it_found(server, sampler, adapt
     assert isinstance(told[-1], ValueError)
 
 
-@pytest.mark.parametrize("missing", ["eos_token_id", "pad_token_id"])
+@pytest.mark.parametrize("missing", ["eos_token_id", "pad_token_id", "chat_template"])
 def test_a_tokenizer_must_have_its_tokens(server, missing):
-    tokenizer = SimpleNamespace(eos_token_id=1, pad_token_id=0)
+    tokenizer = SimpleNamespace(eos_token_id=1, pad_token_id=0, chat_template="{{ messages }}")
     setattr(tokenizer, missing, None)
     for make in (lambda: VllmServerSampler(server.url, tokenizer), lambda: VllmSampler("base", tokenizer)):
-        with pytest.raises(ValueError, match=r"the tokenizer has no (end|pad) token"):
+        with pytest.raises(ValueError, match=r"the tokenizer has no (end token|pad token|chat template)"):
             make()
 
 
 class Engine:
-    """Stands where ``vllm.LLM`` would, and writes down what is done to it."""
+    """In place of ``vllm.LLM``: records what is done to it."""
 
     quantization = None
 
@@ -393,6 +391,7 @@ class Engine:
 
     def generate(self, requests, settings, **_):
         self.done.append("generate")
+        self.sampled = settings
         answer = SimpleNamespace(
             token_ids=[7, 1], logprobs=SimpleNamespace(logprobs=[-1.0, -1.0]), finish_reason="stop"
         )
@@ -468,6 +467,6 @@ def test_settings_that_no_engine_can_have(base, vllm, settings, expected):
 
 
 def test_several_processes_are_sent_to_a_server(base, vllm, monkeypatch):
-    monkeypatch.setattr(distributed, "count", lambda: 2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     with pytest.raises(ValueError, match="share a server: VllmServerSampler"):
         VllmSampler("base", base[1])

@@ -181,7 +181,7 @@ def shown(rollouts: Rollouts) -> dict:
 
 def held(sampler) -> list[int]:
     """LoRAs in the engine, folders on the disk."""
-    loras = sampler.llm.llm_engine.list_loras() if sampler.way == "lora" else ()
+    loras = sampler.llm.llm_engine.list_loras() if sampler.mode == "lora" else ()
     return [len(loras), len(list(Path(tempfile.gettempdir()).glob("tinylora-*")))]
 
 

@@ -105,8 +105,8 @@ def test_training_raises_the_reward_as_the_plain_loop_does(way, plain, tmp_path,
     print(f"{way}: {before:.2f} -> {after:.2f}; plain: {', '.join(f'{r:.2f}' for r in plain)}")
     assert after > before + 0.25
     assert min(plain) - 0.1 <= after <= max(plain) + 0.1
-    assert max(step["largest_gap"] for step in steps) < TOLERANCE
-    assert all(step["capped"] == 0 for step in steps)
+    assert max(step["logprob_diff_max"] for step in steps) < TOLERANCE
+    assert all(step["tis_clip_frac"] == 0 for step in steps)
 
 
 @pytest.fixture(scope="module")

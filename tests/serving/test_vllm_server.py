@@ -213,7 +213,7 @@ def test_two_processes_with_a_server_make_the_steps_of_one(world, tmp_path):
     assert [each["rows"] for each in (one, *two)] == [[32] * 4, [16] * 4, [16] * 4]
     assert two[0]["numbers"] == two[1]["numbers"] == pytest.approx(one["numbers"], abs=2e-4)
     assert [step["reward"] for step in two[0]["steps"]] == [step["reward"] for step in one["steps"]]
-    assert max(step["largest_gap"] for step in (*one["steps"], *two[0]["steps"])) < TOLERANCE
+    assert max(step["logprob_diff_max"] for step in (*one["steps"], *two[0]["steps"])) < TOLERANCE
 
 
 def test_infinity_is_noticed(world, tmp_path, adapter):

@@ -1,4 +1,4 @@
-"""Rewards against what people write, what models write, and what nobody should write; the process that compares."""
+"""Rewards of answers that people and models write, and of hostile ones; the process that compares."""
 
 import doctest
 import importlib.util
@@ -17,14 +17,13 @@ from pathlib import Path
 import pytest
 
 import tinylora_lite as tl
-from tinylora_lite.tasks import answers, rewards
-from tinylora_lite.tasks import math_equal as equivalence
+from tinylora_lite.tasks import answers, math_equal, math_worker, rewards
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 SECONDS = 1.0
-"""What the reward of any completion may cost, of the wall clock."""
+"""The wall-clock time that the reward of any completion may take."""
 SLACK = 0.5
-"""For a machine that does other things besides; on an idle one there is none to see."""
+"""For a busy machine."""
 
 needs_math_verify = pytest.mark.skipif(
     importlib.util.find_spec("math_verify") is None, reason="math-verify is not installed"
@@ -37,7 +36,7 @@ needs_ps = pytest.mark.skipif(shutil.which("ps") is None, reason="there is no ps
 def worker():
     """The process that compares, started before a test measures time."""
     pytest.importorskip("math_verify")
-    assert equivalence.equal("1/2", r"\frac{1}{2}")
+    assert math_equal.equal("1/2", r"\frac{1}{2}")
 
 
 def boxed(answer: str) -> str:
@@ -303,22 +302,24 @@ def members(group: str, states: str = "RSDT") -> list[str]:
 def test_an_ordinary_comparison_takes_milliseconds(worker):
     pairs = [(r"\frac{3}{4}", "0.75"), ("x+1", "1+x"), (r"2\sqrt{3}", r"\sqrt{12}"), ("(1,2)", "(1, 2)")]
     for gold, answer in pairs:
-        assert equivalence.equal(gold, answer)
+        assert math_equal.equal(gold, answer)
     started = time.perf_counter()
     for _ in range(25):
         for gold, answer in pairs:
-            assert equivalence.equal(gold, answer)
+            assert math_equal.equal(gold, answer)
     assert (time.perf_counter() - started) / 100 < 0.05
 
 
 def test_the_limit_is_kept_by_killing_and_the_next_comparison_is_quick(worker):
+    process = math_equal._worker
     for _ in range(2):
         started = time.perf_counter()
-        assert not equivalence.equal("1", r"\binom{10^9}{5\cdot10^8}")
+        assert not math_equal.equal("1", r"\binom{10^9}{5\cdot10^8}")
         stopped = time.perf_counter()
-        assert equivalence.SECONDS * 0.9 < stopped - started < SECONDS + SLACK
-        assert equivalence.equal("0.75", r"\frac{3}{4}")
+        assert math_worker.SECONDS * 0.9 < stopped - started < SECONDS + SLACK
+        assert math_equal.equal("0.75", r"\frac{3}{4}")
         assert time.perf_counter() - stopped < 0.5
+        assert math_equal._worker is process, "the program forks; it does not start again"
 
 
 def test_threads(worker):
@@ -350,17 +351,17 @@ def test_forks_have_a_process_of_their_own(worker):
 @needs_ps
 def test_no_zombies(worker):
     for _ in range(3):
-        assert not equivalence.equal("1", r"\binom{10^9}{5\cdot10^8}")
-    equivalence._close()
+        assert not math_equal.equal("1", r"\binom{10^9}{5\cdot10^8}")
+    math_equal._close()
     assert members(str(os.getpid()), "Z") == []
-    assert equivalence.equal("1/2", "0.5"), "closing is not the end"
+    assert math_equal.equal("1/2", "0.5"), "a new one starts"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="kills a process group")
 def test_a_process_that_was_killed_is_replaced(worker):
-    os.killpg(equivalence._process._process.pid, 9)
+    os.killpg(math_equal._worker.process.pid, 9)
     time.sleep(0.2)
-    assert equivalence.equal("0.25", r"\frac{1}{4}")
+    assert math_equal.equal("0.25", r"\frac{1}{4}")
 
 
 def test_an_interrupt_leaves_no_stale_verdict(worker, monkeypatch):
@@ -369,19 +370,19 @@ def test_an_interrupt_leaves_no_stale_verdict(worker, monkeypatch):
 
     monkeypatch.setattr(threading.Thread, "join", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        equivalence.equal("0.5", "1/2")
+        math_equal.equal("0.5", "1/2")
     monkeypatch.undo()
-    assert not equivalence.equal("0.5", "1/3")
-    assert equivalence.equal("0.5", "1/2")
+    assert not math_equal.equal("0.5", "1/3")
+    assert math_equal.equal("0.5", "1/2")
 
 
 SCRIPT = """
-import sys, time
+import sys
+import torch  # in this process; not in the one that compares
 from tinylora_lite.tasks.rewards import math_reward
-assert "torch" in sys.modules  # of this process; not of the one that compares
 print(math_reward(r"\\boxed{\\frac{1}{2}}", "0.5"), math_reward(r"\\boxed{\\binom{10^9}{5\\cdot10^8}}", "1"))
-from tinylora_lite.tasks import math_equal as equivalence
-print(equivalence._process._process.pid)
+from tinylora_lite.tasks import math_equal
+print(math_equal._worker.process.pid)
 if "die" in sys.argv:
     import os, signal
     os.kill(os.getpid(), signal.SIGKILL)
@@ -409,23 +410,29 @@ def test_no_main_guard_is_needed_and_nothing_outlives_the_caller(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc")
 def test_the_process_that_compares_does_without_torch(worker):
-    mapped = Path(f"/proc/{equivalence._process._process.pid}/maps").read_text(encoding="utf-8")
+    mapped = Path(f"/proc/{math_equal._worker.process.pid}/maps").read_text(encoding="utf-8")
     assert re.search(r"libpython|python3", mapped)
     assert "libtorch" not in mapped
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc")
+def test_the_process_that_compares_has_a_limit_of_memory(worker):
+    limits = Path(f"/proc/{math_equal._worker.process.pid}/limits").read_text(encoding="utf-8")
+    assert re.search(rf"Max address space +{4 << 30} ", limits)
+
+
 def test_a_missing_extra_is_named(monkeypatch):
-    monkeypatch.setattr(equivalence, "find_spec", lambda name: None)
-    equivalence._close()
+    monkeypatch.setattr(math_equal, "find_spec", lambda name: None)
+    math_equal._close()
     with pytest.raises(ImportError, match=r'pip install "tinylora_lite\[train\]"'):
         tl.math_reward(boxed(r"\frac{1}{2}"), "0.5")
-    assert tl.math_reward(boxed("27"), "27.0") == 1.0, "equal numbers need nobody"
+    assert tl.math_reward(boxed("27"), "27.0") == 1.0, "equal numbers need no math-verify"
 
 
 def test_a_process_that_cannot_start_says_so(worker, monkeypatch, tmp_path):
-    equivalence._close()
-    monkeypatch.setattr(equivalence, "__file__", str(tmp_path / "missing.py"))
+    math_equal._close()
+    monkeypatch.setattr(math_worker, "__file__", str(tmp_path / "missing.py"))
     with pytest.raises(RuntimeError, match="does not start"):
-        equivalence.equal("1/2", "0.5")
+        math_equal.equal("1/2", "0.5")
     monkeypatch.undo()
-    assert equivalence.equal("1/2", "0.5")
+    assert math_equal.equal("1/2", "0.5")

@@ -6,8 +6,13 @@ import pytest
 import torch
 
 from tinylora_lite import GRPOSettings
-from tinylora_lite.training.loop import _resume as resume
+from tinylora_lite.training.loop import DEFAULTS
 from tinylora_lite.utils.record import Run, save_checkpoint
+from tinylora_lite.utils.record import resume as resume_with
+
+
+def resume(folder, run, parameters, optimizer):
+    resume_with(folder, run, parameters, optimizer, DEFAULTS)
 
 
 def a_run(**changes) -> Run:

@@ -1,1 +1,1 @@
-"""Tasks: problems, prompts, and the rewards that judge an answer."""
+"""Tasks: problems, prompts, and the rewards that score an answer."""

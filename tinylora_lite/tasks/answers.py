@@ -1,7 +1,7 @@
-"""Where the answer of a completion stands, and which number it is.
+"""Where the answer of a completion is, and which number it is.
 
-Every function takes any text, and time in step with its length: completions come from a model that reinforcement
-learning rewards for finding gaps.
+Every function takes any text, in time linear in its length: completions come from a model that reinforcement learning
+rewards for finding gaps.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Literal
 Form = Literal["####", "boxed"]
 """The format that an answer is asked in: after ``####`` (GSM8K's own), or inside ``\\boxed{}`` (that of MATH)."""
 
-# Groups and digits are bounded: without that, a megabyte of ",000" takes a time quadratic in its length.
+# Groups and digits are bounded. Without that, a megabyte of ",000" takes time quadratic in its length.
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3}){1,12}(?![0-9])|[0-9]{1,40}(?![0-9]))(?:\.[0-9]{1,40}(?![0-9]))?|\.[0-9]{1,40}"
 _NUMBER = re.compile(
     rf"(?<![0-9])(?P<sign>[-+]?)(?:\$\s?)?(?P<minus>-?)(?P<digits>{_DIGITS})(?:/(?P<under>[0-9]{{1,40}})(?![0-9]))?"
@@ -65,7 +65,7 @@ def likely_answers(text: str, form: Form) -> list[str]:
 
 
 def exact_number(answer: str) -> Fraction | None:
-    """The number that an answer is, exactly; ``None`` where it is none, or more than one.
+    """The number that an answer is, exactly; ``None`` where it is no number, or more than one.
 
     Signs, thousands separators, a dollar sign, decimals, a simple fraction and a unit after the number are read.
 
@@ -74,7 +74,7 @@ def exact_number(answer: str) -> Fraction | None:
     """
     plain = _plain(answer)
     match = _NUMBER.match(plain)
-    # What has a second number behind it is something else: 1,23 and 18 or 19 and 2^10.
+    # With a second number after it, it is something else: 1,23 or 18 or 19 or 2^10.
     if match is None or re.search(r"[0-9/^=]", plain[match.end() :]):
         return None
     return _value(match)

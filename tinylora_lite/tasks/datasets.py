@@ -1,64 +1,29 @@
 r"""GSM8K, MATH and the benchmarks beside them as tasks: one call, by name.
 
-The paper leaves its GSM8K prompt and its answer parser open. Here GSM8K asks for the answer after ``####``, the format
-of its own solutions, and mathematics is asked with SimpleRL's boxed template. The paper trains on all problems
-(``validation=0``); here 500 are held out to choose with, so that the test set stays out of it.
+The paper does not publish its GSM8K prompt and its answer parser. Here GSM8K asks for the answer after ``####``, the
+format of its own solutions, and mathematics is asked with SimpleRL's boxed template. The paper trains on all problems
+(``validation=0``); here 500 are held out to choose settings with, so that the test set stays out of the choice.
 """
 
 from __future__ import annotations
 
 import ast
+import json
 import random
 import re
-from dataclasses import dataclass
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tinylora_lite.tasks import math_equal
 from tinylora_lite.tasks.answers import Form, marked_answer
-from tinylora_lite.tasks.catalog import PROBLEM_SETS, ProblemSet
-from tinylora_lite.tasks.problem_files import Row, read_problems
+from tinylora_lite.tasks.catalog import PROBLEM_SETS, PROMPTS, ProblemSet, Split
 from tinylora_lite.tasks.rewards import gsm8k_reward, keeps_format, math_reward
 from tinylora_lite.tasks.task import Example, Task
 from tinylora_lite.utils.record import seed_of
 
-
-@dataclass(frozen=True)
-class Prompt:
-    """How a problem is asked.
-
-    Attributes:
-        user: what the user writes, the problem in place of ``{problem}``.
-        form: the format it asks for; ``None`` where it asks for none, and every reward is the lenient one.
-        system: the system message; ``None`` leaves the chat template's own.
-    """
-
-    user: str
-    form: Form | None
-    system: str | None = None
-
-
-_BOXED = r"Please reason step by step, and put your final answer within \boxed{}."
-
-PROMPTS: dict[str, Prompt] = {
-    # SimpleRL-Zoo's "qwen-boxed" as its evaluation has it; its training files hold \boxed{{}}, a slip.
-    "boxed": Prompt("{problem}\n" + _BOXED, "boxed", "You are a helpful assistant."),
-    # Qwen2.5-Math's own: the request is the system message.
-    "boxed-system": Prompt("{problem}", "boxed", _BOXED),
-    # verl's prompt for GSM8K.
-    "####": Prompt('{problem} Let\'s think step by step and output the final answer after "####".', "####"),
-    "plain": Prompt("{problem}", None),
-}
-"""The prompts that :func:`load_task` knows; each goes through the model's chat template."""
-
-PLAIN_CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if message.role == 'user' %}Question:\n{% endif %}{{ message.content }}\n"
-    "{% endfor %}{% if add_generation_prompt %}Answer:\n{% endif %}"
-)
-"""For base models whose tokenizer has no chat template (Llama's, for one): ``tokenizer.chat_template = ...``.
-
-Qwen2.5's base models have one, and know it.
-"""
+_USUAL = ("{split}.jsonl", "{split}.json", "{split}.parquet", "{split}-*.parquet", "data/{split}-*.parquet")
 
 
 def load_task(
@@ -71,9 +36,12 @@ def load_task(
 ) -> Task:
     """A problem set as a task, from the hub at a pinned commit or from a folder.
 
-    ``Task.reward`` is the strict reward of the prompt's format and ``Task.lenient`` takes the answer from wherever it
-    stands, as :func:`~tinylora_lite.gsm8k_reward` and :func:`~tinylora_lite.math_reward` have it.
+    ``Task.reward`` is the strict reward of the prompt's format, and ``Task.lenient`` takes the answer from wherever it
+    is, as :func:`~tinylora_lite.gsm8k_reward` and :func:`~tinylora_lite.math_reward` have it.
     Problems whose row holds no answer are left out (two of ``math``): no completion could be right.
+
+    From the hub, ``huggingface_hub`` fetches the files of the one commit into its cache (``HF_HOME``), from where they
+    are read again without network (``HF_HUB_OFFLINE=1``).
 
     Args:
         name: ``gsm8k`` and ``math`` (SimpleRL-Zoo's 8,523 hard problems of MATH; its test split is MATH-500) have
@@ -81,33 +49,39 @@ def load_task(
             ``amc23`` are for evaluation alone.
         data: a folder instead of the hub: a copy of the hub's repository, or ``train.jsonl`` and ``test.jsonl``, in the
             folder itself or below the set's name. A number of problems other than the whole set's is a warning.
-        prompt: a key of :data:`PROMPTS`; ``None`` takes ``"####"`` for GSM8K and ``"boxed"`` for the others.
+        prompt: a key of :data:`~tinylora_lite.tasks.catalog.PROMPTS`; ``None`` takes ``"####"`` for GSM8K and
+            ``"boxed"`` for the others.
         validation: training problems to hold out for choosing; ``None`` takes 500 where there is training, 0 none.
         seed: of the choice of those. It is not the seed of training, so that runs are chosen on the same problems.
 
     Raises:
-        ValueError: the name or the prompt is unknown, a row lacks a column, too many problems are to be held out, or
-            the hub's file is not the one that is expected.
-        OSError: no such file, or no hub.
+        ValueError: the name or the prompt is unknown, a file cannot be read, a row lacks a column, too many problems
+            are to be held out, or the hub's file has another number of rows than the set.
+        FileNotFoundError: the folder holds no file of the set.
+        OSError: the hub cannot be reached, or lacks the revision.
         ImportError: math-verify is not installed, or a file is parquet and ``datasets`` is not.
     """
     if name not in PROBLEM_SETS:
         raise ValueError(f"there is no problem set {name!r}; there are {', '.join(PROBLEM_SETS)}")
     source = PROBLEM_SETS[name]
-    if (prompt or source.prompt) not in PROMPTS:
+    if (prompt or source.form) not in PROMPTS:
         raise ValueError(f"there is no prompt {prompt!r}; there are {', '.join(PROMPTS)}")
-    asked = PROMPTS[prompt or source.prompt]
+    asked = PROMPTS[prompt or source.form]
     if not source.numbers:
-        from tinylora_lite.tasks import math_equal as equivalence
-
-        equivalence.start()  # it gets ready while the problems are read and the model is loaded
+        math_equal.start()  # it gets ready while the problems are read and the model is loaded
 
     form = asked.form or source.form
-    splits = {
-        split: [example for row in rows if (example := _example(name, source, asked, form, row)) is not None]
-        for split, rows in read_problems(name, source, data).items()
-    }
-    train = splits.get("train", [])
+    splits: dict[Split, list[Example]] = {"train": [], "test": []}
+    for split, rows in _read_problems(name, source, data).items():
+        for row in rows:
+            gold = _gold(_column(name, source.answer, row))
+            worked = next((row[column] for column in source.solution if isinstance(row.get(column), str)), None)
+            problem = str(_column(name, source.problem, row)).strip()
+            if gold:
+                solution = None if worked is None else _solution(worked, gold, form)
+                splits[split].append(Example(asked.user.replace("{problem}", problem), gold, solution))
+
+    train = splits["train"]
     held_out = (source.validation if validation is None else validation) if train else 0
     if not 0 <= held_out < max(1, len(train)):
         if validation is not None:
@@ -119,7 +93,7 @@ def load_task(
         name=name,
         train=tuple(example for i, example in enumerate(train) if i not in chosen),
         validation=tuple(train[i] for i in sorted(chosen)),
-        test=tuple(splits.get("test", [])),
+        test=tuple(splits["test"]),
         reward=reward if asked.form else partial(reward, lenient=True),
         system=asked.system,
         lenient=partial(reward, lenient=True),
@@ -127,20 +101,34 @@ def load_task(
     )
 
 
-def _example(name: str, source: ProblemSet, asked: Prompt, form: Form, row: Row) -> Example | None:
-    problem, answer = (_column(name, columns, row) for columns in (source.problem, source.answer))
-    gold = _gold(answer)
-    if not gold:
-        return None
-    worked = next((row[column] for column in source.solution if isinstance(row.get(column), str)), None)
-    return Example(
-        prompt=asked.user.replace("{problem}", str(problem).strip()),
-        gold=gold,
-        solution=None if worked is None else _solution(worked, gold, form),
-    )
+def find_commit(source: ProblemSet) -> str:
+    """The commit, of 40 digits, that a source is pinned to.
+
+    Raises:
+        OSError: it has to be looked up in the history, and the hub cannot be reached; or the history lacks it.
+    """
+    if re.fullmatch(r"[0-9a-f]{40}", source.revision):
+        return source.revision
+    from huggingface_hub import HfApi, constants
+
+    is_day = "-" in source.revision
+    try:
+        history = HfApi().list_repo_commits(source.hub, repo_type="dataset")  # the newest first
+    except Exception as error:
+        cache = Path(constants.HF_HUB_CACHE) / f"datasets--{source.hub.replace('/', '--')}" / "snapshots"
+        cached = [path.name for path in cache.glob("*" if is_day else f"{source.revision}*")]
+        if len(cached) == 1:
+            return cached[0]
+        raise OSError(_unreachable(source, error)) from error
+    for commit in history:
+        if is_day and f"{commit.created_at:%Y-%m-%d}" <= source.revision:
+            return commit.commit_id
+        if commit.commit_id.startswith(source.revision):
+            return commit.commit_id
+    raise OSError(f"{source.hub} has no commit {source.revision} in its history")
 
 
-def _column(name: str, columns: tuple[str, ...], row: Row) -> Any:
+def _column(name: str, columns: tuple[str, ...], row: dict[str, Any]) -> Any:
     for column in columns:
         if column in row:
             return row[column]
@@ -148,7 +136,7 @@ def _column(name: str, columns: tuple[str, ...], row: Row) -> Any:
 
 
 def _gold(answer: object) -> str:
-    """The answer as a string: of a list its items, of a worked answer what stands after its mark, of 27.0 27."""
+    """The answer as a string: of a list its items, of a worked answer what follows its mark, of 27.0 27."""
     if isinstance(answer, str) and re.fullmatch(r"\s*\[['\"].*\]\s*", answer, re.DOTALL):
         answer = ast.literal_eval(answer.strip())  # a list that became text on its way to the hub
     if isinstance(answer, list):
@@ -166,3 +154,77 @@ def _solution(worked: str, gold: str, form: Form) -> str:
         return text
     text = re.sub(r"\n?####.*$", "", text).strip()
     return f"{text}\n#### {gold}" if form == "####" else f"{text}\nThe final answer is \\boxed{{{gold}}}."
+
+
+def _read_problems(name: str, source: ProblemSet, data: str | Path | None) -> dict[Split, list[dict[str, Any]]]:
+    """The rows of each split as the files hold them; a split that a folder lacks is left out."""
+    hub_name = source.hub.rpartition("/")[2]
+    places = [_download(source)] if data is None else [Path(data) / part for part in (name, source.hub, hub_name, ".")]
+    for folder in places:
+        found = {split: files for split in source.rows if (files := _files(folder, source, split))}
+        if found or data is None:
+            break
+    else:
+        wanted = " or ".join(f"{split}.jsonl" for split in source.rows)
+        looked = ", ".join(str(place) for place in places)
+        raise FileNotFoundError(f"no {wanted} of {name}, and no copy of {source.hub}, in {looked}")
+    rows = {split: [row for path in paths for row in _read(path)] for split, paths in found.items()}
+    for split, expected in source.rows.items():
+        count = len(rows.get(split, []))
+        if data is None and count != expected:
+            raise ValueError(
+                f"{source.hub} at {source.revision} has {count} {split} problems where {expected} are expected; "
+                "empty its folder in the hub's cache and try again"
+            )
+        if split in rows and count != expected:
+            warnings.warn(f"{found[split][0]} makes {count} problems of {name}, the whole is {expected}", stacklevel=3)
+    return rows
+
+
+def _download(source: ProblemSet) -> Path:
+    from huggingface_hub import snapshot_download
+
+    wanted = [pattern for split in source.rows for pattern in _patterns(source, split)]
+    commit = find_commit(source)
+    try:
+        return Path(snapshot_download(source.hub, repo_type="dataset", revision=commit, allow_patterns=wanted))
+    except Exception as error:
+        raise OSError(_unreachable(source, error)) from error
+
+
+def _unreachable(source: ProblemSet, error: Exception) -> str:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"{source.hub} cannot be loaded from the hub ({reason}); pass data=, a folder that holds it"
+
+
+def _patterns(source: ProblemSet, split: Split) -> list[str]:
+    usual = [pattern.format(split=split) for pattern in _USUAL]
+    return [source.files[split], *usual] if split in source.files else usual
+
+
+def _files(folder: Path, source: ProblemSet, split: Split) -> list[Path]:
+    return next((files for pattern in _patterns(source, split) if (files := sorted(folder.glob(pattern)))), [])
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    try:
+        if path.suffix == ".parquet":
+            rows = _read_parquet(path)
+        elif path.suffix == ".json":
+            rows = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path} holds something other than rows of named columns")
+    return rows
+
+
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
+    try:
+        from pyarrow import parquet
+    except ModuleNotFoundError as error:
+        raise ImportError('parquet files need datasets: pip install "tinylora_lite[train]"') from error
+    rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+    return rows

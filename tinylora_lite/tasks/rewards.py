@@ -4,8 +4,8 @@ Each is *strict* by default: the answer counts only in the format that was asked
 ``\boxed{}``. With ``lenient=True`` it counts wherever a reader would find it. The two differ by as much as the effects
 that papers report (verl issue 2150, simpleRL-reason issue 60), so this project reports both.
 
-Whatever a completion holds, its reward costs at most a second. The first comparison of mathematics in a process takes a
-few seconds more, to start the process that compares; :func:`~tinylora_lite.load_task` starts it early.
+The reward of any completion takes at most a second. The first comparison of mathematics in a process takes a few
+seconds more, to start the process that compares; :func:`~tinylora_lite.load_task` starts it early.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from tinylora_lite.tasks.answers import (
 )
 from tinylora_lite.tasks.math_equal import equal
 
-_LONGEST = 200_000
-_DEEPEST = 30
-# Towers of powers, exponents of six digits and factorials of five: no answer of a benchmark, and death to whoever
-# evaluates them. They would be stopped in time; refusing them here spares the second.
+_LONGEST = 200_000  # characters of a completion
+_DEEPEST = 30  # brackets
+# Towers of powers, exponents of six digits and factorials of five are no answer of a benchmark. Evaluating one takes
+# until the time limit; refusing it here saves that second.
 _HOPELESS = re.compile(
     r"[0-9]\s*(?:\^|\*\*)\s*[{(\s]*[0-9.]+[)\s]*(?:\^|\*\*)|(?:\^|\*\*)\s*[{(]?\s*-?[0-9]{6,}|[0-9]{5,}[})\s]*!"
 )
@@ -40,10 +40,10 @@ def gsm8k_reward(completion: str, gold: str, *, form: Form = "####", lenient: bo
 
     Args:
         completion: the text of the answer; its last 200,000 characters are read.
-        gold: the right number, or a worked answer of GSM8K, whose number stands after ``####``.
-        form: where the answer must stand: ``"####"`` (GSM8K's own) or ``"boxed"`` (under the boxed prompt).
+        gold: the right number, or a worked answer of GSM8K, whose number follows ``####``.
+        form: where the answer must be: ``"####"`` (GSM8K's own) or ``"boxed"`` (under the boxed prompt).
         lenient: takes the first of these that holds a number: the answer in ``form``, in the other form, after the
-            last "answer is", in the last formula, and at last the last number of the text.
+            last "answer is", in the last formula; otherwise the last number of the text.
 
     >>> gsm8k_reward("9 * 2 = 18\n#### $18.00", "18"), gsm8k_reward("The answer is 18.", "18")
     (1.0, 0.0)
@@ -65,15 +65,15 @@ def gsm8k_reward(completion: str, gold: str, *, form: Form = "####", lenient: bo
 
 
 def math_reward(completion: str, gold: str, *, form: Form = "boxed", lenient: bool = False) -> float:
-    r"""1.0 if a completion answers with what ``gold`` is, 0.0 otherwise; ``math-verify`` decides what is the same.
+    r"""1.0 if a completion's answer equals ``gold``, 0.0 otherwise; ``math-verify`` decides what is equal.
 
-    Equal strings and equal decimals (27 and 27.0) are the same without asking it. An answer that it cannot decide on
-    within a second is wrong, and so are towers of powers, exponents of six digits and answers of over 1,000 characters.
+    Equal strings and equal decimals (27 and 27.0) are decided without it. An answer that it cannot decide on within a
+    second is wrong, and so are towers of powers, exponents of six digits and answers of over 1,000 characters.
 
     Args:
         completion: the text of the answer; its last 200,000 characters are read.
         gold: the right answer, in LaTeX or plain; numbers are taken too.
-        form: where the answer must stand: ``"boxed"`` or ``"####"``.
+        form: where the answer must be: ``"boxed"`` or ``"####"``.
         lenient: takes the first of these that there is: the answer in ``form``, in the other form, after the last
             "answer is", the last formula, the last number.
 
@@ -103,10 +103,10 @@ def keeps_format(completion: str, *, form: Form, number: bool = False) -> bool:
 
 
 def _text(value: object) -> str:
-    """Data sets hold numbers and lists where their cards promise strings."""
+    """The value as text: data sets hold numbers and lists where their cards promise strings."""
     try:
         return str(value)
-    except Exception:  # of an integer of 5,000 digits, or of whatever it is
+    except Exception:  # an integer of 5,000 digits, for one
         return ""
 
 
@@ -119,7 +119,7 @@ def _same(gold: str, answer: str) -> bool:
     if one is not None and other is not None:
         if one == other:
             return True
-        if abs(one - other) > abs(one) / 1000:  # math-verify rounds; far apart is far apart for it too
+        if abs(one - other) > abs(one) / 1000:  # math-verify rounds, but not that far
             return False
     return not _hopeless(answer) and equal(gold, answer)
 

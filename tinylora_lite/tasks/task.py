@@ -1,4 +1,4 @@
-"""What a model is asked, and what an answer is worth."""
+"""A task: problems, how they are asked, and the reward of an answer."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    """Problems in three splits that share none, and the reward that scores a completion.
+    """Problems in three disjoint splits, and the reward that scores a completion.
 
     Attributes:
-        name: names the task in records and errors.
+        name: in records and errors.
         train: for learning.
         validation: for choosing (learning rates, bases).
         test: for the number that is reported.
         reward: scores a completion; :meth:`score` calls it. Where there is a format to keep, it is the strict one.
         system: the system message of every prompt; ``None`` sends none.
-        lenient: the same for a reader who takes the answer from wherever it stands; ``None`` where ``reward`` is that.
+        lenient: the reward that takes the answer from wherever it is; ``None`` where ``reward`` does that.
         formatted: whether a completion keeps the format that ``reward`` asks for; ``None`` where it asks for none.
     """
 

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import MISSING, asdict, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 S = TypeVar("S", bound=TrainingSettings)
 
+DEFAULTS = {f.name: f.default for of in (SFTSettings, GRPOSettings, TinyLoraConfig) for f in fields(of)}
+"""What settings were in checkpoints of versions that did not have them yet."""
 RECORDED_PARAMETERS = 64
 """Up to how many parameters a run's record holds v at every step."""
 
@@ -132,7 +134,7 @@ def fit(
     if folder is not None:
         if objective.population:
             raise ValueError("the run of a population is not saved; leave folder out")
-        _resume(folder, runs[0], objective.parameters[0], optimizers[0])
+        resume(folder, runs[0], objective.parameters[0], optimizers[0], DEFAULTS)
     done = len(runs[0].steps)
     if len(set(distributed.all_gather_object(done))) > 1:
         raise ValueError(f"not every process finds the checkpoint in {folder}; give a folder that all of them share")
@@ -298,10 +300,3 @@ def ready_to_train(model: PreTrainedModel, parameters: Sequence[Tensor]) -> Iter
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-
-
-def _resume(folder: str | Path, run: Run, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """Goes on from the checkpoint in ``folder``, if there is one; see :func:`~tinylora_lite.utils.record.resume`."""
-    classes = (SFTSettings, GRPOSettings, TinyLoraConfig)
-    defaults = {f.name: f.default for of in classes for f in fields(of) if f.default is not MISSING}
-    resume(folder, run, parameters, optimizer, defaults)

@@ -1,15 +1,15 @@
-"""The same training by TRL: its ``GRPOTrainer`` with an adapter's numbers as the only thing that trains.
+"""The same training by TRL: its ``GRPOTrainer`` with the adapter's parameters as the only ones that train.
 
-TRL brings what a loop of two screens leaves out: ``accelerate`` with FSDP2, trackers, callbacks. Settings, prompts
-and their order, reward, loss, Adam and learning rate are those of :func:`~tinylora_lite.train_grpo`; with one sampler
-for both, so are the samples, and v differs by rounding, until rounding turns a token over. What differs:
+TRL adds what our loop leaves out: ``accelerate`` with FSDP2, trackers, callbacks. Settings, prompts and their order,
+reward, loss, Adam and learning rate are those of :func:`~tinylora_lite.train_grpo`. With one sampler for both, the
+samples are the same too, and v differs by rounding, until rounding changes a sampled token. What differs:
 
 - Without a ``sampler``, TRL's own generation answers. It reports no log-probabilities, so nothing corrects for them.
 - Rows whose advantage is zero are computed all the same, so a step takes longer.
-- Dropout is switched off in the model for good; our loop switches it back on afterwards.
+- Dropout stays off in the model after training; our loop restores it.
 
 v is no parameter of the model, so neither DDP nor FSDP shards, casts or wraps it: every process holds all of it, and
-the optimizer puts the gradients together.
+the optimizer averages the gradients.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -26,26 +25,22 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from tinylora_lite.adapter.adapter import TinyLoraAdapter
 from tinylora_lite.adapter.weights import base_fingerprint
 from tinylora_lite.files.adapter_file import save
 from tinylora_lite.files.file_format import read_file
 from tinylora_lite.sampling.logprobs import recomputes
-from tinylora_lite.sampling.rollouts import Sampler, encode_prompts
+from tinylora_lite.sampling.rollouts import Sampler
 from tinylora_lite.sampling.sampler import ModelSampler
 from tinylora_lite.tasks.task import Example, Task
-from tinylora_lite.training.batches import check_task
-from tinylora_lite.training.grpo import validate
-from tinylora_lite.training.loop import ready_to_train
-from tinylora_lite.training.ready import check_adapter
+from tinylora_lite.training.batches import rollout
+from tinylora_lite.training.grpo import GRPO
+from tinylora_lite.training.loop import DEFAULTS, RECORDED_PARAMETERS, ready_to_train
 from tinylora_lite.training.settings import GRPOSettings
-from tinylora_lite.training.trl_checks import check_trl
-from tinylora_lite.training.trl_config import trl_config, trl_dataset
-from tinylora_lite.training.trl_optimizer import JoinedAdam
-from tinylora_lite.training.trl_record import check_same_run, numbers_of, rows_of
-from tinylora_lite.utils import distributed
-from tinylora_lite.utils.record import Run, environment, seed_of
+from tinylora_lite.training.trl_config import COLUMNS, AdamOnV, check_version, trl_config, trl_dataset
+from tinylora_lite.utils.record import Run, check_same_run, environment
 
 try:
     import trl
@@ -59,7 +54,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ADAPTER_FILE = "adapter.tinylora"
-"""The numbers of a checkpoint, in float32."""
+"""The parameters of a checkpoint, in float32."""
 
 RUN_FILE = "run.json"
 
@@ -76,7 +71,7 @@ def train_trl(
     on_step: Callable[[Run], None] | None = None,
     **config: Any,
 ) -> Run:
-    """Trains an adapter's numbers by TRL's GRPO; arguments and result are those of :func:`~tinylora_lite.train_grpo`.
+    """Trains an adapter by TRL's GRPO; arguments and result are those of :func:`~tinylora_lite.train_grpo`.
 
     Under ``accelerate launch`` every process calls this with the same arguments.
 
@@ -85,17 +80,16 @@ def train_trl(
         tokenizer: the model's.
         adapter: attached to the model, and not to its output layer.
         task: prompts come from its training split, evaluations from its validation split.
-        settings: see :class:`~tinylora_lite.GRPOSettings`; ``None`` takes its defaults.
-        sampler: who answers the prompts; ``None`` takes TRL's own generation by the model, and evaluates with ours.
-        folder: where checkpoints and the record are saved; called again with the same base and settings, an interrupted
-            run goes on from its last checkpoint.
+        settings: of training.
+        sampler: answers the prompts; ``None`` takes TRL's own generation, and evaluates with ours.
+        folder: for checkpoints and the record; an interrupted run continues from its last checkpoint.
         on_step: called with the run so far after every step.
         config: further fields of TRL's ``GRPOConfig``, such as ``report_to`` or ``use_cpu``.
 
     Raises:
-        RuntimeError: the installed TRL lacks something that this needs.
+        RuntimeError: the installed TRL is too old, or does not correct for the sampler.
         ValueError: as :func:`~tinylora_lite.train_grpo`, or a field in ``config`` that ``settings`` decide.
-        FloatingPointError: the gradient is not finite; the numbers stay those of the last update.
+        FloatingPointError: the gradient is not finite; the parameters stay those of the last update.
     """
     trainer = TinyLoraGRPOTrainer(
         model, tokenizer, adapter, task, settings, sampler=sampler, folder=folder, on_step=on_step, **config
@@ -108,16 +102,11 @@ def train_trl(
 
 
 class TinyLoraGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
-    """``GRPOTrainer`` for an adapter. Its checkpoints hold the numbers and the optimizer's state, and no weights.
+    """``GRPOTrainer`` for an adapter. Its checkpoints hold v and the optimizer's state, and no weights of the base.
 
     Arguments are those of :func:`train_trl`.
 
     Attributes:
-        adapter: whose numbers train.
-        settings: of training.
-        sampler: who answers the prompts; ``None``: TRL's own generation.
-        policy: the model that trains.
-        tokenizer: its tokenizer.
         evaluations: one row per evaluation, as in a :class:`~tinylora_lite.Run`.
     """
 
@@ -138,129 +127,115 @@ class TinyLoraGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         callbacks: list[TrainerCallback] | None = None,
         **config: Any,
     ) -> None:
-        check_trl()
+        check_version()
         settings = settings or GRPOSettings()
-        check_task(tokenizer, task, settings)
-        check_adapter(model, adapter)
+        self.objective = GRPO(model, tokenizer, adapter, task, [settings], sampler)
         head = model.get_output_embeddings()
         if any(module is head for name, module in model.named_modules() if name in adapter.names):
             raise ValueError("TRL reads the output layer's weight past its hooks, so an adapter on it would not train")
         self.adapter, self.task, self.settings, self.sampler = adapter, task, settings, sampler
-        self.policy, self.tokenizer = model, tokenizer
+        self.policy, self.tokenizer, self._on_step = model, tokenizer, on_step
         self.evaluations: list[dict[str, float]] = []
         self._base = base_fingerprint(model)
         self._started, self._seconds_before = time.perf_counter(), 0.0
         config.setdefault("disable_tqdm", not sys.stderr.isatty())
         args = trl_config(settings, folder, recompute=any(map(recomputes, model.modules())), **config)
-        args.beta = 0.0  # TRL would load a second model as the reference
-        before = vars(model).get("forward")
+        args.beta = 0.0  # otherwise TRL loads a second model as the reference
+        self._forward = vars(model).get("forward")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "You are using 'rollout_func'", UserWarning)
             super().__init__(
                 model=model,
-                reward_funcs=self._worth,
+                reward_funcs=self._reward,
                 args=args,
                 train_dataset=trl_dataset(task, settings),
                 processing_class=tokenizer,
-                callbacks=[*(callbacks or []), _AfterStep(self, on_step)],
+                callbacks=[*(callbacks or []), _Evaluation(self)],
                 rollout_func=None if sampler is None else self._ask_sampler,
             )
+        self._trl_forward = vars(model).get("forward")
+        _set_forward(model, self._forward)
         self.remove_callback(PrinterCallback)
-        self._check_processes()
         args.beta = self.beta = settings.kl
         if settings.kl > 0:
-            self.ref_model = _Base(self)
+            self.ref_model = self._reference
         if sampler is not None:
             self._correct_for_sampler()
-        self._forwards = (before, vars(model).get("forward"))
-        self._set_forward(before)
-
-    def _check_processes(self) -> None:
-        if self.is_deepspeed_enabled or (self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version != 2):
+        fsdp_2 = self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 2
+        if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not fsdp_2):
             raise ValueError("DeepSpeed and FSDP 1 take over what trains; use FSDP 2 (fsdp_version: 2), or neither")
-        if self.is_fsdp_enabled and isinstance(self.sampler, ModelSampler):
+        if fsdp_2 and isinstance(sampler, ModelSampler):
             raise ValueError("a model sharded by FSDP samples by TRL's generation (sampler=None), or by another engine")
-        if not self.is_fsdp_enabled:
-            # Nothing of the model trains. DDP refuses such a model, and accelerate would wrap it on CPUs all the same.
+        if not fsdp_2:
+            # No parameter of the model trains. DDP refuses such a model, and accelerate would wrap it on CPUs.
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
 
+    def _reference(self, **inputs: Any) -> Any:
+        """The reference policy of the KL penalty: the model that trains, without its adapter."""
+        with self.adapter.disabled():
+            return self.policy(**inputs)
+
     def _correct_for_sampler(self) -> None:
-        """TRL corrects for the sampler where the sampler is its own vLLM, so that is what it is told."""
+        """Makes TRL correct for the sampler as it does for its own vLLM: truncated importance sampling per token."""
         self.use_vllm = True
         self.vllm_generation = SimpleNamespace(sync_weights=lambda: None)  # _ask_sampler does
         self._last_loaded_step = -1
-        self.vllm_importance_sampling_correction = True  # and reports the gap, where nothing is to be corrected too
+        self.vllm_importance_sampling_correction = True  # without a cap too, since it logs the difference
         self.vllm_importance_sampling_mode = "token_truncate"
         cap = self.settings.tis_cap
         self.vllm_importance_sampling_clip_max = 1.0 if cap is None else cap
         self.vllm_importance_sampling_clip_min = 1.0 if cap is None else None
 
-    @property
-    def step(self) -> int:
-        """Our steps that are done; one is ``epochs_per_step`` of TRL's."""
-        return int(self.state.global_step) // self.settings.epochs_per_step
-
     def _ask_sampler(self, prompts: list[list[dict[str, str]]], trainer: GRPOTrainer) -> dict[str, Any]:
-        """This process's share of a step's prompts, each once for every completion, answered by the sampler."""
+        """The sampler's answers to this process's share of a step's prompts, which come once for every completion."""
+        examples = [Example(conversation[-1]["content"], "") for conversation in prompts[:: self.settings.group_size]]
+        step = self.state.global_step // self.settings.epochs_per_step
         assert self.sampler is not None
-        examples = [Example(conversation[-1]["content"], "") for conversation in prompts]
-        ids, mask = encode_prompts(self.tokenizer, self.task, examples, self.args.device)
         self.sampler.sync(self.adapter)
-        rollouts = self.sampler.sample(
-            ids,
-            mask,
-            max_new_tokens=self.settings.max_new_tokens,
-            temperature=self.settings.temperature,
-            seed=seed_of("rollout", self.settings.seed, self.step),
-            first_row=distributed.rank() * len(prompts),
-        )
-        lengths = rollouts.lengths.tolist()
+        rollouts = rollout(self.policy, self.tokenizer, self.task, examples, self.settings, step, self.sampler)
+        lengths, prompt_rows = rollouts.lengths.tolist(), (rollouts.prompt_ids, rollouts.prompt_mask)
         return {
-            "prompt_ids": [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)],
+            "prompt_ids": [ids[kept.bool()].tolist() for ids, kept in zip(*prompt_rows, strict=True)],
             "completion_ids": [row[:n].tolist() for row, n in zip(rollouts.completion_ids, lengths, strict=True)],
             "logprobs": [row[:n].tolist() for row, n in zip(rollouts.logprobs, lengths, strict=True)],
         }
 
-    def _worth(
+    def _reward(
         self, completion_ids: list[list[int]], gold: list[str], log_metric: Callable[[str, float], None], **_: Any
     ) -> list[float]:
-        """TRL's reward function: the task's reward, and rates of what it is made of for the log."""
-        decoded = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
-        texts = [text.strip() for text in decoded]
-        scores = [self.task.score(text, answer) for text, answer in zip(texts, gold, strict=True)]
+        """TRL's reward function: the task's reward; the log gets the means of the strict and the lenient one."""
+        texts = [text.strip() for text in self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)]
+        pairs = list(zip(texts, gold, strict=True))
+        scores = [self.task.score(text, answer) for text, answer in pairs]
         log_metric("strict", sum(scores) / len(scores))
         if (lenient := self.task.lenient) is not None:
-            log_metric(
-                "lenient", sum(lenient(text, answer) for text, answer in zip(texts, gold, strict=True)) / len(texts)
-            )
+            log_metric("lenient", sum(lenient(text, answer) for text, answer in pairs) / len(pairs))
         if self.task.formatted is not None:
             log_metric("formatted", sum(map(self.task.formatted, texts)) / len(texts))
         if self.settings.truncated == "score":
             return scores
         ended = [ids[-1] in self.eos_token_ids for ids in completion_ids]
-        return [worth if end else 0.0 for worth, end in zip(scores, ended, strict=True)]
+        return [score if end else 0.0 for score, end in zip(scores, ended, strict=True)]
 
-    _worth.__name__ = "reward"  # TRL's log names it
+    _reward.__name__ = "reward"  # in TRL's log
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """TRL's loss. Raises ``RuntimeError`` where it would leave out the correction for the sampler."""
         if self.sampler is not None and "importance_sampling_ratio" not in inputs:
-            raise RuntimeError(
-                f"TRL {trl.__version__} does not correct for the sampler; use a version that is known to"
-            )
+            raise RuntimeError(f"TRL {trl.__version__} does not correct for the sampler; install one that is tested")
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Adam on v alone."""
         if self.optimizer is None:
             self.adapter.to(self.args.device)
-            # Of nothing yet: FSDP2 looks for each of an optimizer's parameters in the model, where v is none.
-            self.optimizer = JoinedAdam([{"params": []}], lr=self.settings.learning_rate)
+            # Empty until prepared: FSDP2 looks for each of an optimizer's parameters in the model, where v is not.
+            self.optimizer = AdamOnV([{"params": []}], lr=self.settings.learning_rate)
             self.optimizer.max_norm = self.settings.max_grad_norm
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """The learning rate of our settings; TRL calls this when the optimizer is ready."""
+        """The learning rate of our settings; TRL calls this when the optimizer is prepared."""
         if self.lr_scheduler is None:
             self.optimizer.param_groups[0]["params"] = [self.adapter.vectors]
             epochs, settings = self.settings.epochs_per_step, self.settings
@@ -270,42 +245,42 @@ class TinyLoraGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         return self.lr_scheduler
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Trains; afterwards the model computes as it did before. Arguments are those of ``Trainer.train``."""
+        """Trains; arguments are those of ``Trainer.train``.
+
+        The model has TRL's forward pass only inside: a copy of the model would call the original's.
+        """
         self._started = time.perf_counter()
-        with ready_to_train(self.policy, self.adapter), self._trl_forward():
-            return super().train(resume_from_checkpoint, **kwargs)
-
-    @contextmanager
-    def _trl_forward(self) -> Iterator[None]:
-        """Inside, the model has the forward pass that TRL gave it; outside, a copy of the model must not call it."""
-        before, by_trl = self._forwards
-        self._set_forward(by_trl)
+        _set_forward(self.policy, self._trl_forward)
         try:
-            yield
+            with ready_to_train(self.policy, [self.adapter.vectors]):
+                return super().train(resume_from_checkpoint, **kwargs)
         finally:
-            self._set_forward(before)
-
-    def _set_forward(self, forward: Any) -> None:
-        if forward is None:
-            vars(self.policy).pop("forward", None)
-        else:
-            self.policy.forward = forward
+            _set_forward(self.policy, self._forward)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """TRL's log, and v itself: its norm, its largest entry, and every number where they are few."""
+        """TRL's log, and v: its norm, its largest entry, and every entry (``v0`` and so on) where they are few."""
         if "loss" in logs:
-            logs |= numbers_of(self.adapter)
+            v = self.adapter.vectors.detach().flatten()
+            logs |= {"norm": v.norm().item(), "largest": v.abs().max().item()}
+            logs |= {f"v{i}": value for i, value in enumerate(v.tolist())} if len(v) <= RECORDED_PARAMETERS else {}
             logs["gradient_norm"] = self.optimizer.optimizer.gradient_norm
             logs["seconds"] = self._seconds_before + time.perf_counter() - self._started
         super().log(logs, start_time)
+        if self._on_step is not None and "reward" in self.state.log_history[-1]:
+            self._on_step(self.record())
 
     def record(self) -> Run:
-        """The run so far."""
-        rows = rows_of(self.state.log_history, self.settings)
+        """The run so far; one of our steps is ``epochs_per_step`` of TRL's."""
+        rows = [
+            {"step": entry["step"] // self.settings.epochs_per_step}
+            | {ours: entry[theirs] for ours, theirs in COLUMNS.items() if theirs in entry}
+            for entry in self.state.log_history
+            if "reward" in entry
+        ]
         return Run(
             method="grpo",
             settings=asdict(self.settings),
-            adapter=self.adapter.extra_repr(),
+            adapter=self.adapter.identity(),
             parameters=self.adapter.num_parameters,
             task=self.task.name,
             base=self._base,
@@ -323,7 +298,7 @@ class TinyLoraGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             self.record().save(folder / RUN_FILE)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Writes none: TRL's would promise a model where there are a few numbers."""
+        """Writes none: TRL's would describe a model, and the folder holds an adapter."""
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         # As Trainer does it without FSDP; with FSDP it would write the base.
@@ -337,47 +312,29 @@ class TinyLoraGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
                 target.load_state_dict(torch.load(Path(checkpoint) / name, weights_only=True, map_location="cpu"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Puts v and the record where the checkpoint left them.
-
-        Raises:
-            FileNotFoundError: the folder holds no checkpoint of this trainer.
-            ValueError: it is damaged, or of a run of another base, adapter, task or other settings.
-        """
+        """Restores v and the record. Raises ``ValueError`` where they are damaged, or of another run."""
         folder = Path(resume_from_checkpoint)
         saved = Run.load(folder / RUN_FILE)
-        check_same_run(folder, saved, self.record())
-        _, tensors = read_file(folder / ADAPTER_FILE)
+        check_same_run(folder, saved, self.record(), DEFAULTS)
         with torch.no_grad():
-            self.adapter.vectors.copy_(tensors["vectors"])
+            self.adapter.vectors.copy_(read_file(folder / ADAPTER_FILE)[1]["vectors"])
         self.evaluations, self._seconds_before = saved.evaluations, saved.seconds
 
 
-class _Base:
-    """The reference policy: the model that trains, without its adapter."""
+def _set_forward(model: nn.Module, forward: Any) -> None:
+    """Gives the model a forward pass in place of its class's; ``None`` takes it away."""
+    vars(model).pop("forward", None)
+    vars(model).update({} if forward is None else {"forward": forward})
+
+
+class _Evaluation(TrainerCallback):
+    """Evaluates after the steps for which the settings ask it."""
 
     def __init__(self, trainer: TinyLoraGRPOTrainer) -> None:
         self.trainer = trainer
-
-    def __call__(self, **inputs: Any) -> Any:
-        with self.trainer.adapter.disabled():
-            return self.trainer.policy(**inputs)
-
-
-class _AfterStep(TrainerCallback):
-    """Evaluates when a step of ours asks for it, and shows the run to whoever follows it."""
-
-    def __init__(self, trainer: TinyLoraGRPOTrainer, on_step: Callable[[Run], None] | None) -> None:
-        self.trainer, self.on_step = trainer, on_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer, settings = self.trainer, self.trainer.settings
         step, rest = divmod(state.global_step, settings.epochs_per_step)
         if settings.evaluate_every and not rest and step % settings.evaluate_every == 0:
-            sampler = trainer.sampler or ModelSampler(trainer.policy, trainer.tokenizer)
-            sampler.sync(trainer.adapter)
-            score = validate(trainer.policy, trainer.tokenizer, trainer.task, settings, sampler)
-            trainer.evaluations.append({"step": step} | score)
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.on_step is not None and "reward" in state.log_history[-1]:
-            self.on_step(self.trainer.record())
+            trainer.evaluations.append({"step": step} | trainer.objective.validate()[0])

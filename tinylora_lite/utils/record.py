@@ -288,6 +288,24 @@ def save_checkpoint(
     atomic_write(Path(folder) / "checkpoint.pt", content.getvalue())
 
 
+def check_same_run(folder: str | Path, saved: Run, run: Run, defaults: Mapping[str, Any]) -> None:
+    """Raises ``ValueError`` where ``folder`` holds a run of another method, task, adapter, base or other settings.
+
+    ``save_every`` may differ, and under a constant learning rate ``steps`` may, down to what is done: they decide where
+    training stops, not where it goes. ``defaults`` are of settings that a saved run may lack, because its version did
+    not have them yet.
+    """
+    may_differ = {"save_every", "steps"} if run.settings.get("schedule") == "constant" else {"save_every"}
+    before, now = ({name: getattr(r, name) for name in ("method", "task", "base")} for r in (saved, run))
+    check_same(folder, "a run", before, now)
+    check_same(folder, "a run", saved.settings, run.settings, defaults=defaults, may_differ=may_differ)
+    now = run.adapter if isinstance(run.adapter, dict) else {"kind": run.adapter}
+    if isinstance(saved.adapter, str):  # the sentence that was there before it became a dictionary
+        check_same(folder, "a run", {"adapter": saved.adapter}, {"adapter": describe(now, run.parameters)})
+    else:
+        check_same(folder, "a run of an adapter", saved.adapter, now, defaults=defaults)
+
+
 def resume(
     folder: str | Path,
     run: Run,
@@ -305,9 +323,7 @@ def resume(
         defaults: of settings that a saved run may lack, because its version did not have them yet.
 
     Raises:
-        ValueError: the checkpoint is damaged, or of a run of another method, task, adapter, base or other settings.
-            ``save_every`` may differ, and under a constant learning rate ``steps`` may, down to what is done: they
-            decide where training stops, not where it goes.
+        ValueError: the checkpoint is damaged, of another run (:func:`check_same_run`), or of more steps.
     """
     path = Path(folder) / "checkpoint.pt"
     if not path.exists():
@@ -319,15 +335,7 @@ def resume(
         saved, values, moments = Run.from_dict(json.loads(state["run"])), state["parameters"], state["optimizer"]
     except Exception as error:  # pickle, zip and tensor formats each raise their own
         raise ValueError(f"{path} is damaged ({type(error).__name__}); delete it to start the run again") from error
-    may_differ = {"save_every", "steps"} if run.settings.get("schedule") == "constant" else {"save_every"}
-    before, now = ({name: getattr(r, name) for name in ("method", "task", "base")} for r in (saved, run))
-    check_same(folder, "a run", before, now)
-    check_same(folder, "a run", saved.settings, run.settings, defaults=defaults, may_differ=may_differ)
-    now = run.adapter if isinstance(run.adapter, dict) else {"kind": run.adapter}
-    if isinstance(saved.adapter, str):  # the sentence that was there before it became a dictionary
-        check_same(folder, "a run", {"adapter": saved.adapter}, {"adapter": describe(now, run.parameters)})
-    else:
-        check_same(folder, "a run of an adapter", saved.adapter, now, defaults=defaults)
+    check_same_run(folder, saved, run, defaults)
     if [v.shape for v in values] != [p.shape for p in parameters]:
         raise ValueError(f"{folder} holds a run of a model of another shape; give another folder, or delete that one")
     if len(saved.steps) > run.settings["steps"]:
