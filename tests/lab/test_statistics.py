@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tinylora_lite.lab.claim import Estimate, Point
+from tinylora_lite.lab.claim import Point
+from tinylora_lite.lab.estimate import Estimate
 from tinylora_lite.lab.statistics import (
     difference,
     smallest_count,

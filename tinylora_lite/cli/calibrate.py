@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
             seed=arguments.seed,
             problems=arguments.problems,
             group_size=arguments.group_size,
-            looks=arguments.looks,
+            passes=arguments.looks,
             max_new_tokens=arguments.max_new_tokens,
             micro_batch=arguments.micro_batch,
             progress=progress,

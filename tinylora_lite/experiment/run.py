@@ -253,7 +253,7 @@ class Workbench:
                 sigma=a.sigma,
                 problems=c.problems,
                 group_size=c.group_size,
-                looks=c.looks,
+                passes=c.looks,
                 max_new_tokens=c.max_new_tokens,
                 seed=c.seed,
                 progress=self.progress.advance,

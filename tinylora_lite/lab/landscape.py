@@ -28,7 +28,7 @@ from tinylora_lite.adapter.batched import Population, attach_population
 from tinylora_lite.adapter.config import TinyLoraConfig
 from tinylora_lite.adapter.fingerprint import base_fingerprint
 from tinylora_lite.evaluation.evaluate import evaluate
-from tinylora_lite.lab.running import config_of, es_settings, grpo_settings, sft_settings
+from tinylora_lite.lab.settings import config_of, es_settings, grpo_settings, sft_settings
 from tinylora_lite.lab.store import RESULTS, rounded
 from tinylora_lite.lab.tasks import task_of
 from tinylora_lite.lab.trial import Trial

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from scipy import stats
 
-from tinylora_lite.lab.claim import Estimate, Finding, Point
+from tinylora_lite.lab.claim import Finding, Point
+from tinylora_lite.lab.estimate import Estimate
 from tinylora_lite.lab.store import Store
 
 NEVER = "none of these"

@@ -18,8 +18,12 @@ from tinylora_lite.lab.trial import Trial
 Record = dict[str, Any]
 
 _PACKAGED = Path(__file__).parents[1] / "results"
-RESULTS = (_PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "book" / "results") / "lab"
-"""Where the records lie: beside the book in a checkout, inside the package where it was installed from a wheel."""
+BOOK = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "book" / "results"
+"""All stored results of the book: in a checkout beside it, inside the package where that was installed from a wheel."""
+RESULTS = BOOK / "lab"
+"""The records of the lab's claims."""
+CHAPTERS = BOOK / "nano"
+"""The records of the first chapters' runs, which no claim counts."""
 
 
 class Store:

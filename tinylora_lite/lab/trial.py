@@ -43,6 +43,8 @@ class Trial:
         seed: moves the order of the problems and the sampling.
         projection_seed: moves P and the calibration; ``None`` moves them with ``seed``.
         split: what the result is scored on: ``"validation"`` in a sweep, ``"test"`` in a report.
+        samples: answers to each problem that the result is scored on. With more than one, pass@k and the share of each
+            writer's style are recorded too; only a trial that runs by itself can have them.
     """
 
     base: str = BASE
@@ -63,6 +65,7 @@ class Trial:
     seed: int = 0
     projection_seed: int | None = None
     split: str = "test"
+    samples: int = 1
 
     @property
     def key(self) -> str:

@@ -8,14 +8,14 @@ from math import log2
 import numpy as np
 from matplotlib.figure import Figure
 
-from tinylora_lite.lab.claim import Claim, Estimate, Point, Verdict
+from tinylora_lite.lab.claim import Claim, Point, Verdict
 from tinylora_lite.lab.claims import family, seeds, size
 from tinylora_lite.lab.claims import rl_parameters as rl
 from tinylora_lite.lab.claims.family import FAMILIES
 from tinylora_lite.lab.claims.size import SIZES
+from tinylora_lite.lab.estimate import Estimate
 from tinylora_lite.lab.figures import base_line, percent, score_label
-from tinylora_lite.lab.ladder import ends
-from tinylora_lite.lab.shapes import calibrated_numbers
+from tinylora_lite.lab.shapes import calibrated_numbers, ends
 from tinylora_lite.lab.statistics import share_of_gain
 from tinylora_lite.lab.store import Store
 from tinylora_lite.lab.trial import BASE
@@ -45,7 +45,7 @@ ELSEWHERE = {base: calibrated_numbers(13, base, rank=1) for base in (*SIZES, *FA
 """The narrow basis on every size and family: is aim worth as much there?"""
 LADDERS = {base: ladder for base, ladder in (size.LADDERS | family.LADDERS).items() if base != BASE}
 BESIDE = ("base", "13 random", "13 calibrated", "49 LoRA-XS", "all weights")
-"""What it is compared with on each of them, of :func:`~tinylora_lite.lab.ladder.ladder_on`."""
+"""What it is compared with on each of them, of :func:`~tinylora_lite.lab.shapes.ladder_on`."""
 
 
 def own_bits(point: Point) -> int:

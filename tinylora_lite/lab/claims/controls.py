@@ -6,11 +6,11 @@ from dataclasses import replace
 
 from matplotlib.figure import Figure
 
-from tinylora_lite.lab.claim import Claim, Estimate, Point, Verdict
+from tinylora_lite.lab.claim import Claim, Point, Verdict
 from tinylora_lite.lab.claims.rl_parameters import BASE, CALIBRATED, FULL, LORA_XS, THIRTEEN
+from tinylora_lite.lab.estimate import Estimate
 from tinylora_lite.lab.figures import side_by_side
-from tinylora_lite.lab.ladder import ladder_on
-from tinylora_lite.lab.shapes import untouched
+from tinylora_lite.lab.shapes import ladder_on, untouched
 from tinylora_lite.lab.statistics import difference
 from tinylora_lite.lab.store import Store
 from tinylora_lite.nano.writers import WRITERS

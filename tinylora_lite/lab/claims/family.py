@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from tinylora_lite.lab.claim import Claim, Verdict
 from tinylora_lite.lab.figures import share_against_numbers
-from tinylora_lite.lab.ladder import RUNGS, climb, counts_on, ladder_on
+from tinylora_lite.lab.shapes import RUNGS, climb, counts_on, ladder_on
 from tinylora_lite.lab.statistics import times_fewer, verdict_of_replicates, verdict_on, verdict_over
 from tinylora_lite.lab.store import Store
 from tinylora_lite.lab.trial import BASE

@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter
 
 from tinylora_lite.lab.claim import Claim, Point, Verdict
 from tinylora_lite.lab.claims.rl_parameters import BASE, THIRTEEN
-from tinylora_lite.lab.running import grpo_settings
+from tinylora_lite.lab.settings import grpo_settings
 from tinylora_lite.lab.shapes import around, calibrated_numbers, random_numbers
 from tinylora_lite.lab.store import Record, Store
 from tinylora_lite.view import plot

@@ -11,7 +11,7 @@ from tinylora_lite.lab.claim import Claim, Point, Verdict
 from tinylora_lite.lab.claims import rl_parameters as rl
 from tinylora_lite.lab.claims import sft_parameters as sft
 from tinylora_lite.lab.figures import base_line, legend, percent, score_label
-from tinylora_lite.lab.running import grpo_settings, sft_settings
+from tinylora_lite.lab.settings import grpo_settings, sft_settings
 from tinylora_lite.lab.store import Record, Store
 from tinylora_lite.view import plot
 

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from tinylora_lite.lab.claim import Claim, Point, Verdict
 from tinylora_lite.lab.claims.size import SMALLEST
 from tinylora_lite.lab.figures import share_beside
-from tinylora_lite.lab.ladder import RUNGS, climb, ends, ladder_on
+from tinylora_lite.lab.shapes import RUNGS, climb, ends, ladder_on
 from tinylora_lite.lab.statistics import share_of_gain, smallest_count
 from tinylora_lite.lab.store import Store
 from tinylora_lite.lab.trial import BASE

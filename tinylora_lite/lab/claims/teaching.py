@@ -7,9 +7,10 @@ from dataclasses import replace
 import numpy as np
 from matplotlib.figure import Figure
 
-from tinylora_lite.lab.claim import Claim, Estimate, Finding, Point, Verdict
+from tinylora_lite.lab.claim import Claim, Finding, Point, Verdict
 from tinylora_lite.lab.claims import rl_parameters as rl
 from tinylora_lite.lab.claims import sft_parameters as sft
+from tinylora_lite.lab.estimate import Estimate
 from tinylora_lite.lab.figures import percent
 from tinylora_lite.lab.shapes import all_weights, calibrated_numbers, lora_numbers, lora_xs_numbers, untouched
 from tinylora_lite.lab.statistics import difference, share_of_gain, verdict_between, verdict_over
