@@ -32,7 +32,7 @@ def sampler_gaps(runs: Sequence[Mapping[str, Any]], dtype: str) -> Figure:
     drawn, axes = figure()
     ends: list[tuple[float, str, str]] = []
     for engine, (label, colour, line) in LOOKS.items():
-        curves = [run["curves"]["gap"] for run in runs if run["engine"] == engine and run["dtype"] == dtype]
+        curves = [run["curves"]["logprob_diff_mean"] for run in runs if run["engine"] == engine and run["dtype"] == dtype]
         if not curves:
             continue
         steps = range(1, len(curves[0]) + 1)
