@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -43,6 +43,10 @@ class Point:
     sweep_seeds: int = 1
     like: Point | None = None
     reach: int = 6
+
+    def varied(self, label: str, **settings: Any) -> Point:
+        """The same point under another label, with other settings of its trial."""
+        return replace(self, label=label, trial=replace(self.trial, **settings))
 
     def sweep(self, rates: Iterable[float]) -> list[Trial]:
         """The runs that compare learning rates, scored on the validation split."""

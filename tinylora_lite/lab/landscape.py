@@ -1,8 +1,8 @@
 """The landscape: with one or two numbers, the reward can be drawn for every value they can take.
 
 A grid of v is a population: many points answer in one batch, all of them the same problems with the same random
-numbers, so that neighbours differ by v alone. Beside the mean reward stands what imitation would minimise, on the same
-problems: the loss of worked answers. The paths that GRPO, SFT and an evolution strategy take are drawn over both.
+numbers, so that neighbours differ by v alone. On the same problems the loss of worked answers is computed, which
+imitation minimises. The paths that GRPO, SFT and an evolution strategy take are drawn over both.
 
 ``python -m tinylora_lite.lab.landscape`` computes what is missing of ``VIEWS``.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -38,6 +38,7 @@ from tinylora_lite.training.batches import encode_solutions
 from tinylora_lite.training.evolution import train_es
 from tinylora_lite.training.grpo import train_grpo
 from tinylora_lite.training.sft import train_sft
+from tinylora_lite.utils.files import atomic_write
 from tinylora_lite.utils.progress import progress_bar
 from tinylora_lite.utils.record import Run, environment
 
@@ -119,39 +120,36 @@ def surface(
     """
     model, tokenizer = nano.load(base)
     points = list(itertools.product(*axes))
-    members = min(max(1, ROWS // problems), len(points))
-    population = attach_population(model, [config] * members)
+    at_once = min(max(1, ROWS // problems), len(points))
+    population = attach_population(model, [config] * at_once)
     shape = population.vectors[0].shape
     if shape.numel() != len(axes):
         raise ValueError(f"the config has {shape.numel()} numbers, and there are {len(axes)} axes; give one for each")
     settings = {
         "base": base,
         "fingerprint": base_fingerprint(model),
-        "adapter": population.describe(0),
+        "adapter": re.sub(r" \(\w+\)", "", population.describe(0)),  # in the words of the stored landscapes
         "axes": rounded(list(map(list, axes))),
         "problems": problems,
         "seed": seed,
     }
     found = _open(path, settings)
     tasks = {writer: task_of(name, base) for writer, name in WRITERS.items()}
-    starts = range(len(found["reward"]), len(points), members)
+    options: dict[str, Any] = {
+        "split": "validation",
+        "problems": problems,
+        "max_new_tokens": nano.MAX_NEW_TOKENS,
+        "seed": seed,
+    }
+    starts = range(len(found["reward"]), len(points), at_once)
     with progress_bar(path.stem, len(starts)) as advance:
         for start in starts:
             started = time.perf_counter()
-            chunk = points[start : start + members]
+            chunk = points[start : start + at_once]
             with torch.no_grad():
                 for v, point in zip(population.vectors, chunk, strict=False):
                     v.copy_(torch.tensor(point).view(shape))
-            scores = evaluate(
-                model,
-                tokenizer,
-                tasks["careful"],
-                population=population,
-                split="validation",
-                problems=problems,
-                max_new_tokens=nano.MAX_NEW_TOKENS,
-                seed=seed,
-            )[: len(chunk)]
+            scores = evaluate(model, tokenizer, tasks["careful"], population=population, **options)[: len(chunk)]
             for key, name in (("reward", "accuracy"), ("low", "low"), ("high", "high")):
                 found[key] += [getattr(score, name) for score in scores]
             for writer, task in tasks.items():
@@ -171,7 +169,7 @@ def imitation_losses(
     task: Task,
     examples: Sequence[Example],
 ) -> Tensor:
-    """The mean of ``-log p`` over the tokens of the examples' worked answers, ``[members]`` float32, in nats."""
+    """The mean of ``-log p`` over the tokens of the examples' worked answers, ``[adapters]`` float32, in nats."""
     rows, K = encode_solutions(tokenizer, task, examples), len(population)
     sums = torch.zeros(K)
     for index in torch.argsort(rows.lengths, stable=True).split(max(1, ROWS // 4 // K)):
@@ -225,17 +223,22 @@ def paths(trials: Sequence[Trial], config: TinyLoraConfig) -> list[list[list[flo
 
 def compute(view: View, folder: Path = RESULTS, bases: Path | None = None) -> Found:
     """A landscape with its paths, from its file in ``folder``; what is missing there is computed first."""
-    path = folder / f"landscape-{view.name}.json"
+    path = path_of(view.name, folder)
     found = surface(view.trial.base, config_of(view.trial, bases), view.axes, view.problems, path)
     return walk(view, found, path, bases)
 
 
 def load(name: str, folder: Path = RESULTS) -> Found:
     """A stored landscape. Raises ``FileNotFoundError`` where it was not computed."""
-    path = folder / f"landscape-{name}.json"
+    path = path_of(name, folder)
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}; python -m tinylora_lite.lab.landscape {name} computes it")
     return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def path_of(name: str, folder: Path) -> Path:
+    """The file of a landscape."""
+    return folder / f"landscape-{name}.json"
 
 
 def _open(path: Path, settings: dict[str, Any]) -> Found:
@@ -249,10 +252,7 @@ def _open(path: Path, settings: dict[str, Any]) -> Found:
 
 
 def _write(path: Path, found: Found) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(rounded(found)) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    atomic_write(path, json.dumps(rounded(found)) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -260,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     views = {view.name: view for view in VIEWS}
     parser = argparse.ArgumentParser(prog="python -m tinylora_lite.lab.landscape", description=main.__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(views)}; none means all")
-    parser.add_argument("--folder", type=Path, default=RESULTS, help="where the landscapes lie (default: the book's)")
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="of the landscapes (default: the book's)")
     chosen = parser.parse_args(arguments)
     unknown = [name for name in chosen.names if name not in views]
     if unknown:

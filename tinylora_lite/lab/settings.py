@@ -19,29 +19,13 @@ EVALUATE_EVERY = 10
 
 def grpo_settings(trial: Trial) -> GRPOSettings:
     """32 prompts with 8 completions each for a step."""
-    return GRPOSettings(
-        steps=trial.steps,
-        max_new_tokens=nano.MAX_NEW_TOKENS,
-        learning_rate=trial.learning_rate,
-        schedule="linear",
-        warmup=3 if trial.numbers == "all weights" else 0,
-        seed=trial.seed,
-    )
+    return GRPOSettings(**_settings(trial))
 
 
 def sft_settings(trial: Trial) -> SFTSettings:
     """64 demonstrations for a step, and an evaluation every ``EVALUATE_EVERY`` steps where a population trains."""
-    return SFTSettings(
-        steps=trial.steps,
-        prompts_per_step=64,
-        max_new_tokens=nano.MAX_NEW_TOKENS,
-        learning_rate=trial.learning_rate,
-        schedule="linear",
-        warmup=3 if trial.numbers == "all weights" else 0,
-        evaluate_every=EVALUATE_EVERY if trial.batch() and trial.split == "test" else 0,
-        evaluate_problems=200,
-        seed=trial.seed,
-    )
+    every = EVALUATE_EVERY if trial.batch() and trial.split == "test" else 0
+    return SFTSettings(**_settings(trial), prompts_per_step=64, evaluate_every=every, evaluate_problems=200)
 
 
 def es_settings(trial: Trial) -> ESSettings:
@@ -49,6 +33,17 @@ def es_settings(trial: Trial) -> ESSettings:
     return ESSettings(
         generations=trial.steps, max_new_tokens=nano.MAX_NEW_TOKENS, sigma=trial.learning_rate, seed=trial.seed
     )
+
+
+def _settings(trial: Trial) -> dict[str, Any]:
+    return {
+        "steps": trial.steps,
+        "max_new_tokens": nano.MAX_NEW_TOKENS,
+        "learning_rate": trial.learning_rate,
+        "schedule": "linear",
+        "warmup": 3 if trial.numbers == "all weights" else 0,
+        "seed": trial.seed,
+    }
 
 
 def config_of(trial: Trial, folder: Path | None = None) -> TinyLoraConfig:

@@ -28,11 +28,11 @@ def around(rate: float) -> tuple[float, ...]:
     return (rate / 2, rate, rate * 2)
 
 
-def random_numbers(n_tie: int | str, u: int = 1, rank: int = 2, base: str = BASE, rate: float = 0.1) -> Point:
+def random_numbers(n_tie: int | str, u: int = 1, rank: int = 2, base: str = BASE) -> Point:
     """TinyLoRA as in the paper: u random directions for each group of n_tie modules."""
     count = u * (1 if n_tie == "all" else -(-49 // int(n_tie)))
     trial = Trial(base=base, rank=rank, u=u, n_tie=n_tie)
-    return Point(f"{count} random", trial, around(rate), sweep_seeds=2)
+    return Point(f"{count} random", trial, around(0.1), sweep_seeds=2)
 
 
 def lora_xs_numbers(rank: int, base: str = BASE) -> Point:
@@ -49,12 +49,7 @@ def calibrated_numbers(u: int = 13, base: str = BASE, rank: int = 8) -> Point:
 
 def lora_numbers(rank: int = 1, base: str = BASE) -> Point:
     """LoRA, as PEFT implements it."""
-    return Point(
-        "LoRA, r = 1" if rank == 1 else f"LoRA, r = {rank}",
-        Trial(base=base, numbers="LoRA", rank=rank),
-        (1e-3, 3e-3),
-        sweep_seeds=1,
-    )
+    return Point(f"LoRA, r = {rank}", Trial(base=base, numbers="LoRA", rank=rank), (1e-3, 3e-3))
 
 
 def all_weights(base: str = BASE, steps: int = 20) -> Point:

@@ -55,14 +55,9 @@ LORA = shape("LoRA, r = 1", OF_WEIGHTS, 3, numbers="LoRA", rank=1)
 
 def draw(store: Store) -> Figure:
     """Accuracy against numbers, a line for each method."""
-    series = [
-        Series("tinylora", (PAPER, UNTIED_ONE, UNTIED)),
-        Series("calibrated", (FOUR, CALIBRATED)),
-        Series("lora_xs", (XS_ONE, XS_TWO["right"], XS_LARGE["right"])),
-        Series("lora", (LORA,)),
-        Series("full", (ALL,)),
-    ]
-    drawn = against_numbers(series, store, BASE)
+    xs = (XS_ONE, XS_TWO["right"], XS_LARGE["right"])
+    lines = ((PAPER, UNTIED_ONE, UNTIED), (FOUR, CALIBRATED), xs, (LORA,), (ALL,))
+    drawn = against_numbers([Series(points) for points in lines], store, BASE)
     for record in BASE.records(store):
         drawn.axes[0].axhline(record["scores"][store.score]["accuracy"], ls="--", lw=1.2, color=plot.INK)
     return drawn

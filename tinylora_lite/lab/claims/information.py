@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import log
 
 import numpy as np
@@ -80,8 +81,8 @@ def draw(store: Store) -> Figure:
 def judge(store: Store) -> Verdict:
     """Bits seen by either kind of training, beside what 13 numbers hold; the claim is of all demonstrations."""
 
-    def mean(point: Point, bits: object) -> float:
-        return float(np.mean([bits(record) for record in point.records(store)]))  # type: ignore[operator]
+    def mean(point: Point, bits: Callable[[Record], float]) -> float:
+        return float(np.mean([bits(record) for record in point.records(store)]))
 
     rewards = mean(rl.THIRTEEN, reward_bits)
     shown = {kind: mean(sft.LADDERS[kind][1], demonstration_bits) for kind in sft.KINDS}
