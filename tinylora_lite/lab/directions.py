@@ -1,7 +1,7 @@
-"""Which singular directions an adapter stands on: the leading ones of the paper, or others as controls.
+"""Which singular directions an adapter uses: the leading ones of the paper, or others as controls.
 
 "The Path Not Taken" (arXiv 2511.08567) finds that reinforcement learning moves weights off their principal directions;
-the TinyLoRA paper varies how many are kept, and never which.
+the TinyLoRA paper varies how many are kept, not which.
 """
 
 from __future__ import annotations

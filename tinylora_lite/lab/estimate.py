@@ -45,7 +45,7 @@ class Estimate:
         return f"{100 * self.mean:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}] points"
 
     def as_times(self) -> str:
-        """A ratio and its interval, in three digits or in whole numbers."""
+        """A ratio and its interval, in three digits or in integers."""
         mean, low, high = (f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in (self.mean, self.low, self.high))
         return f"{mean} [{low}, {high}] times"
 

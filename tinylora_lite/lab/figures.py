@@ -159,7 +159,7 @@ def share_against_numbers(ladders: Mapping[str, Ladder], store: Store, shares: S
     """
     drawn, axes = plot.figure(3.8)
     for place, ((label, ladder), look) in enumerate(zip(ladders.items(), LOOKS, strict=False)):
-        # Intervals at one count stand beside each other.
+        # Intervals at one count are drawn beside each other.
         _draw_ladder(axes, ladder, store, look, label, shift=1.09 ** (place - (len(ladders) - 1) / 2))
     _share_axes(axes, shares)
     axes.set_xlabel("numbers trained")

@@ -105,7 +105,7 @@ def surface(
     Args:
         base: the name of a shipped base.
         config: an adapter with as many numbers as there are axes.
-        axes: the values of each number; points stand in the order of ``itertools.product``.
+        axes: the values of each number; points are in the order of ``itertools.product``.
         problems: of the validation split.
         path: a JSON file, written anew after every batch of points; an interrupted surface goes on from there.
         seed: of the sampling; at v = 0 the reward is that of ``evaluate(..., split="validation", seed=seed)``.

@@ -109,7 +109,7 @@ def _axes_of(found: Found, numbers: int) -> list[np.ndarray]:
 
 
 def _walks(axes: Axes, found: Found, name: str, look: Look) -> None:
-    """Every seed of a way to train, in a white casing that stands out from any ground; what leaves it is cut off."""
+    """Every seed of a way to train, with a white outline that is seen on any background; what leaves the panel is cut off."""
     shape, casing = plot.METHODS[look.method], [Stroke(linewidth=3.0, foreground="white"), Normal()]
     for place, walk in enumerate(found["paths"].get(name, {}).get("v", [])):
         v = np.array(walk)

@@ -71,7 +71,7 @@ def calibrate(
         rank: r of the adapters that will use the basis; at most every adapted weight's smaller side.
         directions: how many to keep.
         seed: of the choice of problems and of the sampling.
-        sigma: where Σ stands in the adapters that will use the basis.
+        sigma: the place of Σ in the adapters that will use the basis.
         problems: how many to take gradients on; a few dozen more are for the line search between the passes.
         group_size: completions of each.
         passes: 1 takes every gradient at v = 0; 2 takes half of them after a step along the mean of the first half.

@@ -49,7 +49,7 @@ def own_bits(point: Point) -> int:
 
 
 def basis_bits(point: Point) -> int:
-    """Of the basis that the numbers of a calibrated shape stand on: u directions through all entries of R."""
+    """Of the basis of a calibrated shape: u directions through all entries of R."""
     return BITS * point.trial.u * MODULES * point.trial.rank**2
 
 

@@ -58,7 +58,7 @@ SHOWN = {kind: replace(point, label=f"{kind}: right answers") for kind, point in
 
 
 def lenient(point: Point, store: Store) -> Estimate:
-    """Accuracy when the answer may stand anywhere in the text."""
+    """Accuracy when the answer may be anywhere in the text."""
     return Estimate.of([record["scores"][store.score]["lenient"] for record in point.records(store)])
 
 

@@ -28,7 +28,7 @@ POINTS = {
     for precision in BYTES
 }
 DODGE = {"fp32": 0.96, "bf16": 1.0, "fp16": 1.04}
-"""Marks beside each other that would lie on each other."""
+"""Moves marks that would cover each other."""
 LOOKS = {"fp32": "tinylora", "bf16": "lora", "fp16": "calibrated"}
 
 
