@@ -32,7 +32,8 @@ def sampler_gaps(runs: Sequence[Mapping[str, Any]], dtype: str) -> Figure:
     drawn, axes = figure()
     ends: list[tuple[float, str, str]] = []
     for engine, (label, colour, line) in LOOKS.items():
-        curves = [run["curves"]["logprob_diff_mean"] for run in runs if run["engine"] == engine and run["dtype"] == dtype]
+        own = [run["curves"] for run in runs if (run["engine"], run["dtype"]) == (engine, dtype)]
+        curves = [of_run["logprob_diff_mean"] for of_run in own]
         if not curves:
             continue
         steps = range(1, len(curves[0]) + 1)

@@ -95,14 +95,13 @@ class Point:
         rate = self.rate(store)
         return [] if rate is None else store.of(self.tests(rate))
 
-    def estimate(self, store: Store, score: str | None = None) -> Estimate | None:
-        """The mean accuracy over seeds and its interval; ``None`` with fewer than two records.
+    def accuracies(self, store: Store, score: str | None = None) -> list[float]:
+        """The accuracy of each of :meth:`records`, by one of their scores; ``None`` is the one of the store."""
+        return [record["scores"][score or store.score]["accuracy"] for record in self.records(store)]
 
-        Args:
-            store: the records.
-            score: of theirs; ``None`` is the one that the store compares by.
-        """
-        accuracies = [record["scores"][score or store.score]["accuracy"] for record in self.records(store)]
+    def estimate(self, store: Store, score: str | None = None) -> Estimate | None:
+        """The mean of :meth:`accuracies` and its interval; ``None`` with fewer than two records."""
+        accuracies = self.accuracies(store, score)
         return Estimate.of(accuracies) if len(accuracies) > 1 else None
 
 

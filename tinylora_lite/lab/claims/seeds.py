@@ -32,7 +32,7 @@ def table(points: list[Point], store: Store) -> np.ndarray:
     """Test accuracies, ``[seeds of P, seeds of data]`` float64; NaN where a run is missing."""
     found = np.full((len(points), REPEATS), np.nan)
     for row, point in enumerate(points):
-        accuracies = [record["scores"][store.score]["accuracy"] for record in point.records(store)]
+        accuracies = point.accuracies(store)
         found[row, : len(accuracies)] = accuracies
     return found
 

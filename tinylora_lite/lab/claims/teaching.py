@@ -45,8 +45,7 @@ OLD = {"13 calibrated": sft.CALIBRATED["careful"], "all": sft.LADDERS["careful"]
 
 def kept(point: Point, store: Store) -> Estimate | None:
     """The accuracy on the old task after training on a new one."""
-    values = [record["scores"]["old skill"]["accuracy"] for record in point.records(store)]
-    return Estimate.of(values) if len(values) > 1 else None
+    return point.estimate(store, "old skill")
 
 
 @plot.style()
@@ -56,12 +55,11 @@ def draw(store: Store) -> Figure:
     for axes, (skill, title) in zip(both, SKILLS.items(), strict=True):
         for way, points in POINTS[skill].items():
             for name, point in points.items():
-                look, records = plot.METHODS[METHODS[point.trial.numbers]], point.records(store)
-                x = [record["scores"][store.score]["accuracy"] for record in records]
-                y = [record["scores"]["old skill"]["accuracy"] for record in records]
+                look = plot.METHODS[METHODS[point.trial.numbers]]
+                x, y = point.accuracies(store), point.accuracies(store, "old skill")
                 fill = "none" if way == "demonstrations" else look.colour
                 axes.plot(x, y, ".", color=look.colour, ms=5, alpha=0.6)
-                if records:
+                if x:
                     axes.plot(np.mean(x), np.mean(y), look.marker, mec=look.colour, mfc=fill, ms=9, mew=1.5,
                               ls="none", label=name if way == "rewards" else None)  # fmt: skip
         start, old = BASES[skill].estimate(store), rl.BASE.estimate(store)
