@@ -65,8 +65,8 @@ def imitated_basis(
 ) -> Basis:
     """The leading singular vectors of the gradients of imitation, one for each worked answer of the task.
 
-    It is the first pass of :func:`~tinylora_lite.calibrate` with SFT's loss in place of GRPO's: does the reward find
-    better directions than the demonstrations?
+    It is the first pass of :func:`~tinylora_lite.calibrate` with SFT's loss in place of GRPO's. The comparison tells
+    whether the reward finds better directions than demonstrations do.
     """
     examples = draw_prompts(task.train, GRPOSettings(prompts_per_step=problems, seed=trial.p_seed), 0)
     config = TinyLoraConfig(rank=trial.rank, u=trial.rank**2, sigma=trial.sigma, projection="identity")

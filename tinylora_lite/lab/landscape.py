@@ -216,8 +216,7 @@ def paths(trials: Sequence[Trial], config: TinyLoraConfig) -> list[list[list[flo
         if first.method == "grpo":
             train_grpo(model, tokenizer, population, task, [grpo_settings(t) for t in trials], on_step=note)
         else:
-            shown = [replace(sft_settings(trial), evaluate_every=0) for trial in trials]
-            train_sft(model, tokenizer, population, task, shown, on_step=note)
+            train_sft(model, tokenizer, population, task, [sft_settings(t) for t in trials], on_step=note)
     return [[[0.0] * len(own[0]), *own] for own in walked]
 
 

@@ -222,9 +222,9 @@ def _alone(trial: Trial, bases: Path | None) -> Record:
 
 
 def _scored(trial: Trial) -> list[tuple[str, dict[str, Any]]]:
-    """How a trained model is scored: sampled and greedy on the whole test split, sampled on part of the validation.
+    """How a trained model is scored: sampled and greedy on the test split, sampled on a part of the validation split.
 
-    What was trained for another skill is scored on the plain task too: did it forget the old one?
+    What was trained on a new skill is scored on the plain task too, to see what it forgot.
     """
     options: dict[str, Any] = {"split": trial.split, "max_new_tokens": nano.MAX_NEW_TOKENS, "seed": trial.seed}
     scored = options | {"task": task_of(trial.task, trial.base)}
@@ -284,7 +284,6 @@ def _record(run: Run, v: Tensor, scores: dict[str, Score]) -> Record:
         "curve": [round(row["reward"], 4) for row in sampled],
         "lengths": [round(row.get("length", 0.0), 2) for row in sampled],
         "loss": [round(row["loss"], 4) for row in run.steps] if run.method == "sft" else [],
-        "evaluations": [[row["step"], row["accuracy"]] for row in run.evaluations],
         "tokens": sum(row.get("length", 0.0) for row in run.steps),
         "training_seconds": run.seconds,
         "norm": run.steps[-1].get("norm", 0.0) if run.steps else float(v.norm()),

@@ -13,9 +13,6 @@ from tinylora_lite.lab.trial import Trial
 from tinylora_lite.training.evolution import ESSettings
 from tinylora_lite.training.settings import GRPOSettings, SFTSettings
 
-EVALUATE_EVERY = 10
-"""Steps of SFT between its evaluations, of which its curve is made; GRPO's is the reward of its samples."""
-
 
 def grpo_settings(trial: Trial) -> GRPOSettings:
     """32 prompts with 8 completions each for a step."""
@@ -23,9 +20,8 @@ def grpo_settings(trial: Trial) -> GRPOSettings:
 
 
 def sft_settings(trial: Trial) -> SFTSettings:
-    """64 demonstrations for a step, and an evaluation every ``EVALUATE_EVERY`` steps where a population trains."""
-    every = EVALUATE_EVERY if trial.batch() and trial.split == "test" else 0
-    return SFTSettings(**_settings(trial), prompts_per_step=64, evaluate_every=every, evaluate_problems=200)
+    """64 demonstrations for a step."""
+    return SFTSettings(**_settings(trial), prompts_per_step=64)
 
 
 def es_settings(trial: Trial) -> ESSettings:

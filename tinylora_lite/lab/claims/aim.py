@@ -36,7 +36,7 @@ FEWER = tuple(
 SHOWN = [Series(p) for p in (rl.RANDOM, (*CALIBRATED, *rl.CALIBRATED[:-1]), rl.LORA_XS, (rl.LORA,), (rl.FULL,))]
 NAMES = {base: name for base, name in (size.SIZES | family.FAMILIES).items() if base != BASE}
 ELSEWHERE = {base: calibrated_numbers(13, base, rank=1) for base in NAMES}
-"""The narrow basis on every size and family: is aim worth as much there?"""
+"""The narrow basis on every size and family."""
 LADDERS = {base: (size.LADDERS | family.LADDERS)[base] for base in NAMES}
 BESIDE = ("base", "13 random", "13 calibrated", "49 LoRA-XS", "all weights")
 """The points of each of their ladders that it is compared with."""

@@ -1,4 +1,4 @@
-"""What should not work: noise in place of training, rewards for something else, another header, a milder reading."""
+"""Controls: noise in place of training, rewards for something else, other headers, a lenient reading of answers."""
 
 from __future__ import annotations
 

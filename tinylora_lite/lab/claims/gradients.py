@@ -1,4 +1,4 @@
-"""Are gradients needed? GRPO beside an evolution strategy on the same few numbers."""
+"""GRPO beside an evolution strategy, which needs no gradients, on the same few numbers."""
 
 from __future__ import annotations
 

@@ -25,9 +25,9 @@ SHOWN = {kind: tuple(p for p in sft.LADDERS[kind] if p.trial.numbers in ("random
 
 
 def reward_bits(record: Record) -> float:
-    """At most so much did a run of GRPO learn from its rewards: k·H(R), k the rewards seen, H their entropy in bits.
+    """The most that a run of GRPO can learn from its rewards: k·H(R), k the rewards seen, H their entropy in bits.
 
-    The entropy is taken step by step, of rewards that all problems draw alike; problem by problem it is smaller still.
+    The entropy is that of a step's mean reward, as if all problems were equally hard; problem by problem it is smaller.
     """
     settings = grpo_settings(rl.THIRTEEN.trial)
     p = np.clip(record["curve"], 1e-9, 1 - 1e-9)
@@ -37,8 +37,8 @@ def reward_bits(record: Record) -> float:
 def demonstration_bits(record: Record) -> float:
     """The description length of the demonstrations that a run of SFT saw, under the model as it was at each step.
 
-    Each batch is coded by the model before it learns from it (prequential coding): what a receiver would need who
-    trains along. Steps count their own loss, tokens their mean. A run that diverged learned nothing from any.
+    Each batch is coded by the model before it learns from it (prequential coding), as for a receiver who trains along.
+    Steps count their own loss, tokens their mean. A run that diverged learned nothing.
     """
     if record.get("diverged"):
         return 0.0

@@ -1,4 +1,4 @@
-"""What makes a model steerable by few numbers? Bases that differ in one thing of their pretraining only."""
+"""What makes a model steerable by few numbers: bases that differ in one thing of their pretraining."""
 
 from __future__ import annotations
 
