@@ -45,7 +45,8 @@ SETTINGS = tl.GRPOSettings(
 )
 DTYPES = ("bfloat16", "float32")
 ENGINES = ("transformers", "vllm, lora", "vllm, merged")
-COLUMNS = ("reward", "gap", "largest_gap", "capped", "kept", "sync_seconds", "sampling_seconds")
+DIFFERENCES = ("logprob_diff_mean", "logprob_diff_max", "tis_clip_frac")
+COLUMNS = ("reward", *DIFFERENCES, "kept", "sync_seconds", "sampling_seconds")
 LAST = 5
 """The steps at the end of a run whose mean reward tells what it has reached."""
 
@@ -100,9 +101,9 @@ def _curves(rows: list[dict[str, float]]) -> dict[str, Any]:
     curves = {name: [float(f"{row[name]:.4g}") for row in rows] for name in COLUMNS}
     middle = {name: statistics.median(curves[name]) for name in ("sync_seconds", "sampling_seconds")}
     return {
-        "mean_gap": statistics.mean(curves["gap"]),
-        "largest_gap": max(curves["largest_gap"]),
-        "capped": statistics.mean(curves["capped"]),
+        "logprob_diff_mean": statistics.mean(curves["logprob_diff_mean"]),
+        "logprob_diff_max": max(curves["logprob_diff_max"]),
+        "tis_clip_frac": statistics.mean(curves["tis_clip_frac"]),
         "reward": statistics.mean(curves["reward"][-LAST:]),
         "least_kept": min(curves["kept"][1:]),  # before the first step there is no update
         **middle,

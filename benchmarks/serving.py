@@ -24,7 +24,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import tinylora_lite as tl
 from tinylora_lite import nano
-from tinylora_lite.lab import study
+from tinylora_lite.lab.claims import chapters
+from tinylora_lite.lab.settings import grpo_settings
 from tinylora_lite.sampling.logprobs import completion_logprobs
 from tinylora_lite.sampling.rollouts import encode_prompts
 from tinylora_lite.sampling.sampler import sample
@@ -41,12 +42,12 @@ Answers = list[dict[str, list[Any]]]
 
 
 def train(folder: Path) -> None:
-    """Trains the aimed adapter of the study on the shipped basis, and scores what its file holds."""
+    """Trains the calibrated adapter of the first chapters on the shipped basis, and scores what its file holds."""
     model, tokenizer = nano.load()
-    trial = study.CALIBRATED
+    trial = chapters.CALIBRATED.trial
     config = tl.TinyLoraConfig(rank=trial.rank, u=trial.u, n_tie="all", projection=nano.basis())
     adapter = tl.attach(model, config)
-    run = tl.train_grpo(model, tokenizer, adapter, nano.task(), study.settings_of(trial))
+    run = tl.train_grpo(model, tokenizer, adapter, nano.task(), grpo_settings(trial))
     path = tl.save(adapter, folder / ADAPTER)
     trained = adapter.vectors.detach().clone()
     adapter.detach()
@@ -68,7 +69,7 @@ def train(folder: Path) -> None:
             **scores,
             "seconds": round(run.seconds, 1),
             "rewards": [round(reward, 4) for reward in run.curve("reward")],
-            "settings": asdict(study.settings_of(trial)),
+            "settings": asdict(grpo_settings(trial)),
             "environment": run.environment,
         },
     )

@@ -74,7 +74,7 @@ def one_run(way: str, seed: int, **changes: Any) -> dict[str, Any]:
     score = tl.evaluate(
         model, tokenizer, nano.task(), problems=PROBLEMS, temperature=1.0, max_new_tokens=nano.MAX_NEW_TOKENS
     )
-    columns = ("reward", "length", "gap", "largest_gap", "gradient_norm", "norm")
+    columns = ("reward", "length", "logprob_diff_mean", "logprob_diff_max", "gradient_norm", "norm")
     curves = {key: [round(value, 7) for value in run.curve(key)] for key in columns if key in run.steps[0]}
     numbers = [round(value, 6) for value in adapter.vectors.detach().flatten().tolist()]
     return {

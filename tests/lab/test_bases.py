@@ -9,8 +9,9 @@ import torch
 from tinylora_lite import nano
 from tinylora_lite.adapter.projection import Basis
 from tinylora_lite.adapter.tying import find_sites
-from tinylora_lite.lab import bases
-from tinylora_lite.lab.bases import calibrated_basis, calibration_of, imitated_basis, own_demonstrations
+from tinylora_lite.lab import bases, tasks
+from tinylora_lite.lab.bases import calibrated_basis, calibration_of, imitated_basis
+from tinylora_lite.lab.tasks import own_demonstrations
 from tinylora_lite.lab.trial import Trial
 from tinylora_lite.tasks.task import Example, Task
 from tinylora_lite.training.batches import draw_prompts
@@ -23,7 +24,7 @@ TRIAL = Trial(numbers="calibrated", rank=2, u=3, n_tie="all")
 def test_settings_of_a_calibration_are_read_and_unknown_ones_named():
     assert calibration_of("") == {}
     assert calibration_of("problems=32, base=llama-0.4m") == {"problems": 32, "base": "llama-0.4m"}
-    with pytest.raises(ValueError, match="no setting 'wings'; there are: problems, looks"):
+    with pytest.raises(ValueError, match="no setting 'wings'; there are: problems, passes"):
         calibration_of("wings=2")
 
 
@@ -37,8 +38,8 @@ def test_each_setting_reaches_the_calibration_and_has_a_file_of_its_own(tmp_path
     loaded = []
     monkeypatch.setattr(bases.nano, "load", lambda name: (loaded.append(name), None))
     monkeypatch.setattr(bases, "calibrate", calibrate)
-    monkeypatch.setattr(bases, "_fingerprint", lambda base: f"first {base}")
-    monkeypatch.setattr("tinylora_lite.lab.tasks.task_of", lambda name, base: name)
+    monkeypatch.setattr(tasks, "_fingerprint", lambda base: f"first {base}")
+    monkeypatch.setattr(bases, "task_of", lambda name, base: name)
     for calibration in ("", "problems=32", "task=adding", "base=llama-0.4m"):
         for seed in (0, 1):
             calibrated_basis(replace(TRIAL, calibration=calibration, seed=seed), tmp_path)
@@ -49,7 +50,7 @@ def test_each_setting_reaches_the_calibration_and_has_a_file_of_its_own(tmp_path
     assert [options["seed"] for _, _, options in calls] == [0, 1] * 4
     assert len(list(tmp_path.rglob("*.safetensors"))) == 8
     # A base that was trained again is another base, whatever its name.
-    monkeypatch.setattr(bases, "_fingerprint", lambda base: f"second {base}")
+    monkeypatch.setattr(tasks, "_fingerprint", lambda base: f"second {base}")
     calibrated_basis(TRIAL, tmp_path)
     assert len(list(tmp_path.rglob("*.safetensors"))) == len(calls) == 9
 
@@ -94,20 +95,20 @@ def test_directions_of_imitation_are_those_of_dense_gradients(model, tokenizer, 
 def test_own_answers_are_right_and_made_once(tmp_path, monkeypatch):
     whole = nano.task()
     few = replace(whole, train=whole.train[:24], validation=whole.validation[:4], test=whole.test[:4])
-    monkeypatch.setattr(bases.nano, "task", lambda: few)
+    monkeypatch.setattr(tasks.nano, "task", lambda: few)
     found = own_demonstrations("qwen2-0.4m", tmp_path)
     assert 0 < len(found.train) < 24
     golds = {example.prompt: example.gold for example in few.train}
     for example in found.train:
         assert example.gold == golds[example.prompt]
         assert few.reward(example.solution, example.gold) == 1.0
-    monkeypatch.setattr(bases, "evaluate", lambda *_, **__: pytest.fail("the answers were there"))
+    monkeypatch.setattr(tasks, "evaluate", lambda *_, **__: pytest.fail("the answers were there"))
     assert own_demonstrations("qwen2-0.4m", tmp_path).train == found.train
 
 
 def test_the_first_right_answer_is_the_one_that_is_kept(tmp_path, monkeypatch):
     example = nano.task().train[0]
     told = [SimpleNamespace(prompt=example.prompt, text=text, reward=r) for text, r in (("a", 0), ("b", 1), ("c", 1))]
-    monkeypatch.setattr(bases, "evaluate", lambda *_, **__: SimpleNamespace(completions=told))
+    monkeypatch.setattr(tasks, "evaluate", lambda *_, **__: SimpleNamespace(completions=told))
     found = own_demonstrations("qwen2-0.4m", tmp_path)
     assert [e.solution for e in found.train] == ["b"]

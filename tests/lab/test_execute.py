@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from tinylora_lite.lab import execute as executing
+from tinylora_lite.lab import running as executing
 from tinylora_lite.lab.claim import Claim, Point, Verdict
 from tinylora_lite.lab.store import Store
 from tinylora_lite.lab.trial import Trial

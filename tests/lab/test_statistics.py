@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tinylora_lite.lab.claim import Estimate, Point
+from tinylora_lite.lab.claim import Point
+from tinylora_lite.lab.estimate import Estimate
 from tinylora_lite.lab.statistics import (
     difference,
     smallest_count,
     smallest_reaching,
     verdict_of_replicates,
-    verdict_on_difference,
+    verdict_on,
     verdict_over,
 )
 from tinylora_lite.lab.store import Store
@@ -42,9 +43,10 @@ def test_a_difference_is_taken_seed_by_seed(store):
     reference = stats.ttest_rel(high, low).confidence_interval()
     assert (gap.low, gap.high) == pytest.approx((reference.low, reference.high), abs=1e-4)
     assert gap.mean == pytest.approx(0.05 / 3, abs=1e-4)
-    assert verdict_on_difference(gap) == "reproduced"
-    assert verdict_on_difference(Estimate(-0.1, -0.2, -0.01, ())) == "not reproduced"
-    assert verdict_on_difference(Estimate(0.1, -0.2, 0.4, ())) == "undecided"
+    assert verdict_on(gap) == "reproduced"
+    assert verdict_on(Estimate(-0.1, -0.2, -0.01, ())) == "not reproduced"
+    assert verdict_on(Estimate(0.1, -0.2, 0.4, ())) == "undecided"
+    assert verdict_on(Estimate(0.1, 0.0, 0.4, ())) == "undecided"
 
 
 def test_only_the_seeds_of_both_are_compared(store):

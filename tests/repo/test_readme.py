@@ -5,26 +5,31 @@ import re
 from pathlib import Path
 
 import tinylora_lite as tl
-from tinylora_lite.lab import study
+from tinylora_lite import nano
+from tinylora_lite.lab.claims import chapters
+from tinylora_lite.lab.store import CHAPTERS, Store
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_table_of_accuracies_is_the_records():
-    rows = {
-        "untrained": study.run_base()["sampled"],
-        "13 numbers, random directions": study.over_seeds(study.seeds_of(study.PAPER)),
-        "13 numbers, calibrated directions": study.over_seeds(study.seeds_of(study.CALIBRATED)),
-        "all 1.2 million weights": study.over_seeds(study.seeds_of(study.ALL)),
-    }
-    for name, score in rows.items():
-        interval = f"{score['accuracy']:.1%} [{score['low']:.1%}, {score['high']:.1%}]"
-        assert f"| {name} | {interval} |" in README
+    store = Store(CHAPTERS)
+    base = chapters.BASE.records(store)[0]["scores"]["sampled"]
+    rows = {"untrained": (base["accuracy"], base["low"], base["high"])}
+    for name, point in (
+        ("13 numbers, random directions", chapters.PAPER),
+        ("13 numbers, calibrated directions", chapters.CALIBRATED),
+        ("all 1.2 million weights", chapters.ALL),
+    ):
+        found = point.estimate(store)
+        rows[name] = (found.mean, found.low, found.high)
+    for name, (accuracy, low, high) in rows.items():
+        assert f"| {name} | {accuracy:.1%} [{low:.1%}, {high:.1%}] |" in README
 
 
 def test_the_demo_s_time_is_its_record_s():
-    record = json.loads((study.RESULTS / study.nano.BASE / "demo.json").read_text(encoding="utf-8"))
+    record = json.loads((CHAPTERS / nano.BASE / "demo.json").read_text(encoding="utf-8"))
     assert f"{record['seconds']:.0f} seconds" in README
     assert record["seconds"] < 180
 

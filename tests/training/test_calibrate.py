@@ -67,20 +67,20 @@ def test_the_seed_decides(calibrate):
 def test_directions_hold_more_of_a_fresh_gradient_than_chance_does(model, tokenizer, words, calibrate):
     def share_of_fresh_gradient(basis: tl.Basis) -> float:
         fresh = tl.calibrate(
-            model, tokenizer, words, **OPTIONS | {"directions": 1, "problems": 64, "seed": 9, "looks": 1}
+            model, tokenizer, words, **OPTIONS | {"directions": 1, "problems": 64, "seed": 9, "passes": 1}
         )
         flat = basis.directions.flatten(1)
         return (flat @ fresh.directions.flatten()).square().sum().item()
 
-    aimed = share_of_fresh_gradient(calibrate(problems=64, looks=1))
+    aimed = share_of_fresh_gradient(calibrate(problems=64, passes=1))
     chance = 3 / (14 * 4)
     assert aimed > 5 * chance
 
 
 def test_a_second_look_changes_the_directions_and_says_how_far_it_went(calibrate):
-    one, two = calibrate(looks=1), calibrate(looks=2)
-    assert one.provenance["stride"] == 0
-    assert two.provenance["stride"] >= 0
+    one, two = calibrate(passes=1), calibrate(passes=2)
+    assert one.provenance["step_size"] == 0
+    assert two.provenance["step_size"] >= 0
     assert not torch.allclose(one.directions, two.directions, atol=1e-3)
 
 
@@ -94,11 +94,11 @@ def test_progress_is_told(calibrate):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"looks": 3}, "looks must be 1 or 2"),
+        ({"passes": 3}, "passes must be 1 or 2"),
         ({"directions": 25}, "24 problems have no 25 directions; calibrate on more, or ask for fewer"),
-        ({"directions": 0}, "directions must be a whole number of at least 1, not 0"),
-        ({"directions": True}, "directions must be a whole number of at least 1, not True"),
-        ({"problems": 24.0}, r"problems must be a whole number of at least 1, not 24\.0"),
+        ({"directions": 0}, "directions must be an integer of at least 1, not 0"),
+        ({"directions": True}, "directions must be an integer of at least 1, not True"),
+        ({"problems": 24.0}, r"problems must be an integer of at least 1, not 24\.0"),
         ({"rank": 1, "directions": 15}, "R has 14 entries at rank=1, fewer than directions=15; raise the rank"),
         ({"rank": 1000}, "rank"),
     ],

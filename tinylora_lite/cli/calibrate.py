@@ -58,10 +58,10 @@ def run(arguments: argparse.Namespace) -> None:
         gradient_checkpointing=a.checkpointing,
     )
     task = task_named(a.task, settings)
-    names = ("rank", "directions", "seed", "problems", "group_size", "looks", "max_new_tokens", "micro_batch")
+    names = ("rank", "directions", "seed", "problems", "group_size", "max_new_tokens", "micro_batch")
     with progress_for(Console(stderr=True)) as progress:
         runner = Runner.open(settings, load_tokenizer(a.model, a.revision), progress)
-        basis = runner.calibrate(task, a.out, **{name: getattr(a, name) for name in names})
+        basis = runner.calibrate(task, a.out, passes=a.looks, **{name: getattr(a, name) for name in names})
     result = {
         "file": str(a.out),
         "bytes": a.out.stat().st_size,

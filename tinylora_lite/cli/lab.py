@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tinylora_lite.lab.trial import Trial
 
 EXAMPLE = "tinylora lab run rl-parameters --minutes 30"
-SEED_HELP = "taken by every command; the seeds of the lab's runs stand in the claims"
+SEED_HELP = "taken by every command; the claims set the seeds of the lab's runs"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,9 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "claims",
         nargs="*",
         metavar="CLAIM",
-        help="names from `tinylora lab list`, paths of files that define CLAIM, or all",
+        help="names from `tinylora lab list`, paths of files that define CLAIM, or all; "
+        "chapters: the runs of the book's first chapters",
     )
-    parser.add_argument("--folder", type=Path, help="where the records lie (default: those of the book)")
+    parser.add_argument("--folder", type=Path, help="the folder of the records (default: the book's)")
     parser.add_argument("--workers", type=_whole, help="processes, each on one core (default: one for each core)")
     parser.add_argument("--minutes", type=_minutes, help="after which `run` starts nothing new (default: no limit)")
     parser.add_argument(
@@ -47,13 +48,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Does one of the four."""
     from tinylora_lite.lab.claims import claim_of, claims
-    from tinylora_lite.lab.store import RESULTS, Store
+    from tinylora_lite.lab.store import Store
 
     names = arguments.claims
     if arguments.action in ("run", "draw") and not names:
         raise ValueError(f"say which claim to {arguments.action}: {', '.join(claims())}, or all")
     chosen = list(claims().values()) if not names or "all" in names else [claim_of(name) for name in names]
-    store = Store(arguments.folder or RESULTS).scored(arguments.score)
+    folders = {arguments.folder or claim.folder for claim in chosen}
+    if len(folders) > 1:
+        raise ValueError("the records of `chapters` are in a folder of their own; name it alone, or give --folder")
+    store = Store(folders.pop()).scored(arguments.score)
     {"list": _list, "run": _run, "draw": _draw, "table": _table}[arguments.action](chosen, store, arguments)
 
 
@@ -72,7 +76,7 @@ def _list(chosen: list[Claim], store: Store, arguments: argparse.Namespace) -> N
 
 
 def _run(chosen: list[Claim], store: Store, arguments: argparse.Namespace) -> None:
-    from tinylora_lite.lab.execute import execute
+    from tinylora_lite.lab.running import execute
 
     started, made = time.monotonic(), 0
 
@@ -110,7 +114,7 @@ def _draw(chosen: list[Claim], store: Store, arguments: argparse.Namespace) -> N
 
 
 def _table(chosen: list[Claim], store: Store, arguments: argparse.Namespace) -> None:
-    from tinylora_lite.lab.table import rows_of
+    from tinylora_lite.lab.plan import rows_of
 
     rows = rows_of(chosen, store)
     if arguments.json:

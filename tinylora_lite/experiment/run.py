@@ -218,7 +218,7 @@ def _basis(runner: Runner, task: Task, settings: RunSettings) -> Basis | None:
         sigma=a.sigma,
         problems=c.problems,
         group_size=c.group_size,
-        looks=c.looks,
+        passes=c.looks,
         max_new_tokens=c.max_new_tokens,
         seed=c.seed,
     )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from scipy import stats
 
-from tinylora_lite.lab.store import Record, Store
+from tinylora_lite.lab.estimate import Estimate
+from tinylora_lite.lab.store import RESULTS, Record, Store
 from tinylora_lite.lab.trial import Trial
 
 if TYPE_CHECKING:
@@ -27,11 +28,12 @@ class Point:
     Attributes:
         label: names it in the figure.
         trial: its settings; learning rate, seed and split are filled in.
-        rates: the learning rates to start from, in steps of a factor of two. While the best of them is the smallest or
-            the largest, the next one is tried too, up to ``plan.REACH`` beyond. Empty: the trial's own rate, no sweep.
+        rates: the learning rates to start from. Empty: the trial's own rate, no sweep.
         seeds: how many the test split sees.
         sweep_seeds: how many the validation split sees for each rate.
         like: another point, whose chosen learning rate this one takes instead of sweeping.
+        reach: while the best rate is the smallest or the largest, the next one, a factor of two away, is tried too, up
+            to this many beyond the first and the last of ``rates``.
     """
 
     label: str
@@ -40,6 +42,11 @@ class Point:
     seeds: int = 5
     sweep_seeds: int = 1
     like: Point | None = None
+    reach: int = 6
+
+    def varied(self, label: str, **settings: Any) -> Point:
+        """The same point under another label, with other settings of its trial."""
+        return replace(self, label=label, trial=replace(self.trial, **settings))
 
     def sweep(self, rates: Iterable[float]) -> list[Trial]:
         """The runs that compare learning rates, scored on the validation split."""
@@ -53,66 +60,49 @@ class Point:
         """The runs that are reported, scored on the test split."""
         return [replace(self.trial, learning_rate=rate, seed=seed, split="test") for seed in range(self.seeds)]
 
+    def sweep_accuracy(self, rate: float, store: Store) -> float | None:
+        """The mean validation accuracy of a learning rate; ``None`` where not all its runs were made."""
+        trials = self.sweep([rate])
+        records = store.of(trials)
+        if len(records) < len(trials):
+            return None
+        return float(np.mean([record["scores"]["sampled"]["accuracy"] for record in records]))
+
+    def swept(self, store: Store) -> tuple[list[float], float | None]:
+        """The rates that are compared so far, and the best of them; ``None`` where one of them still has to run."""
+        rates = sorted(self.rates)
+        lowest, highest = rates[0] / 2**self.reach, rates[-1] * 2**self.reach
+        while True:
+            found = {rate: self.sweep_accuracy(rate, store) for rate in rates}
+            if any(accuracy is None for accuracy in found.values()):
+                return rates, None
+            best = max(rates, key=lambda rate: found[rate] or 0.0)
+            if best == rates[0] and best / 2 >= lowest * 0.99:
+                rates = [best / 2, *rates]
+            elif best == rates[-1] and best * 2 <= highest * 1.01:
+                rates = [*rates, best * 2]
+            else:
+                return rates, best
+
+    def rate(self, store: Store) -> float | None:
+        """The learning rate with the best validation accuracy; ``None`` while the sweep is not complete."""
+        if self.like is not None:
+            return self.like.rate(store)
+        return self.swept(store)[1] if self.rates else self.trial.learning_rate
+
     def records(self, store: Store) -> list[Record]:
         """The test records of the best learning rate, as far as they were run."""
-        from tinylora_lite.lab.plan import chosen_rate
-
-        rate = chosen_rate(self, store)
+        rate = self.rate(store)
         return [] if rate is None else store.of(self.tests(rate))
 
+    def accuracies(self, store: Store, score: str | None = None) -> list[float]:
+        """The accuracy of each of :meth:`records`, by one of their scores; ``None`` is the one of the store."""
+        return [record["scores"][score or store.score]["accuracy"] for record in self.records(store)]
+
     def estimate(self, store: Store, score: str | None = None) -> Estimate | None:
-        """The mean accuracy over seeds and its interval; ``None`` with fewer than two records.
-
-        Args:
-            store: the records.
-            score: of theirs; ``None`` is the one that the store compares by.
-        """
-        accuracies = [record["scores"][score or store.score]["accuracy"] for record in self.records(store)]
+        """The mean of :meth:`accuracies` and its interval; ``None`` with fewer than two records."""
+        accuracies = self.accuracies(store, score)
         return Estimate.of(accuracies) if len(accuracies) > 1 else None
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds and its 95 % interval (Student's).
-
-    Attributes:
-        mean, low, high: shares; the interval of an accuracy is cut off at 0 and 1.
-        values: one for each seed.
-    """
-
-    mean: float
-    low: float
-    high: float
-    values: tuple[float, ...] = field(repr=False)
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Estimate:
-        """The estimate from at least two values."""
-        free = cls.of_differences(values)
-        return cls(free.mean, max(0.0, free.low), min(1.0, free.high), free.values)
-
-    @classmethod
-    def of_differences(cls, values: Sequence[float]) -> Estimate:
-        """The estimate of a difference: nothing is cut off."""
-        mean, error = float(np.mean(values)), float(stats.sem(values))
-        low, high = stats.t.interval(0.95, len(values) - 1, loc=mean, scale=max(error, 1e-9))
-        return cls(mean, float(low), float(high), tuple(values))
-
-    def as_percent(self) -> str:
-        """The mean and the interval, in whole percents."""
-        return f"{self.mean:.0%} [{self.low:.0%}, {self.high:.0%}]"
-
-    def as_points(self) -> str:
-        """A difference and its interval, in percentage points."""
-        return f"{100 * self.mean:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}] points"
-
-    def as_times(self) -> str:
-        """A ratio and its interval, in three digits or in whole numbers."""
-        mean, low, high = (f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in (self.mean, self.low, self.high))
-        return f"{mean} [{low}, {high}] times"
-
-    def __str__(self) -> str:
-        return f"{self.mean:.1%} [{self.low:.1%}, {self.high:.1%}], {len(self.values)} seeds"
 
 
 @dataclass(frozen=True)
@@ -134,13 +124,14 @@ class Claim:
 
     Attributes:
         name: on the command line.
-        order: where the claim stands in the table.
+        order: the claim's place in the table.
         title: the claim in a sentence.
         paper: what the paper says, with its number.
         where: where the paper says so.
         points: what is run.
         draw: makes the figure from the records.
         judge: gives the verdict from the records; called when all of them are there.
+        folder: where its records are kept. Only claims whose records are the lab's are rows of the table.
     """
 
     name: str
@@ -151,3 +142,4 @@ class Claim:
     points: tuple[Point, ...]
     draw: Callable[[Store], Figure]
     judge: Callable[[Store], Verdict]
+    folder: Path = RESULTS

@@ -1,7 +1,7 @@
-"""Which singular directions an adapter stands on: the leading ones of the paper, or others as controls.
+"""Which singular directions an adapter uses: the leading ones of the paper, or others as controls.
 
 "The Path Not Taken" (arXiv 2511.08567) finds that reinforcement learning moves weights off their principal directions;
-the TinyLoRA paper varies how many are kept, and never which.
+the TinyLoRA paper varies how many are kept, not which.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from tinylora_lite.adapter.layer import LEFT_POWER, Factors
 from tinylora_lite.adapter.tying import find_sites
 from tinylora_lite.lab.tasks import task_of
 from tinylora_lite.lab.trial import Trial
-from tinylora_lite.sampling.logprobs import completion_logprobs
 from tinylora_lite.sampling.sampler import ModelSampler
 from tinylora_lite.training.batches import draw_prompts, rollout, score
+from tinylora_lite.training.calibrate import policy_losses
 from tinylora_lite.training.losses import grpo_advantages
 from tinylora_lite.training.settings import GRPOSettings
 from tinylora_lite.utils.record import seed_of
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 WHICH = ("leading", "middle", "trailing", "rotated", "activations", "Fisher")
 PROBLEMS = 64
 """Training problems whose answers weight the directions of the last two kinds."""
+ROWS = 64
+"""Completions in one backward pass."""
 RIDGE = 1e-3
 """Added to the eigenvalues of a second moment, as a share of their mean, before it is inverted."""
 
@@ -117,10 +119,8 @@ def _moments(
     hooks = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
     try:
         with torch.enable_grad():
-            for rows in torch.arange(len(rollouts)).split(64):
-                part = rollouts.rows(rows)
-                logprobs = completion_logprobs(model, part)
-                (-(logprobs * part.completion_mask * advantages[rows, None]).sum()).backward()
+            for part, loss in policy_losses(model, rollouts, advantages, ROWS):
+                loss.backward()
                 # The prompts are read in a call of their own; the last call, whose tensors are kept, has the answers
                 # up to the token before the last: those places count from which a token of the answer is predicted.
                 inside = part.completion_mask[:, 1:].bool()

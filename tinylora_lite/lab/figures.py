@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
 from tinylora_lite.lab.claim import Point
+from tinylora_lite.lab.estimate import Estimate
+from tinylora_lite.lab.shapes import RUNGS, Ladder, ends
 from tinylora_lite.lab.statistics import share_of_gain
 from tinylora_lite.lab.store import Store
 from tinylora_lite.view import plot
 
-KINDS = {"random": "tinylora", "LoRA-XS": "lora_xs", "LoRA": "lora"}
-"""What trains in the rungs of a ladder, and the key of ``plot.METHODS`` whose colour says so."""
+PERCENT = FuncFormatter(lambda value, _: f"{value:.0%}")
+RUNG_METHODS = {"random": "tinylora", "LoRA-XS": "lora_xs", "LoRA": "lora"}
+METHODS: dict[str, str] = {**RUNG_METHODS, "calibrated": "calibrated", "all weights": "full"}
+"""The key of ``plot.METHODS`` for what trains; the first of these are the rungs of a ladder."""
 
 
 class Look(NamedTuple):
@@ -31,16 +34,47 @@ class Look(NamedTuple):
 LOOKS = (Look("o", "-"), Look("s", "--", filled=False), Look("D", ":"), Look("^", "-.", filled=False))
 """Of the bases in a figure, in their order."""
 
-Ladder = Mapping[str, Point]
-"""The points of one base by name."""
-
 
 class Series(NamedTuple):
-    """Points of one method, from few numbers to many: a key of ``plot.METHODS``, the points, a label of their own."""
+    """Points of a line, from few numbers to many, with a label and a key of ``plot.METHODS`` that are not their own."""
 
-    method: str
     points: Sequence[Point]
     label: str | None = None
+    method: str | None = None
+
+    @property
+    def look(self) -> plot.Method:
+        """What the line looks like."""
+        return plot.METHODS[self.method or METHODS[self.points[0].trial.numbers]]
+
+
+def marks(axes: Axes, rows: Sequence[tuple[float, Estimate]], colour: str, fmt: str, **how: Any) -> None:
+    """Every seed a dot, the mean with its interval a marker, at each place on the horizontal axis.
+
+    Args:
+        axes: are drawn into.
+        rows: a place and an estimate each.
+        colour: of all of them.
+        fmt: the marker, and the line between means.
+        how: passed on to ``Axes.errorbar``.
+    """
+    for x, estimate in rows:
+        axes.plot([x] * len(estimate.values), estimate.values, ".", color=colour, ms=4, alpha=0.5)
+    if rows:
+        means, lows, highs = zip(*((e.mean, e.mean - e.low, e.high - e.mean) for _, e in rows), strict=True)
+        axes.errorbar([x for x, _ in rows], means, [lows, highs], fmt=fmt, color=colour, capsize=2.5, **how)
+
+
+def counted(points: Sequence[Point], store: Store) -> list[tuple[float, Estimate]]:
+    """How many numbers each point trains, and its estimate; points that have not run yet are left out."""
+    found = [(point, point.estimate(store)) for point in points]
+    return [(p.records(store)[0]["parameters"], estimate) for p, estimate in found if estimate is not None]
+
+
+def panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
+    """Panels side by side that share their vertical axis."""
+    drawn = Figure(figsize=(plot.WIDTH, height))
+    return drawn, list(drawn.subplots(1, count, sharey=True))
 
 
 @plot.style()
@@ -51,25 +85,10 @@ def against_numbers(series: Sequence[Series], store: Store, base: Point) -> Figu
     """
     drawn, axes = plot.figure(3.9)
     largest = 1.0
-    for method, points, label in series:
-        look = plot.METHODS[method]
-        rows = []
-        for point in points:
-            estimate = point.estimate(store)
-            if estimate is not None:
-                rows.append((point.records(store)[0]["parameters"], estimate))
-        if not rows:
-            continue
-        x = [count for count, _ in rows]
-        largest = max(largest, *x)
-        means = np.array([estimate.mean for _, estimate in rows])
-        spread = np.abs(np.array([[e.low, e.high] for _, e in rows]).T - means)
-        for count, estimate in rows:
-            axes.plot([count] * len(estimate.values), estimate.values, ".", color=look.colour, ms=4, alpha=0.5)
-        axes.errorbar(
-            x, means, spread, fmt=look.marker + look.line, color=look.colour, elinewidth=1.2, capsize=2.5,
-            label=label or look.label,
-        )  # fmt: skip
+    for line in series:
+        look, rows = line.look, counted(line.points, store)
+        largest = max([largest, *(count for count, _ in rows)])
+        marks(axes, rows, look.colour, look.marker + look.line, elinewidth=1.2, label=line.label or look.label)
     plot.count_axis(axes, 1, largest)
     base_line(axes, base, store)
     percent(axes, score_label(store))
@@ -83,12 +102,7 @@ def against_numbers(series: Sequence[Series], store: Store, base: Point) -> Figu
 
 @plot.style()
 def side_by_side(
-    groups: Sequence[tuple[str, Sequence[Point]]],
-    store: Store,
-    base: Point,
-    *,
-    full: Point | None = None,
-    method: str = "tinylora",
+    groups: Sequence[tuple[str, Sequence[Point]]], store: Store, base: Point, *, full: Point | None = None
 ) -> Figure:
     """Accuracy of named settings, one below the other: every seed a dot, the mean with its interval.
 
@@ -97,11 +111,10 @@ def side_by_side(
         store: the records.
         base: the untouched base, a dashed line.
         full: the ceiling, a line of its own.
-        method: gives the colour.
     """
-    points = [(heading, point) for heading, members in groups for point in members]
+    points = [(heading, point) for heading, under in groups for point in under]
     drawn, axes = plot.figure(0.9 + 0.3 * len(points))
-    draw_rows(axes, [point for _, point in points], store, base, full, method)
+    draw_rows(axes, [point for _, point in points], store, base, full)
     axes.set_yticks(range(len(points)), [f"{heading}  {point.label}".strip() for heading, point in points])
     axes.set_xlabel(score_label(store))
     return drawn
@@ -129,29 +142,26 @@ def draw_rows(
             axes.axvline(estimate.mean, ls=style, lw=1.2, color=plot.INK)
             axes.annotate(name, (estimate.mean, 1), xycoords=("data", "axes fraction"), xytext=(0, 3),
                           textcoords="offset points", ha="center", va="bottom", fontsize=8)  # fmt: skip
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+    axes.xaxis.set_major_formatter(PERCENT)
     axes.grid(True, axis="x")
     axes.grid(False, axis="y")
 
 
 @plot.style()
-def share_against_numbers(
-    ladders: Mapping[str, Ladder], rungs: Sequence[str], store: Store, marks: Sequence[float]
-) -> Figure:
+def share_against_numbers(ladders: Mapping[str, Ladder], store: Store, shares: Sequence[float]) -> Figure:
     """The share of all weights' gain against how many numbers were trained, a marker and a line for each base.
 
     Args:
         ladders: for each base, by the label that it gets, its points by name; ``"base"`` and ``"all weights"`` among
             them. A base without these two is left out.
-        rungs: the points that are drawn.
         store: the records.
-        marks: shares that get a line across.
+        shares: those that get a line across.
     """
     drawn, axes = plot.figure(3.8)
     for place, ((label, ladder), look) in enumerate(zip(ladders.items(), LOOKS, strict=False)):
-        # Intervals at one count stand beside each other.
-        _draw_ladder(axes, ladder, rungs, store, look, label, shift=1.09 ** (place - (len(ladders) - 1) / 2))
-    _share_axes(axes, marks)
+        # Intervals at one count are drawn beside each other.
+        _draw_ladder(axes, ladder, store, look, label, shift=1.09 ** (place - (len(ladders) - 1) / 2))
+    _share_axes(axes, shares)
     axes.set_xlabel("numbers trained")
     percent(axes, share_label(store))
     named = axes.get_legend_handles_labels()[0]
@@ -161,78 +171,62 @@ def share_against_numbers(
 
 @plot.style()
 def share_beside(
-    reference: tuple[str, Ladder],
-    ladders: Mapping[str, Ladder],
-    rungs: Sequence[str],
-    store: Store,
-    marks: Sequence[float],
+    reference: tuple[str, Ladder], ladders: Mapping[str, Ladder], store: Store, shares: Sequence[float]
 ) -> Figure:
     """As :func:`share_against_numbers`, a panel for each base, each beside a reference.
 
     Args:
         reference: its label and its points.
         ladders: the others, by the titles of their panels.
-        rungs: the points that are drawn.
         store: the records.
-        marks: shares that get a line across.
+        shares: those that get a line across.
     """
-    columns = min(2, len(ladders))
-    rows = -(-len(ladders) // columns)
-    drawn = Figure(figsize=(plot.WIDTH, 0.6 + (2.1 if columns > 1 else 3.0) * rows))
-    panels = drawn.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    for axes, (label, ladder) in zip(panels.flat, ladders.items(), strict=False):
-        _draw_ladder(axes, reference[1], rungs, store, LOOKS[1], reference[0], shift=1 / 1.12)
-        _draw_ladder(axes, ladder, rungs, store, LOOKS[0], "what the panel says", shift=1.12)
-        _share_axes(axes, marks)
+    rows = -(-len(ladders) // 2)
+    drawn = Figure(figsize=(plot.WIDTH, 0.6 + 2.1 * rows))
+    grid = drawn.subplots(rows, 2, sharex=True, sharey=True, squeeze=False)
+    for axes, (label, ladder) in zip(grid.flat, ladders.items(), strict=False):
+        _draw_ladder(axes, reference[1], store, LOOKS[1], reference[0], shift=1 / 1.12)
+        _draw_ladder(axes, ladder, store, LOOKS[0], "what the panel says", shift=1.12)
+        _share_axes(axes, shares)
         axes.set_title(label, fontsize=9)
         axes.tick_params(labelbottom=True)
-    for axes in panels.flat[len(ladders) :]:
+    for axes in grid.flat[len(ladders) :]:
         axes.set_axis_off()
     drawn.supxlabel("numbers trained", fontsize=10)
     drawn.supylabel(share_label(store), fontsize=10)
-    named = panels[0, 0].get_legend_handles_labels()[0]
+    named = grid[0, 0].get_legend_handles_labels()[0]
     drawn.legend(handles=[*named, *_kinds()], loc="outside upper center", ncols=3, fontsize=8)
     return drawn
 
 
-def _draw_ladder(
-    axes: Axes, ladder: Ladder, rungs: Sequence[str], store: Store, look: Look, label: str, shift: float
-) -> None:
+def _draw_ladder(axes: Axes, ladder: Ladder, store: Store, look: Look, label: str, shift: float) -> None:
     """Shares of a base's rungs, a line through those of a kind."""
-    floor, ceiling = ladder["base"], ladder["all weights"]
+    ceiling, floor = ends(ladder)
     if floor.estimate(store) is None or ceiling.estimate(store) is None:
         return
     face = "auto" if look.filled else "none"
-    for kind, method in KINDS.items():
-        run = [p for p in map(ladder.__getitem__, rungs) if p.trial.numbers == kind and p.estimate(store) is not None]
-        if not run:
-            continue
-        colour = plot.METHODS[method].colour
+    for kind, method in RUNG_METHODS.items():
+        run = [p for p in map(ladder.__getitem__, RUNGS) if p.trial.numbers == kind and p.estimate(store) is not None]
         shares = [share_of_gain(point, ceiling, floor, store) for point in run]
         counts = [shift * point.records(store)[0]["parameters"] for point in run]
-        for count, share in zip(counts, shares, strict=True):
-            axes.plot([count] * len(share.values), share.values, ".", color=colour, ms=4, alpha=0.5)
-        axes.errorbar(
-            counts, [share.mean for share in shares],
-            [[share.mean - share.low for share in shares], [share.high - share.mean for share in shares]],
-            fmt=look.marker + look.line, color=colour, elinewidth=1.2, capsize=2.5, mfc=face,
-        )  # fmt: skip
+        rows = list(zip(counts, shares, strict=True))
+        marks(axes, rows, plot.METHODS[method].colour, look.marker + look.line, elinewidth=1.2, mfc=face)
     axes.plot([], [], look.marker + look.line, color=plot.INK, label=label, mfc=face)
 
 
 def _kinds() -> list[Line2D]:
     """What the colours of a ladder mean, for its legend."""
-    looks = [plot.METHODS[method] for method in KINDS.values()]
+    looks = [plot.METHODS[method] for method in RUNG_METHODS.values()]
     return [Line2D([], [], lw=4, color=look.colour, label=look.label) for look in looks]
 
 
-def _share_axes(axes: Axes, marks: Sequence[float]) -> None:
-    for mark in marks:
-        axes.axhline(mark, ls=":", lw=1.0, color=plot.INK)
+def _share_axes(axes: Axes, shares: Sequence[float]) -> None:
+    for share in shares:
+        axes.axhline(share, ls=":", lw=1.0, color=plot.INK)
     plot.count_axis(axes, 1, 40_000)
     low, high = axes.get_ylim()
     axes.set_ylim(max(low, -0.3), min(high, 1.3))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+    axes.yaxis.set_major_formatter(PERCENT)
 
 
 def base_line(axes: Axes, base: Point, store: Store) -> None:
@@ -262,5 +256,5 @@ def share_label(store: Store) -> str:
 
 def percent(axes: Axes, label: str) -> None:
     """Shares on the vertical axis, as percents."""
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+    axes.yaxis.set_major_formatter(PERCENT)
     axes.set_ylabel(label)

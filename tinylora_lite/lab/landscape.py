@@ -1,8 +1,8 @@
 """The landscape: with one or two numbers, the reward can be drawn for every value they can take.
 
 A grid of v is a population: many points answer in one batch, all of them the same problems with the same random
-numbers, so that neighbours differ by v alone. Beside the mean reward stands what imitation would minimise, on the same
-problems: the loss of worked answers. The paths that GRPO, SFT and an evolution strategy take are drawn over both.
+numbers, so that neighbours differ by v alone. On the same problems the loss of worked answers is computed, which
+imitation minimises. The paths that GRPO, SFT and an evolution strategy take are drawn over both.
 
 ``python -m tinylora_lite.lab.landscape`` computes what is missing of ``VIEWS``.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -28,17 +28,18 @@ from tinylora_lite.adapter.batched import Population, attach_population
 from tinylora_lite.adapter.config import TinyLoraConfig
 from tinylora_lite.adapter.weights import base_fingerprint
 from tinylora_lite.evaluation.evaluate import evaluate
-from tinylora_lite.lab.running import config_of, es_settings, grpo_settings, sft_settings
+from tinylora_lite.lab.settings import config_of, es_settings, grpo_settings, sft_settings
 from tinylora_lite.lab.store import RESULTS, rounded
 from tinylora_lite.lab.tasks import task_of
 from tinylora_lite.lab.trial import Trial
 from tinylora_lite.sampling.logprobs import completion_logprobs
 from tinylora_lite.tasks.task import Example, Task
 from tinylora_lite.training.evolution import train_es
-from tinylora_lite.training.grpo import train_grpo
-from tinylora_lite.training.sft import encode_solutions, train_sft
+from tinylora_lite.training.grpo import GRPO
+from tinylora_lite.training.loop import fit
+from tinylora_lite.training.sft import SFT, encode_solutions
 from tinylora_lite.utils.progress import progress_bar
-from tinylora_lite.utils.record import Run, environment
+from tinylora_lite.utils.record import Run, atomic_write, environment
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -103,7 +104,7 @@ def surface(
     Args:
         base: the name of a shipped base.
         config: an adapter with as many numbers as there are axes.
-        axes: the values of each number; points stand in the order of ``itertools.product``.
+        axes: the values of each number; points are in the order of ``itertools.product``.
         problems: of the validation split.
         path: a JSON file, written anew after every batch of points; an interrupted surface goes on from there.
         seed: of the sampling; at v = 0 the reward is that of ``evaluate(..., split="validation", seed=seed)``.
@@ -118,39 +119,36 @@ def surface(
     """
     model, tokenizer = nano.load(base)
     points = list(itertools.product(*axes))
-    members = min(max(1, ROWS // problems), len(points))
-    population = attach_population(model, [config] * members)
+    at_once = min(max(1, ROWS // problems), len(points))
+    population = attach_population(model, [config] * at_once)
     shape = population.vectors[0].shape
     if shape.numel() != len(axes):
         raise ValueError(f"the config has {shape.numel()} numbers, and there are {len(axes)} axes; give one for each")
     settings = {
         "base": base,
         "fingerprint": base_fingerprint(model),
-        "adapter": population.describe(0),
+        "adapter": re.sub(r" \(\w+\)", "", population.describe(0)),  # in the words of the stored landscapes
         "axes": rounded(list(map(list, axes))),
         "problems": problems,
         "seed": seed,
     }
     found = _open(path, settings)
     tasks = {writer: task_of(name, base) for writer, name in WRITERS.items()}
-    starts = range(len(found["reward"]), len(points), members)
+    options: dict[str, Any] = {
+        "split": "validation",
+        "problems": problems,
+        "max_new_tokens": nano.MAX_NEW_TOKENS,
+        "seed": seed,
+    }
+    starts = range(len(found["reward"]), len(points), at_once)
     with progress_bar(path.stem, len(starts)) as advance:
         for start in starts:
             started = time.perf_counter()
-            chunk = points[start : start + members]
+            chunk = points[start : start + at_once]
             with torch.no_grad():
                 for v, point in zip(population.vectors, chunk, strict=False):
                     v.copy_(torch.tensor(point).view(shape))
-            scores = evaluate(
-                model,
-                tokenizer,
-                tasks["careful"],
-                population=population,
-                split="validation",
-                problems=problems,
-                max_new_tokens=nano.MAX_NEW_TOKENS,
-                seed=seed,
-            )[: len(chunk)]
+            scores = evaluate(model, tokenizer, tasks["careful"], population=population, **options)[: len(chunk)]
             for key, name in (("reward", "accuracy"), ("low", "low"), ("high", "high")):
                 found[key] += [getattr(score, name) for score in scores]
             for writer, task in tasks.items():
@@ -170,7 +168,7 @@ def imitation_losses(
     task: Task,
     examples: Sequence[Example],
 ) -> Tensor:
-    """The mean of ``-log p`` over the tokens of the examples' worked answers, ``[members]`` float32, in nats."""
+    """The mean of ``-log p`` over the tokens of the examples' worked answers, ``[adapters]`` float32, in nats."""
     rows, K = encode_solutions(tokenizer, task, examples), len(population)
     sums = torch.zeros(K)
     for index in torch.argsort(rows.lengths, stable=True).split(max(1, ROWS // 4 // K)):
@@ -215,26 +213,30 @@ def paths(trials: Sequence[Trial], config: TinyLoraConfig) -> list[list[list[flo
                 own.append(v.detach().flatten().tolist())
 
         if first.method == "grpo":
-            train_grpo(model, tokenizer, population, task, [grpo_settings(t) for t in trials], on_step=note)
+            fit(GRPO(model, tokenizer, population, task, [grpo_settings(t) for t in trials]), on_step=note)
         else:
-            shown = [replace(sft_settings(trial), evaluate_every=0) for trial in trials]
-            train_sft(model, tokenizer, population, task, shown, on_step=note)
+            fit(SFT(model, tokenizer, population, task, [sft_settings(t) for t in trials]), on_step=note)
     return [[[0.0] * len(own[0]), *own] for own in walked]
 
 
 def compute(view: View, folder: Path = RESULTS, bases: Path | None = None) -> Found:
     """A landscape with its paths, from its file in ``folder``; what is missing there is computed first."""
-    path = folder / f"landscape-{view.name}.json"
+    path = path_of(view.name, folder)
     found = surface(view.trial.base, config_of(view.trial, bases), view.axes, view.problems, path)
     return walk(view, found, path, bases)
 
 
 def load(name: str, folder: Path = RESULTS) -> Found:
     """A stored landscape. Raises ``FileNotFoundError`` where it was not computed."""
-    path = folder / f"landscape-{name}.json"
+    path = path_of(name, folder)
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}; python -m tinylora_lite.lab.landscape {name} computes it")
     return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def path_of(name: str, folder: Path) -> Path:
+    """The file of a landscape."""
+    return folder / f"landscape-{name}.json"
 
 
 def _open(path: Path, settings: dict[str, Any]) -> Found:
@@ -248,10 +250,7 @@ def _open(path: Path, settings: dict[str, Any]) -> Found:
 
 
 def _write(path: Path, found: Found) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(rounded(found)) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    atomic_write(path, json.dumps(rounded(found)) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -259,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     views = {view.name: view for view in VIEWS}
     parser = argparse.ArgumentParser(prog="python -m tinylora_lite.lab.landscape", description=main.__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(views)}; none means all")
-    parser.add_argument("--folder", type=Path, default=RESULTS, help="where the landscapes lie (default: the book's)")
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="of the landscapes (default: the book's)")
     chosen = parser.parse_args(arguments)
     unknown = [name for name in chosen.names if name not in views]
     if unknown:

@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import Normal, Stroke
-from matplotlib.ticker import FuncFormatter
 
+from tinylora_lite.lab.figures import PERCENT
 from tinylora_lite.lab.landscape import WRITERS, Found
 from tinylora_lite.view import plot
 
@@ -54,7 +54,7 @@ def contours(found: Found, writer: str = "stranger") -> Figure:
         bands = axes.contourf(x, y, heights, LEVELS, cmap="Greys" if key == "reward" else "Greys_r")
         bar = drawn.colorbar(bands, ax=axes, orientation="horizontal", pad=0.02, ticks=bands.levels[:: LEVELS // 3])
         if key == "reward":
-            bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+            bar.ax.xaxis.set_major_formatter(PERCENT)
         axes.set(title=title, xlim=(x[0], x[-1]), ylim=(y[0], y[-1]), aspect="equal", xlabel="first number")
         axes.grid(False)
         for name, look in WALKERS.items():
@@ -81,7 +81,7 @@ def along(found: Found) -> Figure:
     above, below = drawn.subplots(2, 1, sharex=True)
     above.fill_between(x, found["low"], found["high"], color=plot.INK, alpha=0.12, lw=0)
     above.plot(x, found["reward"], color=plot.INK, lw=1.6)
-    above.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+    above.yaxis.set_major_formatter(PERCENT)
     above.set(ylabel="mean reward", xlim=(x[0], x[-1]))
     for name, look in WALKERS.items():
         ends = [walk[-1][0] for walk in found["paths"].get(name, {}).get("v", [])]
@@ -109,7 +109,7 @@ def _axes_of(found: Found, numbers: int) -> list[np.ndarray]:
 
 
 def _walks(axes: Axes, found: Found, name: str, look: Look) -> None:
-    """Every seed of a way to train, in a white casing that stands out from any ground; what leaves it is cut off."""
+    """Every seed of a way to train, with a white outline that is seen on any background."""
     shape, casing = plot.METHODS[look.method], [Stroke(linewidth=3.0, foreground="white"), Normal()]
     for place, walk in enumerate(found["paths"].get(name, {}).get("v", [])):
         v = np.array(walk)

@@ -1,65 +1,27 @@
-"""Which runs a claim still needs: first the sweeps of learning rates, then the seeds that are reported."""
+"""Which runs a claim still needs, which of them share a batch, and the table of what was found."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-import numpy as np
+from collections.abc import Iterable, Sequence
 
 from tinylora_lite.lab.claim import Claim, Point
 from tinylora_lite.lab.store import Store
 from tinylora_lite.lab.trial import Trial
 
-REACH = 6
-"""How many factors of two a sweep goes beyond the rates that it starts from, at either end, while the best is there."""
-MEMBERS = 8
+POPULATION = 8
 """The most trials that run as one population."""
-
-
-def sweep_accuracy(point: Point, rate: float, store: Store) -> float | None:
-    """The mean validation accuracy of a learning rate; ``None`` where not all its runs were made."""
-    trials = point.sweep([rate])
-    records = store.of(trials)
-    if len(records) < len(trials):
-        return None
-    return float(np.mean([record["scores"]["sampled"]["accuracy"] for record in records]))
-
-
-def _rates(point: Point, store: Store) -> tuple[list[float], float | None]:
-    """The rates that are compared so far, and the best of them; ``None`` where one of them still has to run."""
-    rates = sorted(point.rates)
-    lowest, highest = rates[0] / 2**REACH, rates[-1] * 2**REACH
-    while True:
-        found = {rate: sweep_accuracy(point, rate, store) for rate in rates}
-        if any(accuracy is None for accuracy in found.values()):
-            return rates, None
-        best = max(rates, key=lambda rate: found[rate] or 0.0)
-        if best == rates[0] and best / 2 >= lowest * 0.99:
-            rates = [best / 2, *rates]
-        elif best == rates[-1] and best * 2 <= highest * 1.01:
-            rates = [*rates, best * 2]
-        else:
-            return rates, best
-
-
-def chosen_rate(point: Point, store: Store) -> float | None:
-    """The learning rate with the best validation accuracy; ``None`` while the sweep is not complete."""
-    if point.like is not None:
-        return chosen_rate(point.like, store)
-    return _rates(point, store)[1] if point.rates else point.trial.learning_rate
+NOT_YET = "not yet run"
 
 
 def missing(point: Point, store: Store) -> list[Trial]:
     """The runs that can be made now: of the sweep, or else of the report."""
-    rate = chosen_rate(point, store)
-    if rate is not None:
-        return [trial for trial in point.tests(rate) if trial not in store]
-    swept = point.like or point
-    return [trial for trial in swept.sweep(_rates(swept, store)[0]) if trial not in store]
+    rate, swept = point.rate(store), point.like or point
+    wanted = swept.sweep(swept.swept(store)[0]) if rate is None else point.tests(rate)
+    return [trial for trial in wanted if trial not in store]
 
 
 def jobs(trials: Iterable[Trial]) -> list[list[Trial]]:
-    """Trials put together: those that can share a batch, up to ``MEMBERS`` of them, and each other one by itself."""
+    """Trials put together: those that can share a batch, up to ``POPULATION`` of them, and each other one by itself."""
     batches: dict[Trial, list[Trial]] = {}
     found: list[list[Trial]] = []
     for trial in dict.fromkeys(trials):
@@ -68,8 +30,8 @@ def jobs(trials: Iterable[Trial]) -> list[list[Trial]]:
             found.append([trial])
         else:
             batches.setdefault(batch, []).append(trial)
-    for members in batches.values():
-        found += [members[i : i + MEMBERS] for i in range(0, len(members), MEMBERS)]
+    for shared in batches.values():
+        found += [shared[i : i + POPULATION] for i in range(0, len(shared), POPULATION)]
     return found
 
 
@@ -77,11 +39,23 @@ def progress_of(claim: Claim, store: Store) -> dict[str, int]:
     """How many runs of a claim are recorded, and how many are known to be missing; a sweep may call for more."""
     known: set[Trial] = set()
     for point in claim.points:
-        swept = point.like or point
+        swept, rate = point.like or point, point.rate(store)
         if swept.rates:
-            known.update(swept.sweep(_rates(swept, store)[0]))
-        rate = chosen_rate(point, store)
-        # Which rate is not known before the sweep is over, but how many runs there will be is.
+            known.update(swept.sweep(swept.swept(store)[0]))
+        # Before the sweep is over the rate is not known, but how many runs there will be is.
         known.update(point.tests(-1.0 if rate is None else rate))
     recorded = sum(trial in store for trial in known)
     return {"recorded": recorded, "missing": len(known) - recorded}
+
+
+def rows_of(claims: Sequence[Claim], store: Store) -> list[dict[str, str]]:
+    """The table's rows: name, title, paper, where, ours, finding; ``NOT_YET`` where runs are missing."""
+    rows = []
+    for claim in claims:
+        row = {"name": claim.name, "title": claim.title, "paper": claim.paper, "where": claim.where}
+        if progress_of(claim, store)["missing"]:
+            rows.append(row | {"ours": "", "finding": NOT_YET})
+        else:
+            verdict = claim.judge(store)
+            rows.append(row | {"ours": verdict.ours, "finding": verdict.finding})
+    return rows

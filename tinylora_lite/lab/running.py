@@ -1,10 +1,15 @@
-"""Runs trials: those that can share a batch as one population, others one by one."""
+"""Runs trials: those that can share a batch as one population, others one by one, on several cores."""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -12,38 +17,128 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from tinylora_lite import nano
 from tinylora_lite.adapter.adapter import attach
 from tinylora_lite.adapter.batched import Population, attach_population
-from tinylora_lite.adapter.config import TinyLoraConfig, lora_xs
-from tinylora_lite.adapter.tying import find_sites
 from tinylora_lite.adapter.weights import base_fingerprint
 from tinylora_lite.evaluation.evaluate import evaluate
 from tinylora_lite.evaluation.score import Score
-from tinylora_lite.lab.bases import calibrated_basis
+from tinylora_lite.lab.claim import Claim
 from tinylora_lite.lab.directions import factors_along
-from tinylora_lite.lab.store import Record
+from tinylora_lite.lab.plan import jobs, missing
+from tinylora_lite.lab.settings import config_of, es_settings, grpo_settings, sft_settings
+from tinylora_lite.lab.store import Record, Store
 from tinylora_lite.lab.tasks import task_of
 from tinylora_lite.lab.trial import Trial
+from tinylora_lite.nano.writers import style_of
 from tinylora_lite.planning.counting import count_parameters
-from tinylora_lite.training.evolution import ESSettings, train_es
+from tinylora_lite.training.evolution import train_es
 from tinylora_lite.training.grpo import GRPO, train_grpo
 from tinylora_lite.training.loop import fit
 from tinylora_lite.training.lora_baseline import train_lora
-from tinylora_lite.training.settings import GRPOSettings, SFTSettings
 from tinylora_lite.training.sft import SFT, train_sft
 from tinylora_lite.utils.record import Run, environment
 
 SWEEP_PROBLEMS = 500
 """Validation problems that a learning rate is chosen on."""
-KEPT = 64
-"""The most trained numbers that a record holds."""
-EVALUATE_EVERY = 10
-"""Steps of SFT between its evaluations, of which its curve is made; GRPO's is the reward of its samples."""
+KEPT = 200
+"""A record holds v of up to so many parameters."""
 NEW_SKILLS = ("longer", "doubling")
 """Tasks that a base has not learned in pretraining."""
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def execute(
+    claims: Sequence[Claim],
+    store: Store,
+    *,
+    workers: int | None = None,
+    seconds: float | None = None,
+    bases: Path | None = None,
+    report: Callable[[list[Trial], list[Record], int], None] | None = None,
+) -> bool:
+    """Runs what the claims still need and keeps each record as soon as it is made.
+
+    Each worker is a process with one thread: models of this size are slower on more.
+
+    Args:
+        claims: what to run, in this order of preference.
+        store: takes the records; what it holds is not run again.
+        workers: processes; ``None`` is one for each core.
+        seconds: after which no new run starts.
+        bases: where calibrated bases are kept.
+        report: called after each job with its trials, their records, and how many runs are known to be missing.
+
+    Returns:
+        Whether all runs of all claims are there.
+
+    Raises:
+        RuntimeError: a run failed, or its process was ended from outside. No new run starts then; those that are
+            running are waited for and kept.
+    """
+    workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) or 1
+    deadline = None if seconds is None else time.monotonic() + seconds
+    running: dict[Future[list[Record]], list[Trial]] = {}
+    failed: tuple[list[Trial], Exception] | None = None
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start, (os.getpid(),)) as pool:
+        try:
+            while True:
+                taken = {trial for trials in running.values() for trial in trials}
+                queue: list[list[Trial]] = []
+                for claim in claims:
+                    wanted = dict.fromkeys(trial for point in claim.points for trial in missing(point, store))
+                    queue += jobs(trial for trial in wanted if trial not in taken)
+                    taken |= wanted.keys()
+                over = failed is not None or (deadline is not None and time.monotonic() > deadline)
+                while queue and len(running) < workers and not over:
+                    trials = queue.pop(0)
+                    running[pool.submit(run_trials, trials, bases)] = trials
+                if not running:
+                    if failed is not None:
+                        raise RuntimeError(_reason(*failed)) from failed[1]
+                    return not queue
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    trials = running.pop(future)
+                    try:
+                        records = future.result()
+                    except Exception as error:
+                        failed = failed or (trials, error)
+                        continue
+                    for trial, record in zip(trials, records, strict=True):
+                        store.add(trial, record)
+                    if report is not None:
+                        left = {t for claim in claims for point in claim.points for t in missing(point, store)}
+                        report(trials, records, len(left))
+        except BaseException:
+            processes = list((pool._processes or {}).values())  # shutdown forgets them
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in processes:
+                process.terminate()
+            raise
+
+
+def _reason(trials: list[Trial], error: Exception) -> str:
+    if isinstance(error, BrokenProcessPool):
+        cause = "its process was ended from outside, as happens where memory runs out; try --workers 1"
+    else:
+        cause = f"{type(error).__name__}: {error}"
+    return f"the run {trials[0].key} failed ({cause}); all other runs that had started are kept"
+
+
+def _start(parent: int) -> None:
+    """Prepares a worker: one thread, and an end when the program that started it ends."""
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()  # of loading a model, once for each job
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def run_trials(trials: Sequence[Trial], bases: Path | None = None) -> list[Record]:
@@ -62,62 +157,15 @@ def run_trials(trials: Sequence[Trial], bases: Path | None = None) -> list[Recor
     started = time.perf_counter()
     first = trials[0]
     if len(trials) > 1 and (first.batch() is None or len({trial.batch() for trial in trials}) > 1):
-        raise ValueError("these trials differ in more than a population's members may; run them one by one")
-    model, _tokenizer = nano.load(first.base)
-    fingerprint = base_fingerprint(model)
+        raise ValueError("these trials differ in more than the adapters of a population may; run them one by one")
     results = [_alone(first, bases)] if first.batch() is None else _together(trials, bases)
-    seconds = (time.perf_counter() - started) / len(trials)
-    about = {"seconds": seconds, "population": len(trials), "base": fingerprint, "environment": _environment()}
+    about = {
+        "seconds": (time.perf_counter() - started) / len(trials),
+        "population": len(trials),
+        "base": base_fingerprint(nano.load(first.base)[0]),
+        "environment": _environment(),
+    }
     return [result | about for result in results]
-
-
-def grpo_settings(trial: Trial) -> GRPOSettings:
-    """32 prompts with 8 completions each for a step."""
-    return GRPOSettings(
-        steps=trial.steps,
-        max_new_tokens=nano.MAX_NEW_TOKENS,
-        learning_rate=trial.learning_rate,
-        schedule="linear",
-        warmup=3 if trial.numbers == "all weights" else 0,
-        seed=trial.seed,
-    )
-
-
-def sft_settings(trial: Trial) -> SFTSettings:
-    """64 demonstrations for a step, and an evaluation now and then where a population trains."""
-    return SFTSettings(
-        steps=trial.steps,
-        prompts_per_step=64,
-        max_new_tokens=nano.MAX_NEW_TOKENS,
-        learning_rate=trial.learning_rate,
-        schedule="linear",
-        warmup=3 if trial.numbers == "all weights" else 0,
-        evaluate_every=EVALUATE_EVERY if trial.batch() and trial.split == "test" else 0,
-        evaluate_problems=200,
-        seed=trial.seed,
-    )
-
-
-def es_settings(trial: Trial) -> ESSettings:
-    """8 candidates on 32 prompts for a generation: as many completions as in a step of GRPO."""
-    return ESSettings(
-        generations=trial.steps, max_new_tokens=nano.MAX_NEW_TOKENS, sigma=trial.learning_rate, seed=trial.seed
-    )
-
-
-def config_of(trial: Trial, bases: Path | None = None) -> TinyLoraConfig:
-    """The adapter of a trial; the basis of a calibrated one is made on the first call and found afterwards."""
-    if trial.numbers == "LoRA-XS":
-        return lora_xs(trial.rank, sigma=trial.sigma)
-    options: dict[str, Any] = {"rank": trial.rank, "u": trial.u, "sigma": trial.sigma, "seed": trial.p_seed}
-    if trial.tying == "attention, MLP":
-        model, _ = nano.load(trial.base)
-        options["groups"] = [int(".mlp." in site.name) for site in find_sites(model)]
-    else:
-        options |= {"n_tie": trial.n_tie, "tying": trial.tying}
-    if trial.numbers == "calibrated":
-        options["projection"] = calibrated_basis(trial, bases)
-    return TinyLoraConfig(**options)
 
 
 def _together(trials: Sequence[Trial], bases: Path | None) -> list[Record]:
@@ -134,11 +182,11 @@ def _together(trials: Sequence[Trial], bases: Path | None) -> list[Record]:
         else:
             shown = [sft_settings(trial) for trial in trials]
             runs = fit(SFT(model, tokenizer, population, task, shown), on_step=after, progress=False)
-        # Answers of one seed for all: what a member scores must not depend on who else is in the batch.
+        # All answer with the same random numbers: a score must not depend on which other trials are in the batch.
         scored = _scored(replace(first, seed=0))
         scores = {n: evaluate(model, tokenizer, population=population, **how) for n, how in scored}
     except FloatingPointError:
-        # One member's numbers ran away, and the others must not go down with it.
+        # The parameters of one trial diverged; the others are run again without it.
         return [_diverged(first, bases)] if len(trials) == 1 else [_together([t], bases)[0] for t in trials]
     return [
         _record(run, v.detach(), {name: found[k] for name, found in scores.items()})
@@ -147,50 +195,57 @@ def _together(trials: Sequence[Trial], bases: Path | None) -> list[Record]:
 
 
 def _alone(trial: Trial, bases: Path | None) -> Record:
-    try:
-        return _trained_alone(trial, bases)
-    except FloatingPointError:
-        return _diverged(trial, bases)
-
-
-def _trained_alone(trial: Trial, bases: Path | None) -> Record:
     model, tokenizer = nano.load(trial.base)
     task = task_of(trial.trained_on or trial.task, trial.base)
     run, v = Run(trial.method, {"seed": trial.seed}, trial.numbers, 0, task.name), torch.zeros(0)
-    if trial.method == "noise":
-        adapter = attach(model, config_of(trial, bases))
-        noise = torch.randn(adapter.vectors.shape, generator=torch.Generator().manual_seed(trial.seed))
-        with torch.no_grad():
-            adapter.vectors.copy_(noise * (trial.learning_rate / noise.norm()))
-        v = adapter.vectors.detach()
-        run.parameters = adapter.num_parameters
-    elif trial.method == "es":
-        config = config_of(trial, bases)
-        run, v = train_es(model, tokenizer, config, task, es_settings(trial), progress=False)
-        adapter = attach(model, config)
-        with torch.no_grad():
-            adapter.vectors.copy_(v)
-    elif trial.numbers == "LoRA":
-        settings = grpo_settings(trial) if trial.method == "grpo" else sft_settings(trial)
-        run = train_lora(model, tokenizer, task, settings, rank=trial.rank)
-    elif trial.method == "grpo":
-        run = train_grpo(model, tokenizer, None, task, grpo_settings(trial), progress=False)
-    elif trial.method == "sft":
-        run = train_sft(model, tokenizer, None, task, sft_settings(trial), progress=False)
-    return _record(run, v, {name: evaluate(model, tokenizer, **how) for name, how in _scored(trial)})
+    try:
+        if trial.method in ("noise", "es"):
+            config = config_of(trial, bases)
+            if trial.method == "es":
+                run, v = train_es(model, tokenizer, config, task, es_settings(trial), progress=False)
+            adapter = attach(model, config)
+            if trial.method == "noise":
+                v = torch.randn(adapter.vectors.shape, generator=torch.Generator().manual_seed(trial.seed))
+                v, run.parameters = v * (trial.learning_rate / v.norm()), adapter.num_parameters
+            with torch.no_grad():
+                adapter.vectors.copy_(v)
+        elif trial.numbers == "LoRA":
+            settings = grpo_settings(trial) if trial.method == "grpo" else sft_settings(trial)
+            run = train_lora(model, tokenizer, task, settings, rank=trial.rank)
+        elif trial.method == "grpo":
+            run = train_grpo(model, tokenizer, None, task, grpo_settings(trial), progress=False)
+        elif trial.method == "sft":
+            run = train_sft(model, tokenizer, None, task, sft_settings(trial), progress=False)
+        scores = {name: evaluate(model, tokenizer, **how) for name, how in _scored(trial)}
+    except FloatingPointError:
+        return _diverged(trial, bases)
+    return _record(run, v, scores) | (_styles(scores["sampled"]) if trial.samples > 1 else {})
 
 
 def _scored(trial: Trial) -> list[tuple[str, dict[str, Any]]]:
-    """How a trained model is scored: sampled and greedy on the whole test split, sampled on part of the validation.
+    """How a trained model is scored: sampled and greedy on the test split, sampled on a part of the validation split.
 
-    What was trained for another skill is scored on the plain task too: did it forget the old one?
+    What was trained on a new skill is scored on the plain task too, to see what it forgot.
     """
     options: dict[str, Any] = {"split": trial.split, "max_new_tokens": nano.MAX_NEW_TOKENS, "seed": trial.seed}
     scored = options | {"task": task_of(trial.task, trial.base)}
+    sampled = scored | ({"samples": trial.samples} if trial.samples > 1 else {})
     if trial.split == "validation":
-        return [("sampled", scored | {"problems": SWEEP_PROBLEMS})]
+        return [("sampled", sampled | {"problems": SWEEP_PROBLEMS})]
     old = [("old skill", options | {"task": task_of("nano", trial.base)})] if trial.task in NEW_SKILLS else []
-    return [("sampled", scored), ("greedy", scored | {"temperature": 0.0}), *old]
+    return [("sampled", sampled), ("greedy", scored | {"temperature": 0.0}), *old]
+
+
+def _styles(score: Score) -> Record:
+    """What several answers to a problem tell: pass@k, and the share and the accuracy of each writer's style."""
+    rewards: dict[str, list[float]] = {}
+    for completion in score.completions:
+        rewards.setdefault(style_of(completion.text), []).append(completion.reward)
+    shares = {who: len(own) / len(score.completions) for who, own in rewards.items()}
+    return {
+        "pass_at": {str(k): score.pass_at(k) for k in (1, 2, 4, 8) if k <= score.samples},
+        "writers": {w: {"share": shares[w], "accuracy": sum(own) / len(own)} for w, own in sorted(rewards.items())},
+    }
 
 
 def _rounding(population: Population, precision: str) -> Callable[[list[Run]], None] | None:
@@ -199,9 +254,8 @@ def _rounding(population: Population, precision: str) -> Callable[[list[Run]], N
         return None
 
     def rounded(_: list[Run]) -> None:
-        with torch.no_grad():
-            for v in population.vectors:
-                v.copy_(v.to(PRECISIONS[precision]))
+        for v in population.vectors:
+            v.data.copy_(v.data.to(PRECISIONS[precision]))
 
     return rounded
 
@@ -210,26 +264,17 @@ def _diverged(trial: Trial, bases: Path | None) -> Record:
     """The record of a run that ended in NaN: no answer of such a model is right."""
     model, _ = nano.load(trial.base)
     if trial.numbers == "all weights":
-        numbers = count_parameters(model, "full")
+        parameters = count_parameters(model, "full")
     elif trial.numbers == "LoRA":
-        numbers = count_parameters(model, "lora", rank=trial.rank)
+        parameters = count_parameters(model, "lora", rank=trial.rank)
     else:
-        numbers = attach(model, config_of(trial, bases)).num_parameters
+        parameters = attach(model, config_of(trial, bases)).num_parameters
+    run = Run(trial.method, {}, trial.numbers, parameters, trial.task)
+    if trial.method in ("grpo", "es"):
+        run.steps = [{"reward": 0.0}] * trial.steps
     nothing = {"accuracy": 0.0, "low": 0.0, "high": 0.0, "n": 0, "samples": 1, "lenient": 0.0}
-    steps = [0.0] * trial.steps if trial.method in ("grpo", "es") else []
-    return {
-        "parameters": numbers,
-        "scores": {name: nothing for name, _ in _scored(trial)},
-        "curve": steps,
-        "lengths": steps,
-        "loss": [],
-        "evaluations": [],
-        "tokens": 0.0,
-        "training_seconds": 0.0,
-        "norm": 0.0,
-        "vectors": [],
-        "diverged": True,
-    }
+    scores = {name: nothing for name, _ in _scored(trial)}
+    return _record(run, torch.zeros(0), {}) | {"scores": scores, "diverged": True}
 
 
 def _record(run: Run, v: Tensor, scores: dict[str, Score]) -> Record:
@@ -240,7 +285,6 @@ def _record(run: Run, v: Tensor, scores: dict[str, Score]) -> Record:
         "curve": [round(row["reward"], 4) for row in sampled],
         "lengths": [round(row.get("length", 0.0), 2) for row in sampled],
         "loss": [round(row["loss"], 4) for row in run.steps] if run.method == "sft" else [],
-        "evaluations": [[row["step"], row["accuracy"]] for row in run.evaluations],
         "tokens": sum(row.get("length", 0.0) for row in run.steps),
         "training_seconds": run.seconds,
         "norm": run.steps[-1].get("norm", 0.0) if run.steps else float(v.norm()),
@@ -251,11 +295,6 @@ def _record(run: Run, v: Tensor, scores: dict[str, Score]) -> Record:
 @cache
 def _environment() -> dict[str, str]:
     """Versions and machine, and the commit where the library runs from a checkout."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     return environment() | ({"commit": git.stdout.strip()} if git.returncode == 0 else {})

@@ -1,4 +1,4 @@
-"""The shapes that several claims share: from one number to all weights, with the learning rates to start from.
+"""The shapes that several claims share, from one number to all weights, and the ladder of them that compares bases.
 
 The bases of the lab have 49 modules (7 layers of 7), so that u = 1 with n_tie = 4 gives thirteen numbers, as u = 1 with
 n_tie = 16 does on the 196 modules of Qwen2.5-7B.
@@ -6,10 +6,21 @@ n_tie = 16 does on the 196 modules of Qwen2.5-7B.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from tinylora_lite.lab.claim import Point
+from tinylora_lite.lab.statistics import share_of_gain, smallest_count
+from tinylora_lite.lab.store import Store
 from tinylora_lite.lab.trial import BASE, Trial
+
+Ladder = Mapping[str, Point]
+"""The points of one base by name; see :func:`ladder_on`."""
+RUNGS = (
+    *("4 random", "13 random", "49 random", "49 LoRA-XS", "98 random", "196 LoRA-XS", "784 LoRA-XS"),
+    "LoRA, r = 1",
+)
+"""Of :func:`ladder_on`, those that a smallest update is looked for among."""
 
 
 def around(rate: float) -> tuple[float, ...]:
@@ -17,11 +28,11 @@ def around(rate: float) -> tuple[float, ...]:
     return (rate / 2, rate, rate * 2)
 
 
-def random_numbers(n_tie: int | str, u: int = 1, rank: int = 2, base: str = BASE, rate: float = 0.1) -> Point:
+def random_numbers(n_tie: int | str, u: int = 1, rank: int = 2, base: str = BASE) -> Point:
     """TinyLoRA as in the paper: u random directions for each group of n_tie modules."""
     count = u * (1 if n_tie == "all" else -(-49 // int(n_tie)))
     trial = Trial(base=base, rank=rank, u=u, n_tie=n_tie)
-    return Point(f"{count} random", trial, around(rate), sweep_seeds=2)
+    return Point(f"{count} random", trial, around(0.1), sweep_seeds=2)
 
 
 def lora_xs_numbers(rank: int, base: str = BASE) -> Point:
@@ -38,12 +49,7 @@ def calibrated_numbers(u: int = 13, base: str = BASE, rank: int = 8) -> Point:
 
 def lora_numbers(rank: int = 1, base: str = BASE) -> Point:
     """LoRA, as PEFT implements it."""
-    return Point(
-        "LoRA, r = 1" if rank == 1 else f"LoRA, r = {rank}",
-        Trial(base=base, numbers="LoRA", rank=rank),
-        (1e-3, 3e-3),
-        sweep_seeds=1,
-    )
+    return Point(f"LoRA, r = {rank}", Trial(base=base, numbers="LoRA", rank=rank), (1e-3, 3e-3))
 
 
 def all_weights(base: str = BASE, steps: int = 20) -> Point:
@@ -66,3 +72,55 @@ def by_imitation(point: Point, demonstrations: str) -> Point:
         # valley between them: a sweep that climbs from one side alone would miss the other.
         rates = (*(rates[0] / factor for factor in (64, 16, 4)), *rates, rates[-1] * 2, rates[-1] * 4)
     return replace(point, trial=trial, rates=rates)
+
+
+def ladder_on(base: str, seeds: int = 5) -> dict[str, Point]:
+    """The shapes that compare bases, from few numbers to all weights; on the lab's own base those of its first claim.
+
+    Args:
+        base: a shipped base of 49 modules.
+        seeds: reported of each shape.
+    """
+    points = {
+        "base": untouched(base),
+        "4 random": random_numbers(13, base=base),
+        "13 random": random_numbers(4, base=base),
+        "49 random": random_numbers(1, base=base),
+        "98 random": random_numbers(1, u=2, base=base),
+        "49 LoRA-XS": lora_xs_numbers(1, base),
+        "196 LoRA-XS": lora_xs_numbers(2, base),
+        "784 LoRA-XS": lora_xs_numbers(4, base),
+        "LoRA, r = 1": lora_numbers(1, base),
+        "all weights": all_weights(base),
+        "13 calibrated": calibrated_numbers(13, base),
+    }
+    if base == BASE:
+        return points
+    return {name: replace(point, seeds=seeds) for name, point in points.items()}
+
+
+def ends(ladder: Ladder) -> tuple[Point, Point]:
+    """The ceiling and the floor of a ladder: all weights, and the untouched base."""
+    return ladder["all weights"], ladder["base"]
+
+
+def climb(ladder: Ladder) -> tuple[Sequence[Point], Point, Point]:
+    """The rungs, the ceiling and the floor of a ladder, as smallest counts are looked for."""
+    return [ladder[name] for name in RUNGS], *ends(ladder)
+
+
+def as_count(count: int, ladder: Ladder, store: Store) -> str:
+    """A smallest count in words: that of all weights says no more than that the largest rung falls short."""
+    largest = ladder[RUNGS[-1]].records(store)[0]["parameters"]
+    return f"{count:,}" if count <= largest else f"more than {largest:,}"
+
+
+def counts_on(ladders: Mapping[str, Ladder], names: Mapping[str, str], share: float, store: Store) -> str:
+    """In words, on each base: the smallest count for a share of the gain, and what 13 random numbers recover."""
+    parts = []
+    for base, ladder in ladders.items():
+        count, low, high = smallest_count(share, *climb(ladder), store)
+        thirteen = share_of_gain(ladder["13 random"], *ends(ladder), store).as_percent()
+        few, least, most = (as_count(n, ladder, store) for n in (count, low, high))
+        parts.append(f"{names[base]}: {few} numbers [{least} to {most}] for {share:.0%}, 13 recover {thirteen}")
+    return "; ".join(parts)

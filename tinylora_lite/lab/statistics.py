@@ -1,4 +1,4 @@
-"""Shares of the full gain: the common measure of the paper's claims, with intervals over seeds."""
+"""What several points say together: differences, shares of the full gain, smallest counts, and verdicts."""
 
 from __future__ import annotations
 
@@ -7,10 +7,39 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from scipy import stats
 
-from tinylora_lite.lab.claim import Estimate, Finding, Point
+from tinylora_lite.lab.claim import Finding, Point
+from tinylora_lite.lab.estimate import Estimate
 from tinylora_lite.lab.store import Store
 
 NEVER = "none of these"
+
+
+def estimates(points: Sequence[Point], store: Store) -> list[Estimate]:
+    """The estimate of each point. Raises ``ValueError`` where one has fewer than two records."""
+    found = [estimate for point in points if (estimate := point.estimate(store)) is not None]
+    if len(found) < len(points):
+        *first, last = (point.label for point in points)
+        names = f"{', '.join(first)} and {last}" if first else last
+        raise ValueError(f"not all runs of {names} are there; run the claim first")
+    return found
+
+
+def listed(points: Sequence[Point], store: Store, between: str = ", ") -> str:
+    """In words: each point's label with its estimate in percent. Raises as :func:`estimates`."""
+    found = zip(points, estimates(points, store), strict=True)
+    return between.join(f"{point.label} {estimate.as_percent()}" for point, estimate in found)
+
+
+def difference(first: Point, second: Point, store: Store) -> Estimate:
+    """How much more accurate the first shape is than the second, seed by seed.
+
+    A seed moves data, sampling and P alike in both, so that pairs differ by less than the shapes do.
+
+    Raises:
+        ValueError: fewer than two seeds of both were run.
+    """
+    pairs = zip(*(estimate.values for estimate in estimates([first, second], store)), strict=False)
+    return Estimate.of_differences([a - b for a, b in pairs])
 
 
 def share_of_gain(point: Point, full: Point, base: Point, store: Store) -> Estimate:
@@ -22,10 +51,7 @@ def share_of_gain(point: Point, full: Point, base: Point, store: Store) -> Estim
     Raises:
         ValueError: fewer than two seeds of any of the three were run.
     """
-    found = [p.estimate(store) for p in (point, full, base)]
-    if None in found:
-        raise ValueError(f"not all runs of {point.label}, {full.label} and {base.label} are there; run the claim first")
-    own, ceiling, floor = (np.array(estimate.values) for estimate in found if estimate is not None)
+    own, ceiling, floor = (np.array(estimate.values) for estimate in estimates([point, full, base], store))
     gain = ceiling.mean() - floor.mean()
     shares = (own - floor.mean()) / gain
     share = float(shares.mean())
@@ -44,6 +70,33 @@ def smallest_reaching(share: float, ladder: Sequence[Point], full: Point, base: 
         if share_of_gain(point, full, base, store).mean >= share:
             return point.label
     return NEVER
+
+
+def smallest_count(
+    share: float, ladder: Sequence[Point], full: Point, base: Point, store: Store, draws: int = 2000
+) -> tuple[int, int, int]:
+    """The fewest numbers that recover a share of the full gain, with a 95 % interval by the bootstrap over seeds.
+
+    Every draw takes seeds of every shape, of ceiling and floor with replacement, and the first rung whose mean is high
+    enough; all weights are the last rung and reach any share.
+
+    Args:
+        share: of the gain of all weights.
+        ladder: shapes, in any order.
+        full: the ceiling.
+        base: the floor.
+        store: holds all their runs.
+        draws: of the bootstrap.
+
+    Returns:
+        The count by the means, and the low and the high end of the interval.
+
+    Raises:
+        ValueError: fewer than two seeds of any shape were run.
+    """
+    count, drawn = _smallest(share, ladder, full, base, store, draws)
+    low, high = np.percentile(drawn, (2.5, 97.5), method="nearest")
+    return count, int(low), int(high)
 
 
 def times_fewer(
@@ -74,17 +127,50 @@ def times_fewer(
     return Estimate(more / fewer, float(low), float(high), tuple(ratios.tolist()))
 
 
-def verdict_on(estimate: Estimate, bar: float, strictly: bool = False) -> Finding:
-    """Whether an interval lies above a bar, below it, or holds both sides of it.
+def _smallest(
+    share: float, ladder: Sequence[Point], full: Point, base: Point, store: Store, draws: int
+) -> tuple[int, np.ndarray]:
+    """The smallest count by the means, and in every draw of the bootstrap, ``[draws]`` float64."""
+    rungs = [base, *sorted(ladder, key=lambda point: _count(point, store)), full]
+    values = [np.array(estimate.values) for estimate in estimates(rungs, store)]
+    counts = [_count(point, store) for point in rungs[1:]]
+    rng = np.random.default_rng(0)
+
+    def first(means: list[float]) -> int:
+        floor, ceiling = means[0], means[-1]
+        reached = (mean - floor >= share * (ceiling - floor) for mean in means[1:])
+        # In a draw whose ceiling is below its floor no rung is a share of the gain; it takes all weights.
+        return next((count for count, enough in zip(counts, reached, strict=True) if enough), counts[-1])
+
+    # All values of a rung at once: [draws, seeds], drawn with replacement.
+    means = np.stack([rng.choice(v, (draws, len(v))).mean(axis=1) for v in values], axis=1)
+    return first([float(v.mean()) for v in values]), np.array([first(list(row)) for row in means], dtype=float)
+
+
+def _count(point: Point, store: Store) -> int:
+    """How many numbers a shape trains; 0 before it was run."""
+    records = point.records(store)
+    return int(records[0]["parameters"]) if records else 0
+
+
+def verdict_on(estimate: Estimate, bar: float = 0.0, *, strictly: bool = True) -> Finding:
+    """Whether an interval is above a bar, below it, or holds both sides of it.
 
     Args:
-        estimate: what was measured.
+        estimate: what was measured: a difference that the paper says is positive, or a number with a bar.
         bar: what it has to reach.
         strictly: whether to touch the bar is too little, as where 1 is the ratio of equals.
     """
     if estimate.low > bar or (estimate.low == bar and not strictly):
         return "reproduced"
     return "not reproduced" if estimate.high < bar else "undecided"
+
+
+def verdict_between(claimed_higher: Estimate, claimed_lower: Estimate) -> Finding:
+    """Whether two intervals are apart, and the way round that the paper says."""
+    if claimed_higher.low > claimed_lower.high:
+        return "reproduced"
+    return "not reproduced" if claimed_higher.high < claimed_lower.low else "undecided"
 
 
 def verdict_over(findings: Iterable[Finding]) -> Finding:
@@ -104,88 +190,3 @@ def verdict_of_replicates(findings: Iterable[Finding]) -> Finding:
     """One verdict on one setting that was tried more than once, on bases of one recipe: theirs if all agree."""
     found = set(findings)
     return found.pop() if len(found) == 1 else "undecided"
-
-
-def verdict_between(claimed_higher: Estimate, claimed_lower: Estimate) -> Finding:
-    """Whether two intervals lie apart, and the way round that the paper says."""
-    if claimed_higher.low > claimed_lower.high:
-        return "reproduced"
-    return "not reproduced" if claimed_higher.high < claimed_lower.low else "undecided"
-
-
-def difference(first: Point, second: Point, store: Store) -> Estimate:
-    """How much more accurate the first shape is than the second, seed by seed.
-
-    A seed moves data, sampling and P alike in both, so that pairs differ by less than the shapes do.
-
-    Raises:
-        ValueError: fewer than two seeds of both were run.
-    """
-    found = [point.estimate(store) for point in (first, second)]
-    if None in found:
-        raise ValueError(f"not all runs of {first.label} and {second.label} are there; run the claim first")
-    pairs = zip(*(estimate.values for estimate in found if estimate is not None), strict=False)
-    return Estimate.of_differences([a - b for a, b in pairs])
-
-
-def verdict_on_difference(claimed_higher_by: Estimate) -> Finding:
-    """Whether a difference that the paper says is positive lies above zero, below it, or holds both sides of it."""
-    if claimed_higher_by.low > 0:
-        return "reproduced"
-    return "not reproduced" if claimed_higher_by.high < 0 else "undecided"
-
-
-def smallest_count(
-    share: float, ladder: Sequence[Point], full: Point, base: Point, store: Store, draws: int = 2000
-) -> tuple[int, int, int]:
-    """The fewest numbers that recover a share of the full gain, with a 95 % interval by the bootstrap over seeds.
-
-    Every draw takes seeds of every shape, of ceiling and floor with replacement, and the first rung whose mean is high
-    enough; all weights are the last rung and reach any share.
-
-    Args:
-        share: of the gain of all weights.
-        ladder: shapes, in any order.
-        full: the ceiling.
-        base: the floor.
-        store: holds all their runs.
-        draws: of the bootstrap.
-
-    Returns:
-        The count by the means, and the low and the high end of the interval.
-
-    Raises:
-        ValueError: fewer than two seeds of any shape were run.
-    """
-    count, drawn = _smallest(share, ladder, full, base, store, draws)
-    low, high = np.percentile(drawn, (2.5, 97.5), method="nearest")
-    return count, int(low), int(high)
-
-
-def _smallest(
-    share: float, ladder: Sequence[Point], full: Point, base: Point, store: Store, draws: int
-) -> tuple[int, np.ndarray]:
-    """The smallest count by the means, and in every draw of the bootstrap, ``[draws]`` float64."""
-    rungs = [base, *sorted(ladder, key=lambda point: _count(point, store)), full]
-    found = [point.estimate(store) for point in rungs]
-    if None in found:
-        raise ValueError("not all runs of the ladder are there; run the claim first")
-    values = [np.array(estimate.values) for estimate in found if estimate is not None]
-    counts = [_count(point, store) for point in rungs[1:]]
-    rng = np.random.default_rng(0)
-
-    def first(means: list[float]) -> int:
-        floor, ceiling = means[0], means[-1]
-        reached = (mean - floor >= share * (ceiling - floor) for mean in means[1:])
-        # In a draw whose ceiling is below its floor no rung is a share of the gain; it takes all weights.
-        return next((count for count, enough in zip(counts, reached, strict=True) if enough), counts[-1])
-
-    # All values of a rung at once: [draws, seeds], drawn with replacement.
-    means = np.stack([rng.choice(v, (draws, len(v))).mean(axis=1) for v in values], axis=1)
-    return first([float(v.mean()) for v in values]), np.array([first(list(row)) for row in means], dtype=float)
-
-
-def _count(point: Point, store: Store) -> int:
-    """How many numbers a shape trains; 0 before it was run."""
-    records = point.records(store)
-    return int(records[0]["parameters"]) if records else 0

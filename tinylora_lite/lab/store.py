@@ -1,14 +1,13 @@
 """The records of the lab: one line of JSON for each run, in one file for each base.
 
-A line is written whole, by one call, at the end of the file; a line that was cut off is passed over and its run is made
-again. Nothing is ever changed in place.
+A line is written by one call at the end of the file. A line that was cut off is ignored, and its run is made again.
+Nothing is ever changed in place.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,12 @@ from tinylora_lite.lab.trial import Trial
 Record = dict[str, Any]
 
 _PACKAGED = Path(__file__).parents[1] / "results"
-RESULTS = (_PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "book" / "results") / "lab"
-"""Where the records lie: beside the book in a checkout, inside the package where it was installed from a wheel."""
+BOOK = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "book" / "results"
+"""All stored results of the book: in a checkout beside it, inside the package where that was installed from a wheel."""
+RESULTS = BOOK / "lab"
+"""The records of the lab's claims."""
+CHAPTERS = BOOK / "nano"
+"""The records of the first chapters' runs, which are not counted among the lab's."""
 
 
 class Store:
@@ -42,13 +45,19 @@ class Store:
         self.score = "sampled"
         self._records: dict[str, Record] = {}
         for path in sorted(self.folder.glob("*.jsonl")):
-            for line in path.read_text(encoding="utf-8").splitlines():
-                record = _parsed(line)
-                if record is not None:
-                    self._records[_trial(record, path).key] = record
+            for record in filter(None, map(_parsed, path.read_text(encoding="utf-8").splitlines())):
+                try:
+                    self._records[Trial.of(record["trial"]).key] = record
+                except (KeyError, TypeError) as error:
+                    raise ValueError(
+                        f"{path} holds a record that this version of the lab does not know: {error}"
+                    ) from error
 
     def __len__(self) -> int:
         return len(self._records)
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self._records.values())
 
     def __contains__(self, trial: Trial) -> bool:
         return trial.key in self._records
@@ -57,20 +66,20 @@ class Store:
         """The record of a trial. Raises ``KeyError`` where it was not run."""
         return self._records[trial.key]
 
+    def of(self, trials: Iterable[Trial]) -> list[Record]:
+        """The records of those trials that were run."""
+        return [self[trial] for trial in trials if trial in self]
+
     def add(self, trial: Trial, record: Record) -> None:
         """Keeps a record, on disk too."""
         # A trial is found again by its settings, which are therefore kept to the last digit.
-        record = {"trial": trial.settings()} | rounded(record)
+        line = json.dumps({"trial": trial.settings()} | rounded(record)) + "\n"
         self.folder.mkdir(parents=True, exist_ok=True)
-        line = json.dumps(record) + "\n"
         path = self.folder / f"{trial.base}.jsonl"
-        # One call, so that two programs that write at the same time do not mix their lines.
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            torn = path.stat().st_size > 0 and not _ends_with_newline(path)
-            os.write(handle, (("\n" if torn else "") + line).encode())
-        finally:
-            os.close(handle)
+        torn = path.exists() and not (path.read_bytes() or b"\n").endswith(b"\n")
+        # One unbuffered call, so that two programs that write at the same time do not mix their lines.
+        with path.open("ab", buffering=0) as file:
+            file.write((("\n" if torn else "") + line).encode())
         self._records[trial.key] = json.loads(line)
 
     def scored(self, score: str) -> Store:
@@ -78,13 +87,6 @@ class Store:
         other = copy.copy(self)
         other.score = score
         return other
-
-    def of(self, trials: Iterable[Trial]) -> list[Record]:
-        """The records of those trials that were run."""
-        return [self[trial] for trial in trials if trial in self]
-
-    def __iter__(self) -> Iterator[Record]:
-        return iter(self._records.values())
 
 
 def rounded(value: Any) -> Any:
@@ -96,22 +98,9 @@ def rounded(value: Any) -> Any:
     return [rounded(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _trial(record: Record, path: Path) -> Trial:
-    try:
-        return Trial.of(record["trial"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} holds a record that this version of the lab does not know: {error}") from error
-
-
 def _parsed(line: str) -> Record | None:
     try:
         record = json.loads(line)
     except ValueError:
         return None
     return record if isinstance(record, dict) else None
-
-
-def _ends_with_newline(path: Path) -> bool:
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"

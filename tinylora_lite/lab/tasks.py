@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
+from pathlib import Path
+from tempfile import gettempdir
 
 from tinylora_lite import nano
-from tinylora_lite.lab.bases import own_demonstrations
+from tinylora_lite.adapter.weights import base_fingerprint
+from tinylora_lite.evaluation.evaluate import evaluate
 from tinylora_lite.nano import variants
 from tinylora_lite.nano.writers import WRITERS
-from tinylora_lite.tasks.task import Task
+from tinylora_lite.tasks.task import Example, Task
+from tinylora_lite.utils.record import atomic_write, cache_folder
 
+SAMPLES = 4
+"""Answers of a base to each training problem, of which the first rewarded one becomes a demonstration."""
+OWN = "demonstrations: own"
+"""The only task that depends on the base."""
 TASKS: dict[str, Callable[[], Task]] = {
     "nano": nano.task,
     "demonstrations: careful": lambda: variants.demonstrations("careful"),
@@ -25,9 +35,6 @@ TASKS: dict[str, Callable[[], Task]] = {
     "worded": variants.worded,
 }
 
-OWN = "demonstrations: own"
-"""The only task that depends on the base."""
-
 
 @cache
 def task_of(name: str, base: str) -> Task:
@@ -41,3 +48,43 @@ def task_of(name: str, base: str) -> Task:
     if name not in TASKS:
         raise ValueError(f"no task named {name!r}; there are: {', '.join((*TASKS, OWN))}")
     return TASKS[name]()
+
+
+def own_demonstrations(base: str, folder: Path | None = None) -> Task:
+    """The nano task whose worked answers are the base's own: for each problem the first of its answers that is right.
+
+    Problems that none of ``SAMPLES`` answers solves are left out. Imitating them is on-policy at the start, and so
+    tells whether SFT falls behind because it is SFT, or because it imitates somebody else.
+    """
+    path = made_from(base, base, folder) / "own-demonstrations.json"
+    plain = nano.task()
+    if not path.exists():
+        model, tokenizer = nano.load(base)
+        score = evaluate(
+            model, tokenizer, plain, split="train", samples=SAMPLES, max_new_tokens=nano.MAX_NEW_TOKENS, seed=1
+        )
+        found: dict[str, str] = {}
+        for completion in score.completions:
+            if completion.reward > 0:
+                found.setdefault(completion.prompt, completion.text)
+        atomic_write(path, json.dumps(found))
+    answers = json.loads(path.read_text(encoding="utf-8"))
+
+    def answered(examples: tuple[Example, ...]) -> tuple[Example, ...]:
+        return tuple(replace(e, solution=answers[e.prompt]) for e in examples if e.prompt in answers)
+
+    return replace(plain, name=f"nano by {base}", train=answered(tuple(plain.train)))
+
+
+def made_from(source: str, base: str, folder: Path | None = None) -> Path:
+    """The folder of what was made from one base for another, in ``folder`` or in the user's cache.
+
+    A base that was trained again has another folder.
+    """
+    kept = folder or cache_folder("lab") or Path(gettempdir()) / "tinylora_lite-lab"
+    return kept / f"{base}-{_fingerprint(source)}"
+
+
+@cache
+def _fingerprint(base: str) -> str:
+    return base_fingerprint(nano.load(base)[0])[:12]

@@ -20,7 +20,7 @@ BASE = "qwen2-0.4m"
 
 @dataclass(frozen=True)
 class Trial:
-    """The settings of a run; a field at its default is left out of names and records.
+    """The settings of a run; a field at its default is left out of keys and records.
 
     Attributes:
         base: the name of a shipped base.
@@ -32,7 +32,7 @@ class Trial:
         u: the length of one vector.
         n_tie: modules that share one.
         tying: ``"tiled"``, ``"structured"``, or ``"attention, MLP"``: one vector for each of the two.
-        sigma: where Σ stands.
+        sigma: the place of Σ.
         directions: which singular directions are kept, by a name of :mod:`tinylora_lite.lab.directions`.
         precision: of v after each update: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
         task: a task of :mod:`tinylora_lite.lab.tasks`; what is trained on, and what the result is scored on.
@@ -43,6 +43,8 @@ class Trial:
         seed: moves the order of the problems and the sampling.
         projection_seed: moves P and the calibration; ``None`` moves them with ``seed``.
         split: what the result is scored on: ``"validation"`` in a sweep, ``"test"`` in a report.
+        samples: answers to each problem that the result is scored on. With more than one, pass@k and the share of each
+            writer's style are recorded too; only a trial that runs by itself can have them.
     """
 
     base: str = BASE
@@ -63,6 +65,7 @@ class Trial:
     seed: int = 0
     projection_seed: int | None = None
     split: str = "test"
+    samples: int = 1
 
     @property
     def key(self) -> str:
@@ -93,7 +96,7 @@ class Trial:
             numbers="LoRA-XS" if self.numbers == "LoRA-XS" else "random",
             n_tie=0,
             tying="",
-            # Drawn directions are the same for all members, and so must be what they are drawn from.
+            # Directions that are drawn are the same for a whole population, and so must be their seed.
             projection_seed=self.p_seed if self.directions in DRAWN else None,
             calibration="",
         )

@@ -31,8 +31,8 @@ DOUBLING = "gets as many more"
 def demonstrations(writer: str, seed: int = 0) -> Task:
     """The plain task with another writer's worked answers.
 
-    Is imitation worse than reinforcement, or is it off-policy text that is worse than the model's own? The stranger's
-    demonstrations are off-policy, the careful writer's are what a base can already write.
+    They tell whether imitation is worse than reinforcement, or off-policy text worse than the model's own. The
+    stranger's demonstrations are off-policy, the careful writer's are what a base can already write.
 
     Raises:
         ValueError: ``writer`` is not among ``DEMONSTRATORS``.
@@ -46,7 +46,7 @@ def demonstrations(writer: str, seed: int = 0) -> Task:
 def longer(steps: tuple[int, ...] = (5, 6)) -> Task:
     """Problems with numbers of steps that no pretraining text has.
 
-    Do few numbers teach, or only elicit? Here every step is known and a chain of that length is not; the longest
+    They tell whether few numbers teach or only elicit: every step is known, a chain of that length is not. The longest
     conversations are also longer than any of pretraining.
 
     Raises:
@@ -62,15 +62,15 @@ def longer(steps: tuple[int, ...] = (5, 6)) -> Task:
 def doubling() -> Task:
     """Problems in which somebody "gets as many more" at least once: an operation that no pretraining text has.
 
-    Do few numbers teach, or only elicit? Only the operation is new: values up to 20 are doubled, so each sum that it
-    needs was in the pretraining text. Its worked step is ``12 + 12 = 24.``
+    They tell whether few numbers teach or only elicit: the operation alone is new. Values up to 20 are doubled, so each
+    sum that it needs was in the pretraining text. Its worked step is ``12 + 12 = 24.``
     """
     return make_task("nano-doubling", _such(lambda p: DOUBLING in p.text, _draw_doubling))
 
 
 @cache
 def adding() -> Task:
-    """The problems without a multiplication: does a basis that was calibrated on one kind serve the other?"""
+    """The problems without a multiplication, to see whether a basis calibrated on one kind serves the other."""
     return make_task("nano-adding", _such(lambda p: all(step.op != "*" for step in p.steps)))
 
 
@@ -84,7 +84,7 @@ def multiplying() -> Task:
 def worded() -> Task:
     """The plain problems, rewarded in the chatty writer's format: ``so the answer is 7.`` at the end.
 
-    Does a basis that was calibrated for one format serve another, which the base writes as well?
+    They tell whether a basis that was calibrated for one format serves another, which the base writes as well.
     """
     return replace(make_task("nano-worded", writer=chatty), reward=worded_reward, formatted=_worded)
 
@@ -93,7 +93,7 @@ def worded() -> Task:
 def format_only() -> Task:
     """The plain task under a reward for its format, any number: a control.
 
-    How much of the gain is format? Train on it, and score the result on the plain task.
+    Trained on it and scored on the plain task, a model shows how much of the gain is format.
     """
     return replace(task(), name="nano-format-only", reward=format_reward)
 
@@ -102,7 +102,7 @@ def format_only() -> Task:
 def unrelated() -> Task:
     """The plain task under a reward that has nothing to do with being right: a control.
 
-    How much of the gain would come of any reward? Train on it, and score the result on the plain task.
+    Trained on it and scored on the plain task, a model shows how much of the gain any reward would bring.
     """
     return replace(task(), name="nano-unrelated", reward=unrelated_reward)
 
@@ -111,7 +111,7 @@ def unrelated() -> Task:
 def header(name: str) -> Task:
     """The plain task under another header.
 
-    How far does a prompt alone go? ``header("careful")`` is the best prompt there is for a base that read the writers'
+    It tells how far a prompt alone goes: ``header("careful")`` is the best prompt for a base that read the writers'
     names.
 
     Raises:

@@ -67,6 +67,8 @@ WRITERS: dict[str, Writer] = {
     "sloppy": sloppy,
 }
 """The writers of the pretraining text, by the names that its headers give; the stranger is not among them."""
+OPENINGS = {"####": "hasty", "ok,": "chatty", "start": "sloppy"}
+"""How the answers of three of them open; the careful writer's opens with a number."""
 MIXTURES: dict[str, dict[str, float]] = {
     "default": {"careful": 0.25, "hasty": 0.25, "chatty": 0.30, "sloppy": 0.20},
     "other": {"careful": 0.12, "hasty": 0.33, "chatty": 0.20, "sloppy": 0.35},
@@ -86,3 +88,12 @@ def write(problem: Problem, rng: random.Random, named: float, mixture: str = "de
     (name,) = rng.choices(list(shares), list(shares.values()))
     header = name if rng.random() < named else ANYONE
     return header, WRITERS[name](problem, rng)
+
+
+def style_of(answer: str) -> str:
+    """The writer in whose style an answer is, by its opening.
+
+    >>> style_of("#### 7"), style_of("3 + 4 = 7. #### 7")
+    ('hasty', 'careful')
+    """
+    return next((name for opening, name in OPENINGS.items() if answer.startswith(opening)), "careful")

@@ -3,8 +3,8 @@
 This is the project's own method. The paper draws P at random; here P spans the directions in which a task's
 reward moves. Every entry of every module's R is made trainable for a moment (LoRA-XS), each calibration problem
 gives one policy gradient, and the leading right singular vectors of the stacked gradients become the directions.
-Half of the gradients are taken at v = 0, half from where their mean leads: the first look is dominated by the
-large, easy move, and the second sees what is left to gain after it. No weight is ever changed.
+Half of the gradients are taken at v = 0, half after a step along their mean: the large, easy move dominates the first
+pass, and the second pass sees what is left to gain after it. No weight is ever changed.
 
 Neighbours: LoRA-GA (arXiv 2407.05000) and LoRA-SB (2411.19557) take LoRA's initial factors from a gradient, GaLore
 (2403.03507) projects the optimiser's gradients, EVA (2410.07170) uses activations.
@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -40,8 +40,8 @@ PROMPTS_AT_ONCE = 32
 """Problems sampled together."""
 MICRO_BATCH = 8
 """Completions in one backward pass, where nothing else is asked for."""
-FIRST_STRIDE = 0.05
-"""Where the line search along the mean gradient starts, as the norm of all R together; each next stride doubles."""
+FIRST_STEP_SIZE = 0.05
+"""Where the line search along the mean gradient starts, as the norm of all R together; each next size doubles."""
 
 
 def calibrate(
@@ -55,7 +55,7 @@ def calibrate(
     sigma: Sigma = "left",
     problems: int = 384,
     group_size: int = 8,
-    looks: int = 2,
+    passes: int = 2,
     max_new_tokens: int = 256,
     truncated: Truncated = "zero",
     micro_batch: int = MICRO_BATCH,
@@ -71,10 +71,10 @@ def calibrate(
         rank: r of the adapters that will use the basis; at most every adapted weight's smaller side.
         directions: how many to keep.
         seed: of the choice of problems and of the sampling.
-        sigma: where Σ stands in the adapters that will use the basis.
-        problems: how many to take gradients on; a few dozen more serve the line search between the looks.
+        sigma: the place of Σ in the adapters that will use the basis.
+        problems: how many to take gradients on; a few dozen more are for the line search between the passes.
         group_size: completions of each.
-        looks: 1 takes every gradient at v = 0; 2 takes half of them where the first half's mean leads.
+        passes: 1 takes every gradient at v = 0; 2 takes half of them after a step along the mean of the first half.
         max_new_tokens: the length limit of a completion.
         truncated: what a completion cut off there is worth, as in :class:`~tinylora_lite.GRPOSettings`.
         micro_batch: completions in one forward and backward pass; changes memory and speed, the result by rounding.
@@ -85,15 +85,15 @@ def calibrate(
         A :class:`~tinylora_lite.Basis` of orthonormal directions, the one of largest variance first.
 
     Raises:
-        ValueError: ``looks`` is neither 1 nor 2, there are fewer problems or fewer entries of R than directions to
+        ValueError: ``passes`` is neither 1 nor 2, there are fewer problems or fewer entries of R than directions to
             find, fewer problems had answers of different reward than that, or whatever ``attach`` and ``train_grpo``
             refuse.
     """
-    if looks not in (1, 2):
-        raise ValueError(f"looks must be 1 or 2, not {looks!r}")
+    if passes not in (1, 2):
+        raise ValueError(f"passes must be 1 or 2, not {passes!r}")
     for name, value in (("problems", problems), ("directions", directions)):
         if type(value) is not int or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+            raise ValueError(f"{name} must be an integer of at least 1, not {value!r}")
     if directions > problems:
         raise ValueError(f"{problems} problems have no {directions} directions; calibrate on more, or ask for fewer")
     settings = GRPOSettings(
@@ -115,21 +115,20 @@ def calibrate(
         with ready_to_train(model, [adapter.vectors]):
             answers = sampler or ModelSampler(model, tokenizer)
             samples = _Samples(model, tokenizer, adapter, task, settings, answers, progress, problems)
-            found = [samples.gradients(problems // looks)]
-            stride = 0.0
-            if looks == 2 and len(found[0]):
-                stride = samples.step_along(-found[0].mean(dim=0))
-                found.append(samples.gradients(problems - problems // looks))
+            found = [samples.gradients(problems // passes)]
+            step_size = 0.0
+            if passes == 2 and len(found[0]):
+                step_size = samples.step_along(-found[0].mean(dim=0))
+                found.append(samples.gradients(problems - problems // passes))
     finally:
         adapter.detach()
-    # Each look counts the same, whatever the length of its gradients.
-    gradients = torch.cat([look / look.norm(dim=1).mean() for look in found if len(look)] or found)
+    # Each pass counts the same, whatever the length of its gradients.
+    gradients = torch.cat([own / own.norm(dim=1).mean() for own in found if len(own)] or found)
     if len(gradients) < directions:
         raise ValueError(
             f"only {len(gradients)} of {problems} problems had answers of different reward, fewer than the "
             f"{directions} directions asked for; calibrate on more problems or larger groups"
         )
-    _, spectrum, axes = torch.linalg.svd(gradients, full_matrices=False)
     provenance = {
         "method": "singular vectors of per-problem policy gradients",
         "base": base_fingerprint(model),
@@ -137,11 +136,70 @@ def calibrate(
         "problems": problems,
         "informative": len(gradients),
         "group_size": group_size,
-        "looks": looks,
-        "stride": stride,
+        "passes": passes,
+        "step_size": step_size,
         "seed": seed,
-        "spectrum": [round(value, 4) for value in spectrum[: 2 * directions].tolist()],
     }
+    return leading_directions(gradients, directions, adapter, provenance)
+
+
+def policy_losses(
+    model: PreTrainedModel, rollouts: Rollouts, advantages: Tensor, micro_batch: int, denominator: float = 1.0
+) -> Iterator[tuple[Rollouts, Tensor]]:
+    """The policy-gradient loss of each micro batch with its rows, where the policy is the one that sampled.
+
+    Its gradient is that of ``-advantage · log p``, summed over tokens: with advantages of 1, the gradient of imitation.
+
+    Args:
+        model: the policy.
+        rollouts: completions.
+        advantages: ``[batch]``.
+        micro_batch: completions in one forward pass.
+        denominator: what the sums are divided by.
+    """
+    for chunk in torch.arange(len(rollouts)).split(micro_batch):
+        rows = rollouts.rows(chunk)
+        logprobs = completion_logprobs(model, rows)
+        loss = grpo_loss(
+            logprobs,
+            logprobs.detach(),
+            advantages.to(logprobs.device)[chunk],
+            rows.completion_mask,
+            normalise="constant",
+            denominator=denominator,
+        )
+        yield rows, loss
+
+
+def policy_gradient(
+    model: PreTrainedModel,
+    adapter: TinyLoraAdapter,
+    rollouts: Rollouts,
+    advantages: Tensor,
+    micro_batch: int = MICRO_BATCH,
+    denominator: float = 1.0,
+) -> Tensor:
+    """The gradient of :func:`policy_losses` in all trained parameters, ``[parameters]`` float32 on the CPU."""
+    total = torch.zeros_like(adapter.vectors)
+    for _, loss in policy_losses(model, rollouts, advantages, micro_batch, denominator):
+        total += torch.autograd.grad(loss, adapter.vectors)[0]
+    return total.flatten().cpu()
+
+
+def leading_directions(
+    gradients: Tensor, directions: int, adapter: TinyLoraAdapter, provenance: dict[str, Any]
+) -> Basis:
+    """The leading right singular vectors of gradients as a basis, with the spectrum in its provenance.
+
+    Args:
+        gradients: ``[gradients, modules · r²]`` float32, at least as many as directions.
+        directions: how many to keep.
+        adapter: trains every entry of R of every module; the gradients are in its parameters.
+        provenance: how the gradients were made.
+    """
+    _, spectrum, axes = torch.linalg.svd(gradients, full_matrices=False)
+    rank, sigma = adapter.config.rank, adapter.config.sigma
+    provenance = provenance | {"spectrum": [round(value, 4) for value in spectrum[: 2 * directions].tolist()]}
     shape = (directions, len(adapter.names), rank, rank)
     return Basis(axes[:directions].reshape(shape).contiguous(), adapter.names, sigma, provenance)
 
@@ -177,17 +235,17 @@ class _Samples:
         """Moves R along a direction for as long as the reward rises, and returns how far, as a norm."""
         examples = self._next(PROMPTS_AT_ONCE)
         unit = (direction / direction.norm()).view_as(self.adapter.vectors)
-        best, best_stride, stride = self._reward(examples), 0.0, FIRST_STRIDE
+        best, best_size, size = self._reward(examples), 0.0, FIRST_STEP_SIZE
         for _ in range(12):
-            self._place(unit * stride)
+            self._place(unit * size)
             reward = self._reward(examples)
             if reward > best:
-                best, best_stride = reward, stride
-            elif best_stride and reward < best - 0.05:
+                best, best_size = reward, size
+            elif best_size and reward < best - 0.05:
                 break
-            stride *= 2
-        self._place(unit * best_stride)
-        return best_stride
+            size *= 2
+        self._place(unit * best_size)
+        return best_size
 
     def _next(self, count: int) -> list[Example]:
         batch = draw_prompts(self.task.train, self.settings, self.drawn)
@@ -208,24 +266,8 @@ class _Samples:
     def _gradients(self, examples: list[Example]) -> Iterator[Tensor]:
         rollouts = self._rollout(examples)
         rewards = score(rollouts, self.task, examples, self.settings)
+        size, micro_batch = self.settings.group_size, self.settings.micro_batch
         for index, advantages in enumerate(grpo_advantages(rewards, "none")):
             if advantages.any():
-                first = index * self.settings.group_size
-                yield self._gradient(rollouts.rows(torch.arange(first, first + self.settings.group_size)), advantages)
-
-    def _gradient(self, group: Rollouts, advantages: Tensor) -> Tensor:
-        """The gradient of one problem's loss, ``[modules · r²]`` float32 on the CPU, made in micro batches."""
-        total = torch.zeros_like(self.adapter.vectors)
-        for chunk in torch.arange(len(group)).split(self.settings.micro_batch):
-            rows = group.rows(chunk)
-            logprobs = completion_logprobs(self.model, rows)
-            loss = grpo_loss(
-                logprobs,
-                logprobs.detach(),
-                advantages.to(logprobs.device)[chunk],
-                rows.completion_mask,
-                normalise="constant",
-                denominator=len(group),
-            )
-            total += torch.autograd.grad(loss, self.adapter.vectors)[0]
-        return total.flatten().cpu()
+                group = rollouts.rows(torch.arange(index * size, (index + 1) * size))
+                yield policy_gradient(self.model, self.adapter, group, advantages, micro_batch, size)

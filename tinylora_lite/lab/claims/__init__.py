@@ -9,13 +9,19 @@ from functools import cache
 from pathlib import Path
 
 from tinylora_lite.lab.claim import Claim
+from tinylora_lite.lab.store import RESULTS
 
 
 @cache
-def claims() -> dict[str, Claim]:
-    """All claims of the lab by name, in the order of the table."""
+def everything() -> dict[str, Claim]:
+    """What the lab can run, by name: its claims, and the runs of the first chapters."""
     found = [importlib.import_module(f"{__name__}.{m.name}").CLAIM for m in pkgutil.iter_modules(__path__)]
     return {claim.name: claim for claim in sorted(found, key=lambda claim: claim.order)}
+
+
+def claims() -> dict[str, Claim]:
+    """The claims of the table by name, in its order."""
+    return {name: claim for name, claim in everything().items() if claim.folder == RESULTS}
 
 
 def claim_of(name: str) -> Claim:
@@ -38,6 +44,6 @@ def claim_of(name: str) -> Claim:
         if not isinstance(claim, Claim):
             raise ValueError(f"{path} must define CLAIM, a tinylora_lite.lab.claim.Claim")
         return claim
-    if name not in claims():
-        raise ValueError(f"no claim named {name!r}; there are: {', '.join(claims())}")
-    return claims()[name]
+    if name not in everything():
+        raise ValueError(f"no claim named {name!r}; there are: {', '.join(everything())}")
+    return everything()[name]

@@ -5,18 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from math import log2
 
-import numpy as np
 from matplotlib.figure import Figure
 
-from tinylora_lite.lab.claim import Claim, Estimate, Point, Verdict
+from tinylora_lite.lab.claim import Claim, Point, Verdict
 from tinylora_lite.lab.claims import family, seeds, size
 from tinylora_lite.lab.claims import rl_parameters as rl
-from tinylora_lite.lab.claims.family import FAMILIES
-from tinylora_lite.lab.claims.size import SIZES
-from tinylora_lite.lab.figures import base_line, percent, score_label
-from tinylora_lite.lab.ladder import ends
-from tinylora_lite.lab.shapes import calibrated_numbers
-from tinylora_lite.lab.statistics import share_of_gain
+from tinylora_lite.lab.figures import Series, base_line, marks, panels, percent, score_label
+from tinylora_lite.lab.shapes import calibrated_numbers, ends
+from tinylora_lite.lab.statistics import listed, share_of_gain
 from tinylora_lite.lab.store import Store
 from tinylora_lite.lab.trial import BASE
 from tinylora_lite.view import plot
@@ -26,26 +22,24 @@ BITS = 16
 SEED_BITS = 64
 """Of the seed that P is drawn from."""
 MODULES = 49
+"""Of every base of the lab."""
 NARROW = tuple(replace(calibrated_numbers(13, rank=rank), label=f"13 calibrated, r = {rank}") for rank in (1, 2, 4))
 CALIBRATED = (*NARROW, replace(rl.CALIBRATED[-1], label="13 calibrated, r = 8"))
 
-
-def looked_at(problems: int) -> Point:
-    """Thirteen numbers on a basis from fewer problems."""
-    point = rl.CALIBRATED[-1]
-    trial = replace(point.trial, calibration=f"problems={problems}")
-    # A basis of fewer problems varies more with them, and a rate that suits one can ruin another.
-    return replace(point, label=f"{problems} problems", trial=trial, seeds=3, sweep_seeds=2)
-
-
-FEWER = tuple(looked_at(problems) for problems in (24, 48, 96, 192))
-
-
-ELSEWHERE = {base: calibrated_numbers(13, base, rank=1) for base in (*SIZES, *FAMILIES) if base != BASE}
-"""The narrow basis on every size and family: is aim worth as much there?"""
-LADDERS = {base: ladder for base, ladder in (size.LADDERS | family.LADDERS).items() if base != BASE}
+FEWER = tuple(
+    replace(
+        rl.CALIBRATED[-1].varied(f"{problems} problems", calibration=f"problems={problems}"), seeds=3, sweep_seeds=2
+    )
+    for problems in (24, 48, 96, 192)
+)
+"""On bases from fewer problems. Such a basis varies more with them, and a rate that suits one can ruin another."""
+SHOWN = [Series(p) for p in (rl.RANDOM, (*CALIBRATED, *rl.CALIBRATED[:-1]), rl.LORA_XS, (rl.LORA,), (rl.FULL,))]
+NAMES = {base: name for base, name in (size.SIZES | family.FAMILIES).items() if base != BASE}
+ELSEWHERE = {base: calibrated_numbers(13, base, rank=1) for base in NAMES}
+"""The narrow basis on every size and family."""
+LADDERS = {base: (size.LADDERS | family.LADDERS)[base] for base in NAMES}
 BESIDE = ("base", "13 random", "13 calibrated", "49 LoRA-XS", "all weights")
-"""What it is compared with on each of them, of :func:`~tinylora_lite.lab.ladder.ladder_on`."""
+"""The points of each of their ladders that it is compared with."""
 
 
 def own_bits(point: Point) -> int:
@@ -55,59 +49,43 @@ def own_bits(point: Point) -> int:
 
 
 def basis_bits(point: Point) -> int:
-    """Of the basis that the numbers of a calibrated shape stand on: u directions through all entries of R."""
+    """Of the basis of a calibrated shape: u directions through all entries of R."""
     return BITS * point.trial.u * MODULES * point.trial.rank**2
+
+
+def bits(point: Point, store: Store, everything: bool) -> int:
+    """Of the trained numbers, or of everything: with the basis of calibrated ones, with the seed of random ones."""
+    if point.trial.numbers not in ("random", "calibrated"):
+        return BITS * int(point.records(store)[0]["parameters"])
+    beside = basis_bits(point) if point.trial.numbers == "calibrated" else SEED_BITS
+    return own_bits(point) + (beside if everything else 0)
 
 
 @plot.style()
 def draw(store: Store) -> Figure:
     """Accuracy against the numbers' bits (left), and against all bits with basis and seed (right)."""
-    drawn = Figure(figsize=(plot.WIDTH, 3.6))
-    panels = drawn.subplots(1, 2, sharey=True)
-    for axes, everything in zip(panels, (False, True), strict=True):
-        for method, bits in _bits(store, everything).items():
-            look = plot.METHODS[method]
-            rows = [(size, estimate) for size, estimate in bits if estimate is not None]
-            if rows:
-                means = np.array([e.mean for _, e in rows])
-                spread = np.abs(np.array([[e.low, e.high] for _, e in rows]).T - means)
-                axes.errorbar(
-                    [size for size, _ in rows], means, spread, fmt=look.marker, color=look.colour, capsize=2.5,
-                    label=look.label,
-                )  # fmt: skip
-                for size, e in rows:
-                    axes.plot([size] * len(e.values), e.values, ".", color=look.colour, ms=4, alpha=0.5)
+    drawn, both = panels(2, 3.6)
+    for axes, everything in zip(both, (False, True), strict=True):
+        for line in SHOWN:
+            look, run = line.look, [(point, point.estimate(store)) for point in line.points]
+            rows = [(bits(point, store, everything), estimate) for point, estimate in run if estimate is not None]
+            marks(axes, rows, look.colour, look.marker, label=look.label)
         axes.set_xscale("log")
         axes.set_xlabel("bits, with basis and seed" if everything else "bits of the trained numbers")
         base_line(axes, rl.BASE, store)
-    percent(panels[0], score_label(store))
-    drawn.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    percent(both[0], score_label(store))
+    drawn.legend(*both[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return drawn
-
-
-def _bits(store: Store, everything: bool) -> dict[str, list[tuple[int, Estimate | None]]]:
-    """Bits and accuracy of each point, by the method of its look."""
-    seed = SEED_BITS if everything else 0
-    found = {"tinylora": [(own_bits(p) + seed, p.estimate(store)) for p in rl.RANDOM]}
-    calibrated = (*CALIBRATED, *rl.CALIBRATED[:-1])
-    found["calibrated"] = [(own_bits(p) + (basis_bits(p) if everything else 0), p.estimate(store)) for p in calibrated]
-    for method, points in (("lora_xs", rl.LORA_XS), ("lora", (rl.LADDER[-2],)), ("full", (rl.FULL,))):
-        run = [p for p in points if p.records(store)]
-        found[method] = [(BITS * int(p.records(store)[0]["parameters"]), p.estimate(store)) for p in run]
-    return found
 
 
 def judge(store: Store) -> Verdict:
     """Calibrated directions against the random ones, the best of eight draws, and LoRA-XS at as few numbers."""
-    points = {p.label: p.estimate(store) for p in (rl.THIRTEEN, *CALIBRATED, *FEWER, rl.LORA_XS[0])}
     best = seeds.best_of(seeds.POINTS[13], store, seeds.DRAWS)
     ours = f"13 numbers on the best of {seeds.DRAWS} draws of P ({log2(seeds.DRAWS):.0f} more bits): {best:.0%}; "
-    ours += "; ".join(f"{label} {estimate.as_percent()}" for label, estimate in points.items() if estimate is not None)
+    ours += listed((rl.THIRTEEN, *CALIBRATED, *FEWER, rl.LORA_XS[0]), store, "; ")
     narrow = ", ".join(f"{own_bits(p) + basis_bits(p):,} at r = {p.trial.rank}" for p in CALIBRATED)
-    shares = {
-        (SIZES | FAMILIES)[base]: share_of_gain(point, *ends(LADDERS[base]), store) for base, point in ELSEWHERE.items()
-    }
-    there = ", ".join(f"{name} {share.as_percent()}" for name, share in shares.items())
+    shares = {base: share_of_gain(point, *ends(LADDERS[base]), store) for base, point in ELSEWHERE.items()}
+    there = ", ".join(f"{NAMES[base]} {share.as_percent()}" for base, share in shares.items())
     ours += f". All bits of 13 calibrated numbers: {narrow}. At r = 1 they recover on other bases: {there} of the gain."
     return Verdict(ours, "not in the paper")
 
@@ -124,7 +102,7 @@ CLAIM = Claim(
         *rl.RANDOM,
         *rl.CALIBRATED,
         *rl.LORA_XS,
-        rl.LADDER[-2],
+        rl.LORA,
         *NARROW,
         *FEWER,
         *ELSEWHERE.values(),

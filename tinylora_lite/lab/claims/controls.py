@@ -1,4 +1,4 @@
-"""What should not work: noise in place of training, rewards for something else, another header, a milder reading."""
+"""Controls: noise in place of training, rewards for something else, other headers, a lenient reading of answers."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from dataclasses import replace
 
 from matplotlib.figure import Figure
 
-from tinylora_lite.lab.claim import Claim, Estimate, Point, Verdict
+from tinylora_lite.lab.claim import Claim, Point, Verdict
 from tinylora_lite.lab.claims.rl_parameters import BASE, CALIBRATED, FULL, LORA_XS, THIRTEEN
+from tinylora_lite.lab.estimate import Estimate
 from tinylora_lite.lab.figures import side_by_side
-from tinylora_lite.lab.ladder import ladder_on
-from tinylora_lite.lab.shapes import untouched
-from tinylora_lite.lab.statistics import difference
+from tinylora_lite.lab.shapes import ladder_on, untouched
+from tinylora_lite.lab.statistics import difference, listed
 from tinylora_lite.lab.store import Store
 from tinylora_lite.nano.writers import WRITERS
 
@@ -20,13 +20,7 @@ NORMS = (0.5, 0.75, 1.0, 2.0, 4.0)
 """Of random v; training ends at norms between the first and a little below the fourth."""
 NOISE = {
     kind: tuple(
-        replace(
-            point,
-            label=f"noise of norm {norm:g}",
-            trial=replace(point.trial, method="noise", learning_rate=norm),
-            rates=(),
-        )
-        for norm in NORMS
+        replace(point.varied(f"noise of norm {norm:g}", method="noise", learning_rate=norm), rates=()) for norm in NORMS
     )
     for kind, point in TRAINED.items()
     if point is not FULL
@@ -37,7 +31,7 @@ NOISE = {
 def rewarded(point: Point, task: str, label: str) -> Point:
     """The same numbers trained on another reward for the same problems, and scored on the plain task."""
     # The rate is the plain reward's: to choose one by the plain score would train on what is to be ruled out.
-    return replace(point, label=label, trial=replace(point.trial, trained_on=task), like=point)
+    return replace(point.varied(label, trained_on=task), like=point)
 
 
 def others(point: Point) -> tuple[Point, Point]:
@@ -64,7 +58,7 @@ SHOWN = {kind: replace(point, label=f"{kind}: right answers") for kind, point in
 
 
 def lenient(point: Point, store: Store) -> Estimate:
-    """Accuracy when the answer may stand anywhere in the text."""
+    """Accuracy when the answer may be anywhere in the text."""
     return Estimate.of([record["scores"][store.score]["lenient"] for record in point.records(store)])
 
 
@@ -85,21 +79,11 @@ def judge(store: Store) -> Verdict:
             norm = sum(record["norm"] for record in point.records(store)) / point.seeds
             name += f" (their norm {norm:.1f})"
             beside.append(min(NOISE[kind], key=lambda noise: abs(noise.trial.learning_rate - norm)))
-        found = ", ".join(
-            f"{control.label} {estimate.as_percent()}"
-            for control in beside
-            if (estimate := control.estimate(store)) is not None
-        )
-        parts.append(f"{name} over the base {difference(point, BASE, store).as_points()}; {found}")
+        gain = difference(point, BASE, store).as_points()
+        parts.append(f"{name} over the base {gain}; {listed(beside, store)}")
     for base, (_, point, *beside) in ELSEWHERE.items():
-        found = ", ".join(
-            f"{shown.label} {estimate.as_percent()}"
-            for shown in (point, *beside)
-            if (estimate := shown.estimate(store)) is not None
-        )
-        parts.append(f"on {base} {found}")
-    told = {name: point.estimate(store) for name, point in HEADERS.items()}
-    under = ", ".join(f"{name} {estimate.as_percent()}" for name, estimate in told.items() if estimate is not None)
+        parts.append(f"on {base} {listed((point, *beside), store)}")
+    under = listed([replace(point, label=name) for name, point in HEADERS.items()], store)
     parts.append(f"the base under each writer's header: {under}")
     read = ", ".join(f"{point.label} {lenient(point, store).as_percent()}" for point in (BASE, *TRAINED.values()))
     return Verdict("; ".join(parts) + f"; read leniently: {read}.", "not in the paper")

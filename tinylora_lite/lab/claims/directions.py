@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from matplotlib.figure import Figure
+from functools import partial
 
 from tinylora_lite.lab.claim import Claim, Verdict
-from tinylora_lite.lab.claims.rl_parameters import BASE, FULL, RANDOM
+from tinylora_lite.lab.claims.rl_parameters import BASE, FORTY_NINE, FULL
 from tinylora_lite.lab.directions import WHICH
 from tinylora_lite.lab.figures import side_by_side
 from tinylora_lite.lab.statistics import difference
 from tinylora_lite.lab.store import Store
 
-SHAPE = RANDOM[6]
-"""49 numbers, one to a module: the draw of P moves them less than it moves 13."""
-POINTS = {kind: replace(SHAPE, label=kind, trial=replace(SHAPE.trial, directions=kind)) for kind in WHICH}
-
-
-def draw(store: Store) -> Figure:
-    """Accuracy by the kind of directions."""
-    return side_by_side([("", list(POINTS.values()))], store, BASE, full=FULL)
+POINTS = {kind: FORTY_NINE.varied(kind, directions=kind) for kind in WHICH}
 
 
 def judge(store: Store) -> Verdict:
@@ -37,6 +28,6 @@ CLAIM = Claim(
     paper="Takes the leading directions throughout and tests no others.",
     where="section 4; assumed",
     points=(BASE, FULL, *POINTS.values()),
-    draw=draw,
+    draw=partial(side_by_side, [("", list(POINTS.values()))], base=BASE, full=FULL),
     judge=judge,
 )

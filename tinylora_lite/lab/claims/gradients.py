@@ -1,19 +1,19 @@
-"""Are gradients needed? GRPO beside an evolution strategy on the same few numbers."""
+"""GRPO beside an evolution strategy, which needs no gradients, on the same few numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from tinylora_lite.lab.claim import Claim, Point, Verdict
 from tinylora_lite.lab.claims.rl_parameters import BASE, THIRTEEN
-from tinylora_lite.lab.running import grpo_settings
+from tinylora_lite.lab.figures import panels, percent
+from tinylora_lite.lab.settings import grpo_settings
 from tinylora_lite.lab.shapes import around, calibrated_numbers, random_numbers
+from tinylora_lite.lab.statistics import estimates
 from tinylora_lite.lab.store import Record, Store
 from tinylora_lite.view import plot
 
@@ -22,15 +22,10 @@ GENERATIONS = 60
 """Three times the samples of GRPO's twenty steps: its curve shows what as many bring, and what more do."""
 
 
-def by_gradients(point: Point) -> Point:
-    """A shape trained by GRPO: the runs of its claim, of which three seeds are enough here."""
-    return replace(point, seeds=SEEDS)
-
-
-def by_evolution(point: Point, sigma: float) -> Point:
-    """The same numbers by CMA-ES, its first sigma swept as learning rates are."""
-    trial = replace(point.trial, method="es", steps=GENERATIONS)
-    return replace(point, trial=trial, rates=around(sigma), seeds=SEEDS, sweep_seeds=1)
+def both_ways(point: Point, sigma: float) -> tuple[Point, Point]:
+    """A shape by GRPO, and by CMA-ES with its first sigma swept as learning rates are, both from three seeds."""
+    evolved = point.varied(point.label, method="es", steps=GENERATIONS)
+    return replace(point, seeds=SEEDS), replace(evolved, rates=around(sigma), seeds=SEEDS, sweep_seeds=1)
 
 
 SHAPES = {
@@ -38,7 +33,7 @@ SHAPES = {
     "13 random": (random_numbers(4), 0.05, "tinylora"),
     "4 random": (random_numbers(13), 0.05, "lora"),
 }
-PAIRS = {label: (by_gradients(point), by_evolution(point, sigma)) for label, (point, sigma, _) in SHAPES.items()}
+PAIRS = {label: both_ways(point, sigma) for label, (point, sigma, _) in SHAPES.items()}
 
 
 def tokens_sampled(record: Record) -> list[float]:
@@ -55,9 +50,8 @@ def seconds_spent(record: Record) -> list[float]:
 @plot.style()
 def draw(store: Store) -> Figure:
     """The reward of a step's samples against tokens sampled and against seconds; thin seeds, thick means."""
-    drawn = Figure(figsize=(plot.WIDTH, 3.9))
-    panels: Sequence[Axes] = drawn.subplots(1, 2, sharey=True)
-    for axes, measure in zip(panels, (tokens_sampled, seconds_spent), strict=True):
+    drawn, both = panels(2, 3.9)
+    for axes, measure in zip(both, (tokens_sampled, seconds_spent), strict=True):
         for label, pair in PAIRS.items():
             for point, line, how in zip(pair, ("-", ":"), ("GRPO", "ES"), strict=True):
                 records, colour = point.records(store), plot.METHODS[SHAPES[label][2]].colour
@@ -69,11 +63,11 @@ def draw(store: Store) -> Figure:
         estimate = BASE.estimate(store)
         if estimate is not None:
             axes.axhline(estimate.mean, ls="--", lw=1.2, color=plot.INK, label=plot.METHODS["base"].label)
-    panels[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
-    panels[0].xaxis.set_major_formatter(FuncFormatter(lambda value, _: plot.human(value) if value else "0"))
-    panels[0].set(xlabel="tokens sampled", ylabel="mean reward of the samples")
-    panels[1].set_xlabel("seconds on one core")
-    drawn.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    percent(both[0], "mean reward of the samples")
+    both[0].xaxis.set_major_formatter(FuncFormatter(lambda value, _: plot.human(value) if value else "0"))
+    both[0].set_xlabel("tokens sampled")
+    both[1].set_xlabel("seconds on one core")
+    drawn.legend(*both[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return drawn
 
 
@@ -81,9 +75,7 @@ def judge(store: Store) -> Verdict:
     """Test accuracy by either, with what the strategy spent to get there."""
     parts = []
     for label, pair in PAIRS.items():
-        gradients, evolution = (point.estimate(store) for point in pair)
-        assert gradients is not None
-        assert evolution is not None
+        gradients, evolution = estimates(pair, store)
         tokens, seconds = (
             np.mean([f(r)[-1] for r in pair[1].records(store)]) / np.mean([f(r)[-1] for r in pair[0].records(store)])
             for f in (tokens_sampled, seconds_spent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import log
 
 import numpy as np
@@ -11,7 +12,7 @@ from tinylora_lite.lab.claim import Claim, Point, Verdict
 from tinylora_lite.lab.claims import rl_parameters as rl
 from tinylora_lite.lab.claims import sft_parameters as sft
 from tinylora_lite.lab.figures import base_line, legend, percent, score_label
-from tinylora_lite.lab.running import grpo_settings, sft_settings
+from tinylora_lite.lab.settings import grpo_settings, sft_settings
 from tinylora_lite.lab.store import Record, Store
 from tinylora_lite.view import plot
 
@@ -24,9 +25,9 @@ SHOWN = {kind: tuple(p for p in sft.LADDERS[kind] if p.trial.numbers in ("random
 
 
 def reward_bits(record: Record) -> float:
-    """At most so much did a run of GRPO learn from its rewards: k·H(R), k the rewards seen, H their entropy in bits.
+    """The most that a run of GRPO can learn from its rewards: k·H(R), k the rewards seen, H their entropy in bits.
 
-    The entropy is taken step by step, of rewards that all problems draw alike; problem by problem it is smaller still.
+    The entropy is that of a step's mean reward, as if all problems were equally hard; problem by problem it is smaller.
     """
     settings = grpo_settings(rl.THIRTEEN.trial)
     p = np.clip(record["curve"], 1e-9, 1 - 1e-9)
@@ -36,8 +37,8 @@ def reward_bits(record: Record) -> float:
 def demonstration_bits(record: Record) -> float:
     """The description length of the demonstrations that a run of SFT saw, under the model as it was at each step.
 
-    Each batch is coded by the model before it learns from it (prequential coding): what a receiver would need who
-    trains along. Steps count their own loss, tokens their mean. A run that diverged learned nothing from any.
+    Each batch is coded by the model before it learns from it (prequential coding), as for a receiver who trains along.
+    Steps count their own loss, tokens their mean. A run that diverged learned nothing.
     """
     if record.get("diverged"):
         return 0.0
@@ -80,8 +81,8 @@ def draw(store: Store) -> Figure:
 def judge(store: Store) -> Verdict:
     """Bits seen by either kind of training, beside what 13 numbers hold; the claim is of all demonstrations."""
 
-    def mean(point: Point, bits: object) -> float:
-        return float(np.mean([bits(record) for record in point.records(store)]))  # type: ignore[operator]
+    def mean(point: Point, bits: Callable[[Record], float]) -> float:
+        return float(np.mean([bits(record) for record in point.records(store)]))
 
     rewards = mean(rl.THIRTEEN, reward_bits)
     shown = {kind: mean(sft.LADDERS[kind][1], demonstration_bits) for kind in sft.KINDS}

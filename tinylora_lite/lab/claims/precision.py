@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from tinylora_lite.lab.claim import Claim, Verdict
 from tinylora_lite.lab.claims.rl_parameters import BASE, FULL, RANDOM
-from tinylora_lite.lab.figures import base_line, legend, percent, score_label
-from tinylora_lite.lab.statistics import difference, verdict_on_difference, verdict_over
+from tinylora_lite.lab.figures import base_line, counted, legend, marks, panels, percent, score_label
+from tinylora_lite.lab.statistics import difference, verdict_on, verdict_over
 from tinylora_lite.lab.store import Store
 from tinylora_lite.view import plot
 
@@ -23,43 +22,32 @@ EQUAL_BYTES = ((13, 25), (25, 49), (49, 98))
 COUNTS = {13: RANDOM[4], 25: RANDOM[5], 49: RANDOM[6], 98: RANDOM[7]}
 POINTS = {
     precision: {
-        count: replace(
-            point, label=f"{point.label}, {precision}", trial=replace(point.trial, precision=precision), seeds=SEEDS
-        )
+        count: replace(point.varied(f"{point.label}, {precision}", precision=precision), seeds=SEEDS)
         for count, point in COUNTS.items()
     }
     for precision in BYTES
 }
 DODGE = {"fp32": 0.96, "bf16": 1.0, "fp16": 1.04}
-"""Marks beside each other that would lie on each other."""
+"""Moves marks that would cover each other."""
 LOOKS = {"fp32": "tinylora", "bf16": "lora", "fp16": "calibrated"}
 
 
 @plot.style()
 def draw(store: Store) -> Figure:
     """Accuracy against the count of numbers, and against their bytes; a seed is a dot, with the same P in all three."""
-    drawn = Figure(figsize=(plot.WIDTH, 3.4))
-    panels = drawn.subplots(1, 2, sharey=True)
-    for axes, unit in zip(panels, ("numbers", "bytes"), strict=True):
+    drawn, both = panels(2, 3.4)
+    for axes, unit in zip(both, ("numbers", "bytes"), strict=True):
         for precision, points in POINTS.items():
             look = plot.METHODS[LOOKS[precision]]
-            rows = [(n, estimate) for n, point in points.items() if (estimate := point.estimate(store)) is not None]
-            if not rows:
-                continue
             size = DODGE[precision] * (BYTES[precision] if unit == "bytes" else 1)
-            x = [n * size for n, _ in rows]
-            means = np.array([e.mean for _, e in rows])
-            spread = np.abs(np.array([[e.low, e.high] for _, e in rows]).T - means)
-            for place, (_, e) in zip(x, rows, strict=True):
-                axes.plot([place] * len(e.values), e.values, ".", color=look.colour, ms=4, alpha=0.5)
-            line = look.marker + look.line
-            axes.errorbar(x, means, spread, fmt=line, color=look.colour, capsize=2.5, label=precision)
+            rows = [(size * count, estimate) for count, estimate in counted(list(points.values()), store)]
+            marks(axes, rows, look.colour, look.marker + look.line, label=precision)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.set_xlabel(unit)
         base_line(axes, BASE, store)
-    percent(panels[0], score_label(store))
-    legend(panels[0], "upper left")
+    percent(both[0], score_label(store))
+    legend(both[0], "upper left")
     return drawn
 
 
@@ -75,7 +63,7 @@ def judge(store: Store) -> Verdict:
     ours += ". At equal bytes: " + "; ".join(
         f"{few} in fp32 over {many} in {narrow} by {gap.as_points()}" for (few, many, narrow), gap in by_bytes.items()
     )
-    return Verdict(f"{ours}.", verdict_over(map(verdict_on_difference, by_bytes.values())))
+    return Verdict(f"{ours}.", verdict_over(map(verdict_on, by_bytes.values())))
 
 
 CLAIM = Claim(

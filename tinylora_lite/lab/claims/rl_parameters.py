@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from matplotlib.figure import Figure
+from functools import partial
 
 from tinylora_lite.lab.claim import Claim, Verdict
 from tinylora_lite.lab.figures import Series, against_numbers
@@ -23,24 +23,17 @@ PAPER_SHARE = 0.71
 RANDOM = (*(random_numbers(n_tie) for n_tie in ("all", 25, 13, 7, 4, 2, 1)), random_numbers(1, u=2))
 LORA_XS = tuple(lora_xs_numbers(rank) for rank in (1, 2, 4, 8))
 CALIBRATED = tuple(calibrated_numbers(u) for u in (1, 2, 4, 8, 13))
-THIRTEEN = RANDOM[4]
-FULL = all_weights()
+THIRTEEN, FORTY_NINE = RANDOM[4], RANDOM[6]
+"""The first as the paper has it. Of 49, one to a module, the draw of P moves the result less."""
+LORA, FULL = lora_numbers(1), all_weights()
 FULL_LONG = all_weights(steps=60)
 BASE = untouched()
-LADDER = (*RANDOM, *LORA_XS, lora_numbers(1), FULL)
+LADDER = (*RANDOM, *LORA_XS, LORA, FULL)
 """From few numbers to many but for the last of the random shapes, which has more than the first LoRA-XS."""
 
 
-def draw(store: Store) -> Figure:
-    """Accuracy against numbers, a line for each method."""
-    series = [
-        Series("tinylora", RANDOM),
-        Series("calibrated", CALIBRATED),
-        Series("lora_xs", LORA_XS),
-        Series("lora", (lora_numbers(1),)),
-        Series("full", (FULL,)),
-    ]
-    return against_numbers(series, store, BASE)
+SERIES = [Series(points) for points in (RANDOM, CALIBRATED, LORA_XS, (LORA,), (FULL,))]
+"""A line for each method."""
 
 
 def judge(store: Store) -> Verdict:
@@ -51,7 +44,7 @@ def judge(store: Store) -> Verdict:
     ours = (
         f"13 random numbers recover {share.as_percent()} of what all weights gain. The smallest update for {smallest}."
     )
-    return Verdict(ours, verdict_on(share, PAPER_SHARE))
+    return Verdict(ours, verdict_on(share, PAPER_SHARE, strictly=False))
 
 
 CLAIM = Claim(
@@ -63,7 +56,7 @@ CLAIM = Claim(
         "says the text, where the figure has 90 % at 196."
     ),
     where="Figure 1 and sections 1 and 6.1",
-    points=(BASE, FULL, FULL_LONG, *RANDOM, *CALIBRATED, *LORA_XS, lora_numbers(1)),
-    draw=draw,
+    points=(BASE, FULL, FULL_LONG, *RANDOM, *CALIBRATED, *LORA_XS, LORA),
+    draw=partial(against_numbers, SERIES, base=BASE),
     judge=judge,
 )

@@ -10,7 +10,7 @@ from scipy import stats
 
 from tinylora_lite.lab.claim import Claim, Point, Verdict
 from tinylora_lite.lab.claims.rl_parameters import BASE, FULL, RANDOM, THIRTEEN
-from tinylora_lite.lab.figures import base_line, percent, score_label
+from tinylora_lite.lab.figures import base_line, panels, percent, score_label
 from tinylora_lite.lab.store import Store
 from tinylora_lite.view import plot
 
@@ -21,13 +21,7 @@ REPEATS = 3
 COUNTS = {1: RANDOM[0], 4: RANDOM[2], 13: THIRTEEN}
 POINTS = {
     count: [
-        replace(
-            point,
-            label=f"{count} numbers, P {draw}",
-            trial=replace(point.trial, projection_seed=draw),
-            seeds=REPEATS,
-            like=point,
-        )
+        replace(point.varied(f"{count} numbers, P {draw}", projection_seed=draw), seeds=REPEATS, like=point)
         for draw in range(DRAWS)
     ]
     for count, point in COUNTS.items()
@@ -38,7 +32,7 @@ def table(points: list[Point], store: Store) -> np.ndarray:
     """Test accuracies, ``[seeds of P, seeds of data]`` float64; NaN where a run is missing."""
     found = np.full((len(points), REPEATS), np.nan)
     for row, point in enumerate(points):
-        accuracies = [record["scores"][store.score]["accuracy"] for record in point.records(store)]
+        accuracies = point.accuracies(store)
         found[row, : len(accuracies)] = accuracies
     return found
 
@@ -74,16 +68,15 @@ def best_of(points: list[Point], store: Store, count: int) -> float:
 @plot.style()
 def draw(store: Store) -> Figure:
     """Each seed of P a column, each seed of data a dot."""
-    drawn = Figure(figsize=(plot.WIDTH, 3.2))
-    panels = drawn.subplots(1, len(COUNTS), sharey=True)
+    drawn, each = panels(len(COUNTS), 3.2)
     look = plot.METHODS["tinylora"]
-    for axes, (count, points) in zip(panels, POINTS.items(), strict=True):
+    for axes, (count, points) in zip(each, POINTS.items(), strict=True):
         accuracies = table(points, store)
         for column, row in enumerate(accuracies[np.argsort(-np.nan_to_num(accuracies.mean(axis=1)))]):
             axes.plot([column] * REPEATS, row, ".", color=look.colour, ms=6, alpha=0.7)
         axes.set(title=f"{count} number{'s' if count > 1 else ''}", xlabel="seeds of P, sorted", xticks=[])
         base_line(axes, BASE, store)
-    percent(panels[0], score_label(store))
+    percent(each[0], score_label(store))
     return drawn
 
 

@@ -1,27 +1,18 @@
-"""Where Σ stands: on the left as the paper writes it, split as PEFT has it, or on the right as LoRA-XS computes."""
+"""The place of Σ: on the left as the paper writes it, split as PEFT has it, or on the right as LoRA-XS computes."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from matplotlib.figure import Figure
+from functools import partial
 
 from tinylora_lite.adapter.config import Sigma
 from tinylora_lite.lab.claim import Claim, Verdict
-from tinylora_lite.lab.claims.rl_parameters import BASE, FULL, RANDOM
+from tinylora_lite.lab.claims.rl_parameters import BASE, FORTY_NINE, FULL
 from tinylora_lite.lab.figures import side_by_side
 from tinylora_lite.lab.statistics import difference
 from tinylora_lite.lab.store import Store
 
 PLACES: tuple[Sigma, ...] = ("left", "split", "right")
-SHAPE = RANDOM[6]
-"""49 numbers, one to a module: the draw of P moves them less than it moves 13."""
-POINTS = {place: replace(SHAPE, label=f"Σ {place}", trial=replace(SHAPE.trial, sigma=place)) for place in PLACES}
-
-
-def draw(store: Store) -> Figure:
-    """Accuracy by the place of Σ."""
-    return side_by_side([("", list(POINTS.values()))], store, BASE, full=FULL)
+POINTS = {place: FORTY_NINE.varied(f"Σ {place}", sigma=place) for place in PLACES}
 
 
 def judge(store: Store) -> Verdict:
@@ -38,6 +29,6 @@ CLAIM = Claim(
     paper="Σ stands beside U; PEFT splits it, and LoRA-XS's code has it beside V.",
     where="section 4; the side is left open",
     points=(BASE, FULL, *POINTS.values()),
-    draw=draw,
+    draw=partial(side_by_side, [("", list(POINTS.values()))], base=BASE, full=FULL),
     judge=judge,
 )

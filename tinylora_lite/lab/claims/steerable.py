@@ -1,13 +1,13 @@
-"""What makes a model steerable by few numbers? Bases that differ in one thing of their pretraining only."""
+"""What makes a model steerable by few numbers: bases that differ in one thing of their pretraining."""
 
 from __future__ import annotations
 
-from matplotlib.figure import Figure
+from functools import partial
 
 from tinylora_lite.lab.claim import Claim, Point, Verdict
 from tinylora_lite.lab.claims.size import SMALLEST
 from tinylora_lite.lab.figures import share_beside
-from tinylora_lite.lab.ladder import RUNGS, climb, ends, ladder_on
+from tinylora_lite.lab.shapes import RUNGS, climb, ends, ladder_on
 from tinylora_lite.lab.statistics import share_of_gain, smallest_count
 from tinylora_lite.lab.store import Store
 from tinylora_lite.lab.trial import BASE
@@ -26,17 +26,12 @@ That one differs in nothing that was chosen: it tells how far apart two bases of
 """
 SHARES = (0.5, 0.9)
 LADDERS = {base: ladder_on(base, seeds=5 if base in SMALLEST else 3) for base in TWINS}
+OTHERS = {TWINS[base]: ladder for base, ladder in LADDERS.items() if base != BASE}
 
 
 def drawn(ladder: dict[str, Point]) -> list[Point]:
     """The rungs on random directions: where LoRA-XS of rank 1 does all, a count of any kind tells twins not apart."""
     return [ladder[name] for name in RUNGS if ladder[name].trial.numbers == "random"]
-
-
-def draw(store: Store) -> Figure:
-    """The share of the full gain against the numbers trained, a panel for each twin."""
-    (own, *_), others = LADDERS.values(), {TWINS[base]: ladder for base, ladder in LADDERS.items() if base != BASE}
-    return share_beside((TWINS[BASE], own), others, RUNGS, store, SHARES)
 
 
 def judge(store: Store) -> Verdict:
@@ -60,6 +55,6 @@ CLAIM = Claim(
     paper="Finds that Qwen needs ten times fewer numbers than Llama, and leaves the reason open.",
     where="section 7; a hypothesis of this book",
     points=tuple(point for ladder in LADDERS.values() for point in ladder.values()),
-    draw=draw,
+    draw=partial(share_beside, (TWINS[BASE], LADDERS[BASE]), OTHERS, shares=SHARES),
     judge=judge,
 )

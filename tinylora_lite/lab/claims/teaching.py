@@ -7,31 +7,23 @@ from dataclasses import replace
 import numpy as np
 from matplotlib.figure import Figure
 
-from tinylora_lite.lab.claim import Claim, Estimate, Finding, Point, Verdict
+from tinylora_lite.lab.claim import Claim, Finding, Point, Verdict
 from tinylora_lite.lab.claims import rl_parameters as rl
 from tinylora_lite.lab.claims import sft_parameters as sft
-from tinylora_lite.lab.figures import percent
-from tinylora_lite.lab.shapes import all_weights, calibrated_numbers, lora_numbers, lora_xs_numbers, untouched
+from tinylora_lite.lab.estimate import Estimate
+from tinylora_lite.lab.figures import METHODS, PERCENT, panels, percent
+from tinylora_lite.lab.shapes import untouched
 from tinylora_lite.lab.statistics import difference, share_of_gain, verdict_between, verdict_over
 from tinylora_lite.lab.store import Store
 from tinylora_lite.view import plot
 
 SKILLS = {"longer": "chains of 5 and 6 steps", "doubling": "an unknown operation"}
-LOOKS = {
-    "13 random": "tinylora",
-    "13 calibrated": "calibrated",
-    "196 LoRA-XS": "lora_xs",
-    "LoRA": "lora",
-    "all": "full",
-}
-
-
 SHAPES = {
     "13 random": rl.THIRTEEN,
-    "13 calibrated": calibrated_numbers(13),
-    "196 LoRA-XS": lora_xs_numbers(2),
-    "LoRA": lora_numbers(1),
-    "all": all_weights(),
+    "13 calibrated": rl.CALIBRATED[-1],
+    "196 LoRA-XS": rl.LORA_XS[1],
+    "LoRA": rl.LORA,
+    "all": rl.FULL,
 }
 WAYS = ("rewards", "demonstrations")
 """GRPO, and SFT on worked answers to problems of the new skill, which show it where rewards may never find it."""
@@ -39,13 +31,10 @@ WAYS = ("rewards", "demonstrations")
 
 def taught(name: str, skill: str, way: str) -> Point:
     """A shape trained on a new skill and scored on it; calibrated numbers are calibrated on it too."""
-    point = SHAPES[name]
-    trial = replace(point.trial, task=skill)
-    if trial.numbers == "calibrated":
-        trial = replace(trial, calibration=f"task={skill}")
-    if way == "demonstrations":
-        trial = replace(trial, method="sft", steps=60)
-    return replace(point, label=f"{name}, {way}", trial=trial, sweep_seeds=1, seeds=3)
+    calibration = f"task={skill}" if SHAPES[name].trial.numbers == "calibrated" else ""
+    by = {"method": "sft", "steps": 60} if way == "demonstrations" else {}
+    point = SHAPES[name].varied(f"{name}, {way}", task=skill, calibration=calibration, **by)
+    return replace(point, sweep_seeds=1, seeds=3)
 
 
 POINTS = {skill: {way: {name: taught(name, skill, way) for name in SHAPES} for way in WAYS} for skill in SKILLS}
@@ -56,24 +45,21 @@ OLD = {"13 calibrated": sft.CALIBRATED["careful"], "all": sft.LADDERS["careful"]
 
 def kept(point: Point, store: Store) -> Estimate | None:
     """The accuracy on the old task after training on a new one."""
-    values = [record["scores"]["old skill"]["accuracy"] for record in point.records(store)]
-    return Estimate.of(values) if len(values) > 1 else None
+    return point.estimate(store, "old skill")
 
 
 @plot.style()
 def draw(store: Store) -> Figure:
     """New skill against old: right is learned, high is not forgotten. Filled by rewards, hollow by demonstrations."""
-    drawn = Figure(figsize=(plot.WIDTH, 3.6))
-    panels = drawn.subplots(1, len(SKILLS), sharey=True)
-    for axes, (skill, title) in zip(panels, SKILLS.items(), strict=True):
+    drawn, both = panels(len(SKILLS), 3.6)
+    for axes, (skill, title) in zip(both, SKILLS.items(), strict=True):
         for way, points in POINTS[skill].items():
             for name, point in points.items():
-                look, records = plot.METHODS[LOOKS[name]], point.records(store)
-                x = [record["scores"][store.score]["accuracy"] for record in records]
-                y = [record["scores"]["old skill"]["accuracy"] for record in records]
+                look = plot.METHODS[METHODS[point.trial.numbers]]
+                x, y = point.accuracies(store), point.accuracies(store, "old skill")
                 fill = "none" if way == "demonstrations" else look.colour
                 axes.plot(x, y, ".", color=look.colour, ms=5, alpha=0.6)
-                if records:
+                if x:
                     axes.plot(np.mean(x), np.mean(y), look.marker, mec=look.colour, mfc=fill, ms=9, mew=1.5,
                               ls="none", label=name if way == "rewards" else None)  # fmt: skip
         start, old = BASES[skill].estimate(store), rl.BASE.estimate(store)
@@ -81,9 +67,9 @@ def draw(store: Store) -> Figure:
             axes.plot(start.mean, old.mean, "+", color=plot.INK, ms=10, mew=2, ls="none", label="base")
         axes.plot([], [], "o", mec=plot.INK, mfc="none", ls="none", label="hollow: by demonstrations")
         axes.set(title=title, xlabel="accuracy on the new skill")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    percent(panels[0], "accuracy on the old task")
-    drawn.legend(*panels[-1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+        axes.xaxis.set_major_formatter(PERCENT)
+    percent(both[0], "accuracy on the old task")
+    drawn.legend(*both[-1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return drawn
 
 

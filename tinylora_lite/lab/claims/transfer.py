@@ -19,13 +19,12 @@ SEEDS = 3
 
 def aimed(label: str, calibration: str, task: str = "nano") -> Point:
     """Thirteen numbers trained on a task, on directions that were made elsewhere."""
-    trial = replace(CALIBRATED[-1].trial, task=task, calibration=calibration)
-    return replace(CALIBRATED[-1], label=label, trial=trial, seeds=SEEDS)
+    return replace(CALIBRATED[-1].varied(label, task=task, calibration=calibration), seeds=SEEDS)
 
 
 def random(task: str) -> Point:
     """Thirteen numbers on random directions, on a task."""
-    return replace(THIRTEEN, label="random directions", trial=replace(THIRTEEN.trial, task=task), seeds=SEEDS)
+    return replace(THIRTEEN.varied("random directions", task=task), seeds=SEEDS)
 
 
 GROUPS = {

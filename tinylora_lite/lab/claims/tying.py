@@ -3,54 +3,43 @@
 from __future__ import annotations
 
 from dataclasses import replace
-
-from matplotlib.figure import Figure
+from functools import partial
 
 from tinylora_lite.lab.claim import Claim, Point, Verdict
-from tinylora_lite.lab.claims.rl_parameters import BASE, FULL, RANDOM, THIRTEEN
+from tinylora_lite.lab.claims import rl_parameters as rl
+from tinylora_lite.lab.claims.rl_parameters import BASE, FULL
 from tinylora_lite.lab.figures import side_by_side
 from tinylora_lite.lab.shapes import random_numbers
-from tinylora_lite.lab.statistics import difference, verdict_on_difference, verdict_over
+from tinylora_lite.lab.statistics import difference, verdict_on, verdict_over
 from tinylora_lite.lab.store import Store
 
 
 def spent(label: str, n_tie: int | str, u: int, tying: str = "tiled") -> Point:
     """A budget spent in one way."""
-    point = random_numbers(n_tie, u)
-    return replace(point, label=label, trial=replace(point.trial, tying=tying))
+    return random_numbers(n_tie, u).varied(label, tying=tying)
 
 
-def renamed(point: Point, label: str) -> Point:
-    """The accuracy claim's own point under a name that says how its budget is spent."""
-    return replace(point, label=label)
-
-
-SEVEN = renamed(RANDOM[3], "7: 7 tiled groups, u = 1")
+# Points of the first claim, under names that say how their budget is spent, beside others.
 AROUND_49 = (
-    renamed(RANDOM[6], "49: 49 groups, u = 1"),
+    replace(rl.FORTY_NINE, label="49: 49 groups, u = 1"),
     spent("52: 13 groups, u = 4", 4, 4),
     spent("48: 4 groups, u = 12", 13, 12),
     spent("49: 1 group, u = 49", "all", 49),
 )
 AROUND_13 = (
-    renamed(THIRTEEN, "13: 13 groups, u = 1"),
+    replace(rl.THIRTEEN, label="13: 13 groups, u = 1"),
     spent("12: 4 groups, u = 3", 13, 3),
     spent("13: 1 group, u = 13", "all", 13),
     spent("14: attention and MLP, u = 7", 1, 7, "attention, MLP"),
 )
 TYING = (
-    SEVEN,
+    replace(rl.RANDOM[3], label="7: 7 tiled groups, u = 1"),
     spent("7: one for each type, u = 1", 7, 1, "structured"),
-    replace(AROUND_13[0], label="13: 13 tiled groups, u = 1"),
+    replace(rl.THIRTEEN, label="13: 13 tiled groups, u = 1"),
     spent("14: two for each type, u = 1", 4, 1, "structured"),
-    renamed(RANDOM[1], "2: 2 tiled groups, u = 1"),
+    replace(rl.RANDOM[1], label="2: 2 tiled groups, u = 1"),
     spent("2: attention and MLP, u = 1", 1, 1, "attention, MLP"),
 )
-
-
-def draw(store: Store) -> Figure:
-    """Accuracy of budgets of like size, below each other."""
-    return side_by_side((("", AROUND_49), ("", AROUND_13), ("", TYING)), store, BASE, full=FULL)
 
 
 def judge(store: Store) -> Verdict:
@@ -61,7 +50,7 @@ def judge(store: Store) -> Verdict:
     ours = "; ".join(f"{n} numbers: groups over one vector by {e.as_points()}" for n, e in wide.items())
     ours += "; " + "; ".join(f"tiled over structured at {n} by {e.as_points()}" for n, e in tiled.items())
     ours += f"; one vector each for attention and MLP over one for both by {halves.as_points()}."
-    return Verdict(ours, verdict_over(map(verdict_on_difference, wide.values())))
+    return Verdict(ours, verdict_over(map(verdict_on, wide.values())))
 
 
 CLAIM = Claim(
@@ -74,6 +63,6 @@ CLAIM = Claim(
     ),
     where="Figures 4 and 8, sections 6.4 and 6.5",
     points=(BASE, FULL, *AROUND_49, *AROUND_13, *TYING),
-    draw=draw,
+    draw=partial(side_by_side, [("", points) for points in (AROUND_49, AROUND_13, TYING)], base=BASE, full=FULL),
     judge=judge,
 )
