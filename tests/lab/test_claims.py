@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from tinylora_lite.lab.claim import Claim, Finding, Verdict
 from tinylora_lite.lab.claims import claims, controls, family, information, seeds, size
-from tinylora_lite.lab.plan import missing, progress_of
+from tinylora_lite.lab.plan import chosen_rate, missing, progress_of
 from tinylora_lite.lab.store import Store
 from tinylora_lite.lab.trial import Trial
 
@@ -253,3 +253,10 @@ def test_controls_take_the_learning_rate_of_what_they_control(tmp_path):
         rate = rate_of(point.records(store)[0])
         for other in controls.OTHERS[kind]:
             assert {rate_of(found) for found in other.records(store)} == {rate}
+
+
+def test_the_slower_control_has_a_quarter_of_the_rate():
+    """Of the rate that the book's records chose, whatever it was when the control was written."""
+    point = controls.TRAINED["49 LoRA-XS"]
+    assert controls.FORMAT_SLOWER.trial.learning_rate == pytest.approx(chosen_rate(point, Store()) / 4)
+    assert controls.FORMAT_SLOWER in controls.CLAIM.points

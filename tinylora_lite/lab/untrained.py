@@ -22,7 +22,7 @@ from torch import Tensor
 from tinylora_lite import nano
 from tinylora_lite.adapter.adapter import TinyLoraAdapter
 from tinylora_lite.evaluation.evaluate import evaluate
-from tinylora_lite.lab.study_trials import RESULTS
+from tinylora_lite.lab.store import RESULTS as LAB
 from tinylora_lite.nano.variants import header
 from tinylora_lite.nano.writers import ANYONE, WRITERS
 from tinylora_lite.sampling.logprobs import read_prompts
@@ -36,6 +36,8 @@ from tinylora_lite.utils.seeds import seed_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+RESULTS = LAB.parent / "nano"
+"""Where the records lie."""
 SAMPLES = 8
 """Sampled answers to each test problem, as for the plain base."""
 SEED = 0
