@@ -156,8 +156,8 @@ def compare(old: Path, new: Path) -> int:
     found = False
     for name in sorted({path.stem for folder in (old, new) for path in folder.glob("*.json")}):
         files = [folder / f"{name}.json" for folder in (old, new)]
-        pair = [json.loads(file.read_text(encoding="utf-8")) if file.exists() else "nothing" for file in files]
-        lines = list(differences(*pair, name))
+        missing = [f"{file} does not exist" for file in files if not file.exists()]
+        lines = missing or list(differences(*(json.loads(file.read_text(encoding="utf-8")) for file in files), name))
         print(f"{name}: {len(lines)} differences", *lines, sep="\n  ")
         found |= bool(lines)
     return int(found)
