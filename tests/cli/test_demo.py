@@ -93,7 +93,7 @@ def test_calibrating_anew(capsys, tmp_path, monkeypatch, basis):
 def test_in_words(capsys, tmp_path):
     assert main(["demo", "--steps", "1", "--problems", "4", "--folder", str(tmp_path)]) == 0
     captured = capsys.readouterr()
-    for text in ("pass@1", "test problem 3", "13 parameters, 26 bytes", "calibrated.tinylora"):
+    for text in ("pass@1", "test problem 3", "13 parameters, 26 bytes", "calibrated.tinylora", "a line of prompt"):
         assert text in captured.out
     assert "training: random\n" in captured.err
 

@@ -253,3 +253,10 @@ def test_controls_take_the_learning_rate_of_what_they_control(tmp_path):
         rate = rate_of(point.records(store)[0])
         for other in controls.OTHERS[kind]:
             assert {rate_of(found) for found in other.records(store)} == {rate}
+
+
+def test_the_slower_control_has_a_quarter_of_the_rate():
+    """Of the rate that the book's records chose, whatever it was when the control was written."""
+    point = controls.TRAINED["49 LoRA-XS"]
+    assert controls.FORMAT_SLOWER.trial.learning_rate == pytest.approx(point.rate(Store()) / 4)
+    assert controls.FORMAT_SLOWER in controls.CLAIM.points

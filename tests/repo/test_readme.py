@@ -6,6 +6,7 @@ from pathlib import Path
 
 import tinylora_lite as tl
 from tinylora_lite import nano
+from tinylora_lite.lab import untrained
 from tinylora_lite.lab.claims import chapters
 from tinylora_lite.lab.store import CHAPTERS, Store
 
@@ -14,9 +15,13 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_table_of_accuracies_is_the_records():
-    store = Store(CHAPTERS)
-    base = chapters.BASE.records(store)[0]["scores"]["sampled"]
-    rows = {"untrained": (base["accuracy"], base["low"], base["high"])}
+    store, controls = Store(CHAPTERS), untrained.recorded()
+    plain = {
+        "untrained": chapters.BASE.records(store)[0]["scores"]["sampled"],
+        "untrained, the answer's first token held to a number": controls["first_token"]["sampled"],
+        "untrained, with its best line of prompt": controls["header"]["sampled"],
+    }
+    rows = {name: (found["accuracy"], found["low"], found["high"]) for name, found in plain.items()}
     for name, point in (
         ("13 numbers, random directions", chapters.PAPER),
         ("13 numbers, calibrated directions", chapters.CALIBRATED),
@@ -26,6 +31,8 @@ def test_the_table_of_accuracies_is_the_records():
         rows[name] = (found.mean, found.low, found.high)
     for name, (accuracy, low, high) in rows.items():
         assert f"| {name} | {accuracy:.1%} [{low:.1%}, {high:.1%}] |" in README
+    greedy = [controls[name]["greedy"]["accuracy"] for name in ("first_token", "header")]
+    assert f"the second row has {greedy[0]:.1%} and the third {greedy[1]:.1%}" in README
 
 
 def test_the_demo_s_time_is_its_record_s():

@@ -190,7 +190,7 @@ def run_demo(
 
 
 def report(demo: Demo) -> Table:
-    """Three problems with their answers, and where the files are."""
+    """Three problems with their answers, what the untrained base can do, and where the files are."""
     from rich.table import Table
     from rich.text import Text
 
@@ -205,6 +205,8 @@ def report(demo: Demo) -> Table:
         report.add_row("")
         report.add_row(lines)
     report.add_row("")
+    report.add_row(comparison())
+    report.add_row("")
     for name, trained in (("random", demo.random), ("calibrated", demo.calibrated)):
         size = trained.file.stat().st_size
         report.add_row(
@@ -213,3 +215,16 @@ def report(demo: Demo) -> Table:
         )
     report.add_row(f"{demo.seconds:.0f} seconds in all")
     return report
+
+
+def comparison() -> str:
+    """What the untrained base does when its first token or its prompt is chosen for it, from the record."""
+    from tinylora_lite.lab import untrained
+
+    record = untrained.recorded()
+    first, header = record["first_token"]["sampled"], record["header"]["sampled"]
+    return (
+        f"For comparison, the untrained base on {first['n']:,} test problems: {first['accuracy']:.1%} where its answer "
+        f"must begin with a number, {header['accuracy']:.1%} with its best line of prompt. Here thirteen numbers make "
+        "one choice, at one token, that a line of prompt makes too."
+    )
