@@ -363,3 +363,11 @@ def test_help_holds_an_example_that_parses(capsys):
     assert stop.value.code == 0
     assert all(option in out for option in ("--seed", "--json", "--base", "--basis", "--dtype"))
     assert build_parser().parse_args(out.split("example:\n")[1].split()[1:]).command == "inspect"
+
+
+def test_a_file_of_the_first_version(capsys):
+    """It names no revision of its base."""
+    path = Path(__file__).parents[1] / "files" / "stored" / "292cd09" / "random.tinylora"
+    assert main(["inspect", str(path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["parameters"], found["base"]["name"], found["base"]["revision"]) == (4, "qwen2-1m", None)

@@ -54,7 +54,7 @@ def _file(path: Path, basis: Path | None) -> dict[str, Any]:
     header, tensors = read_file(path)
     try:
         settings, vectors = header["settings"], tensors["vectors"]
-        base = {"name": header["base"] or None, "revision": header["base_revision"]}
+        base = {"name": header["base"] or None, "revision": header.get("base_revision")}
         base |= {"dtype": header["base_dtype"], "sha256": header["base_sha256"]}
         calibrated = settings["projection"] not in ("random", "identity")
         return {
