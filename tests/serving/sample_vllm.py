@@ -1,4 +1,4 @@
-"""Run by the Python that has vLLM: one engine answers beside the model itself, and what both said is written down.
+"""Run by the Python that has vLLM: writes the answers of one engine and of the model itself.
 
     python sample_vllm.py WAY FOLDER
 
@@ -82,7 +82,7 @@ def main(way: str, folder: Path) -> None:
         }
 
     def scored(**settings) -> dict:
-        """What vLLM draws, with the odds that it says it drew at and those that the model gives."""
+        """What vLLM draws, with its log-probabilities and those of the model."""
         drawn = theirs.sample(*prompts, max_new_tokens=nano.MAX_NEW_TOKENS, **settings)
         with torch.no_grad():
             odds = completion_logprobs(model, drawn, settings["temperature"]) * drawn.completion_mask

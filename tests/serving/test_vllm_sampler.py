@@ -94,7 +94,7 @@ def test_errors_say_what_to_do(result):
     assert "133 tokens and 256 new ones exceed vLLM's max_model_len of 256" in errors["too long"]
     if result["way"] == "lora":
         assert errors["not finite"].startswith("FloatingPointError: the model puts out NaN; lower the learning rate")
-        assert errors["rank"].endswith("vLLM was started with room for 8; start it with max_lora_rank=16")
+        assert errors["rank"].endswith("vLLM was started for ranks up to 8; start it with max_lora_rank=16")
 
 
 @pytest.mark.parametrize("way", ["lora", "merged"])
