@@ -354,6 +354,8 @@ def test_folders_and_bases_that_cannot_be_read(capsys, base, file, tmp_path):
     assert "--dtype is of a merge" in refused(capsys, file, "--dtype", "fp16")
     (base / "model.safetensors").write_bytes(b"notes")
     assert f"{base} holds no checkpoint that transformers can load" in refused(capsys, file, "--base", base)
+
+
 def test_a_file_of_the_first_version(capsys):
     """It names no revision of its base."""
     path = Path(__file__).parents[1] / "files" / "stored" / "292cd09" / "random.tinylora"

@@ -87,7 +87,7 @@ def save(
         tensors |= {f"{part}.{index}": storable(getattr(stored, part), "fp32", "the file") for part in FACTORS}
     header = {
         "format": FORMAT,
-        "settings": _settings(adapter.config),
+        "settings": adapter.config.as_dict(),
         "modules": names_hash(adapter.names),
         "base": base_name(model),
         "base_revision": getattr(getattr(model, "config", None), "_commit_hash", None),
@@ -173,16 +173,6 @@ def decomposition(adapter: TinyLoraAdapter) -> Tensor:
         norm = math.sqrt(max(float(((left.T @ left @ M) * (M @ right @ right.T)).sum()), 1e-300))
         rows.append([*factors.spectrum.tolist(), float(y @ left @ M @ (right @ x)) / norm])
     return torch.tensor(rows, dtype=torch.float32)
-
-
-def _settings(config: TinyLoraConfig) -> dict[str, Any]:
-    settings = {field.name: getattr(config, field.name) for field in fields(config)}
-    for name in ("target_modules", "groups"):
-        if settings[name] is not None:
-            settings[name] = list(settings[name])
-    if isinstance(config.projection, Basis):
-        settings["projection"] = config.projection.fingerprint()
-    return settings
 
 
 def _modules_to_store(adapter: TinyLoraAdapter, factors: bool | Literal["auto"]) -> list[int]:
