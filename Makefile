@@ -50,7 +50,7 @@ book: $(STAMP) ## Build the book: every notebook runs, every warning is an error
 	@$(BIN)/jupyter-book build . -W -n --keep-going
 	@echo "The book: $(CURDIR)/_build/html/index.html"
 
-test: $(STAMP) ## Run the tests and the notebooks
+test: $(STAMP) ## Run the tests (the chapters run when the book is built)
 	@$(PY) -m pytest
 
 test-slow: $(STAMP) ## Run the tests that take minutes
@@ -88,10 +88,11 @@ nano: $(STAMP) ## Train the nano base again, from nothing
 serve: ## Show the built book at http://127.0.0.1:8000 (PORT=...)
 	@$(PYTHON) -m http.server --bind 127.0.0.1 --directory _build/html $(PORT)
 
-lint: $(STAMP) ## Check style, types and workflows
+lint: $(STAMP) ## Check style, types, the direction of imports, and workflows
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff check --quiet --line-length 78 notebooks
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache
 	@$(BIN)/zizmor --offline --quiet .github/workflows
 	@$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	@$(BIN)/check-jsonschema --quiet --builtin-schema vendor.citation-file-format CITATION.cff

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import safetensors
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from tinylora_lite.adapter.svd import Decomposition, cached_decompose
 from tinylora_lite.adapter.tying import find_sites
-from tinylora_lite.utils.progress import progress_bar
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -87,14 +87,12 @@ def decompose_checkpoint(
         ValueError: the checkpoint is damaged or quantized, lacks a weight, or the rank does not fit one.
     """
     checkpoint, names = _open(Path(folder), target_modules)
-    with progress_bar("SVD", len(names), show=progress) as advance:
-        for name, tensor in names.items():
-            weight = checkpoint.read(tensor, device)
-            try:
-                yield name, cached_decompose(weight, rank, seed, cache)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
-            advance(name)
+    for name, tensor in tqdm(names.items(), "SVD", disable=None if progress else True):
+        weight = checkpoint.read(tensor, device)
+        try:
+            yield name, cached_decompose(weight, rank, seed, cache)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
 
 
 def without_weights(model_or_config: nn.Module | PretrainedConfig) -> nn.Module:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from tinylora_lite import nano
 from tinylora_lite.adapter.batched import Population, attach_population
@@ -38,7 +39,6 @@ from tinylora_lite.training.evolution import train_es
 from tinylora_lite.training.grpo import GRPO
 from tinylora_lite.training.loop import fit
 from tinylora_lite.training.sft import SFT, encode_solutions
-from tinylora_lite.utils.progress import progress_bar
 from tinylora_lite.utils.record import Run, atomic_write, environment
 
 if TYPE_CHECKING:
@@ -141,22 +141,20 @@ def surface(
         "seed": seed,
     }
     starts = range(len(found["reward"]), len(points), at_once)
-    with progress_bar(path.stem, len(starts)) as advance:
-        for start in starts:
-            started = time.perf_counter()
-            chunk = points[start : start + at_once]
-            with torch.no_grad():
-                for v, point in zip(population.vectors, chunk, strict=False):
-                    v.copy_(torch.tensor(point).view(shape))
-            scores = evaluate(model, tokenizer, tasks["careful"], population=population, **options)[: len(chunk)]
-            for key, name in (("reward", "accuracy"), ("low", "low"), ("high", "high")):
-                found[key] += [getattr(score, name) for score in scores]
-            for writer, task in tasks.items():
-                losses = imitation_losses(model, tokenizer, population, task, task.validation[:problems])
-                found[writer] += losses[: len(chunk)].tolist()
-            found["seconds"] += time.perf_counter() - started
-            _write(path, found)
-            advance(f"{start + len(chunk)} points")
+    for start in tqdm(starts, path.stem, disable=None):
+        started = time.perf_counter()
+        chunk = points[start : start + at_once]
+        with torch.no_grad():
+            for v, point in zip(population.vectors, chunk, strict=False):
+                v.copy_(torch.tensor(point).view(shape))
+        scores = evaluate(model, tokenizer, tasks["careful"], population=population, **options)[: len(chunk)]
+        for key, name in (("reward", "accuracy"), ("low", "low"), ("high", "high")):
+            found[key] += [getattr(score, name) for score in scores]
+        for writer, task in tasks.items():
+            losses = imitation_losses(model, tokenizer, population, task, task.validation[:problems])
+            found[writer] += losses[: len(chunk)].tolist()
+        found["seconds"] += time.perf_counter() - started
+        _write(path, found)
     return found
 
 

@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from tinylora_lite.nano.problems import problems
 from tinylora_lite.nano.tokenizer import ASSISTANT, build_tokenizer
 from tinylora_lite.nano.writers import MIXTURES, write
-from tinylora_lite.utils.progress import progress_bar
 
 CHOICES = {"architecture": ("qwen2", "llama"), "mixture": tuple(MIXTURES), "precision": ("fp32", "bf16")}
 """The settings that are names. Here Llama is Qwen2 without the biases of the query, key and value projections; bf16 is
@@ -177,7 +177,7 @@ def pretrain(
 
     started = time.perf_counter() - seconds
     losses: list[float] = []
-    with progress_bar("pretraining", settings.steps, step, progress) as advance:
+    with tqdm(total=settings.steps, initial=step, desc="pretraining", disable=None if progress else True) as bar:
         while step < settings.steps:
             batches = list(pool_of_batches(settings, tokenizer, step // POOL))[step % POOL :]
             for ids, labels in batches[: settings.steps - step]:
@@ -194,7 +194,8 @@ def pretrain(
                 tokens += int((ids != tokenizer.pad_token_id).sum())
                 step += 1
                 seconds = time.perf_counter() - started
-                advance(f"loss {losses[-1]:.3f}")
+                bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
+                bar.update()
                 if step % LOG_EVERY == 0 or step == settings.steps:
                     row = {"step": step, "loss": round(sum(losses) / len(losses), 4), "tokens": tokens}
                     log.append(row | {"seconds": round(seconds, 1)})

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from tinylora_lite.adapter.batched import Population, attach_population
 from tinylora_lite.adapter.config import TinyLoraConfig
@@ -30,7 +31,6 @@ from tinylora_lite.tasks.task import Example, Task
 from tinylora_lite.training.batches import check_task, draw_prompts
 from tinylora_lite.training.loop import RECORDED_PARAMETERS
 from tinylora_lite.training.settings import GRPOSettings
-from tinylora_lite.utils.progress import progress_bar
 from tinylora_lite.utils.record import Run, seed_of
 
 if TYPE_CHECKING:
@@ -116,38 +116,36 @@ def train_es(
     shape = population.vectors[0].shape
     try:
         strategy = _strategy(shape.numel(), settings)
-        run = Run(
-            "es", asdict(settings), population.describe(0), shape.numel(), task.name, base_fingerprint(model)
-        )  # fmt: skip
+        base, of = base_fingerprint(model), population.identity(0)
+        run = Run("es", asdict(settings), of, shape.numel(), task.name, base)
         tokens, started = 0, time.perf_counter()
-        with progress_bar("ES", settings.generations, show=progress) as advance:
-            for step in range(settings.generations):
-                candidates = strategy.ask()
-                with torch.no_grad():
-                    for v, candidate in zip(population.vectors, candidates, strict=True):
-                        v.copy_(torch.from_numpy(candidate).view(shape))
-                examples = draw_prompts(task.train, drawing, step)
-                rollouts = _answers(model, tokenizer, population, task, examples, settings, step)
-                rewards = _rewards(rollouts, task, examples, settings)
-                strategy.tell(candidates, (-rewards).tolist())
-                tokens += int(rollouts.lengths.sum())
-                run.seconds = time.perf_counter() - started
-                run.steps.append(
-                    {
-                        "step": step + 1,
-                        "reward": rewards.mean().item(),
-                        "best": rewards.max().item(),
-                        "sigma": float(strategy.sigma),
-                        "norm": float(np.linalg.norm(strategy.mean)),
-                        "length": rollouts.lengths.float().mean().item(),
-                        "tokens": tokens,
-                        **({f"v{i}": float(x) for i, x in enumerate(strategy.mean)} if _is_short(shape) else {}),
-                        "seconds": run.seconds,
-                    }
-                )
-                advance(f"reward {run.steps[-1]['reward']:.2f}")
-                if on_step is not None:
-                    on_step(run)
+        for step in (bar := tqdm(range(settings.generations), "ES", disable=None if progress else True)):
+            candidates = strategy.ask()
+            with torch.no_grad():
+                for v, candidate in zip(population.vectors, candidates, strict=True):
+                    v.copy_(torch.from_numpy(candidate).view(shape))
+            examples = draw_prompts(task.train, drawing, step)
+            rollouts = _answers(model, tokenizer, population, task, examples, settings, step)
+            rewards = _rewards(rollouts, task, examples, settings)
+            strategy.tell(candidates, (-rewards).tolist())
+            tokens += int(rollouts.lengths.sum())
+            run.seconds = time.perf_counter() - started
+            run.steps.append(
+                {
+                    "step": step + 1,
+                    "reward": rewards.mean().item(),
+                    "best": rewards.max().item(),
+                    "sigma": float(strategy.sigma),
+                    "norm": float(np.linalg.norm(strategy.mean)),
+                    "length": rollouts.lengths.float().mean().item(),
+                    "tokens": tokens,
+                    **({f"v{i}": float(x) for i, x in enumerate(strategy.mean)} if _is_short(shape) else {}),
+                    "seconds": run.seconds,
+                }
+            )
+            bar.set_postfix_str(f"reward {run.steps[-1]['reward']:.2f}", refresh=False)
+            if on_step is not None:
+                on_step(run)
     finally:
         population.detach()
     return run, torch.from_numpy(np.array(strategy.mean)).float().view(shape)
