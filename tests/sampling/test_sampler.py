@@ -34,7 +34,7 @@ class CacheSizes:
         model.register_forward_pre_hook(self.note, with_kwargs=True)
 
     def note(self, model, args, kwargs):
-        cache = kwargs["past_key_values"]
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
         held = cache.layers[0].keys.shape[0] if cache.get_seq_length() else None
         self.rows.append((len(kwargs["input_ids"]), held))
 

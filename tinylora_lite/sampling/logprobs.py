@@ -6,6 +6,7 @@ repeated for the others.
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,7 +53,7 @@ def completion_logprobs(model: PreTrainedModel, rollouts: Rollouts, temperature:
             input_ids=ids[:, :-1],
             attention_mask=attention[:, :-1],
             position_ids=positions[:, -tokens:-1],
-            past_key_values=cache,
+            **with_cache(model, cache),
             use_cache=True,
         )
     return torch.cat([first, following], dim=1)
@@ -84,7 +85,7 @@ def read_prompts(
             input_ids=distinct_ids,
             attention_mask=distinct_mask,
             position_ids=(distinct_mask.cumsum(dim=1) - 1).clamp(min=0),
-            past_key_values=cache,
+            **with_cache(model, cache),
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
@@ -103,6 +104,12 @@ def _can_share_prompts(model: PreTrainedModel) -> bool:
     return not (recomputed or is_sharded(model)) and all(
         type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers
     )
+
+
+def with_cache(model: PreTrainedModel, cache: Cache) -> dict[str, Any]:
+    """The argument that hands a model its cache: ``past_key_values`` before transformers 5.24, ``cache`` since."""
+    renamed = "cache" in inspect.signature(type(model).forward).parameters
+    return {"cache" if renamed else "past_key_values": cache}
 
 
 def recomputes(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tinylora_lite.adapter.layer import rows_of
-from tinylora_lite.sampling.logprobs import read_prompts
+from tinylora_lite.sampling.logprobs import read_prompts, with_cache
 from tinylora_lite.sampling.rollouts import Rollouts
 from tinylora_lite.utils import distributed
 from tinylora_lite.utils.distributed import is_sharded
@@ -167,7 +167,7 @@ def sample(
                     input_ids=token,
                     attention_mask=attention,
                     position_ids=position,
-                    past_key_values=cache,
+                    **with_cache(model, cache),
                     use_cache=True,
                 ).logits[:, -1]
 

@@ -19,8 +19,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinylora_lite import __version__
-
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -167,7 +165,7 @@ def environment() -> dict[str, str]:
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     return {
-        "tinylora_lite": __version__,
+        "tinylora_lite": _version("tinylora_lite"),
         "torch": str(torch.__version__),  # a class of its own, which files would keep
         "transformers": _version("transformers"),
         "python": platform.python_version(),
