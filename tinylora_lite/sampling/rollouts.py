@@ -69,6 +69,17 @@ class Rollouts:
             None if self.adapters is None else self.adapters[index],
         )
 
+    @classmethod
+    def cat(cls, parts: Sequence[Rollouts], pad: int) -> Rollouts:
+        """Batches of one prompt width as one; ``pad`` fills token ids."""
+        joined = {
+            name: torch.cat([getattr(p, name) for p in parts]) for name in ("prompt_ids", "prompt_mask", "truncated")
+        }
+        for name in ("completion_ids", "completion_mask", "logprobs", "entropies"):
+            rows = [row for part in parts for row in getattr(part, name)]
+            joined[name] = pad_sequence(rows, batch_first=True, padding_value=pad if name == "completion_ids" else 0)
+        return cls(**joined, texts=[text for part in parts for text in part.texts])
+
 
 class Sampler(Protocol):
     """Whatever answers prompts: the model that trains (``ModelSampler``), or another engine that follows it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -38,54 +38,17 @@ class ModelSampler:
     batch_size: int | None = None
 
     def sync(self, adapter: TinyLoraAdapter | None) -> None:
-        """Does nothing: the adapter hangs on the model."""
+        """Does nothing: the model carries the adapter."""
 
-    def sample(
-        self,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        *,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        seed: int = 0,
-        first_row: int = 0,
-    ) -> Rollouts:
+    def sample(self, prompt_ids: Tensor, prompt_mask: Tensor, *, first_row: int = 0, **options: Any) -> Rollouts:
         """Calls :func:`sample` for ``batch_size`` rows at a time."""
         size = self.batch_size or len(prompt_ids)
-        parts = [
-            sample(
-                self.model,
-                self.tokenizer,
-                prompt_ids[start : start + size],
-                prompt_mask[start : start + size],
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                seed=seed,
-                first_row=first_row + start,
-            )
-            for start in range(0, len(prompt_ids), size)
-        ]
-        return parts[0] if len(parts) == 1 else _joined(parts, prompt_ids, prompt_mask, self.tokenizer.pad_token_id)
-
-
-def _joined(parts: list[Rollouts], prompt_ids: Tensor, prompt_mask: Tensor, pad: int) -> Rollouts:
-    """Samples of consecutive rows as one batch."""
-    width = max(part.completion_ids.shape[1] for part in parts)
-
-    def column(name: str, value: float = 0) -> Tensor:
-        tensors: list[Tensor] = [getattr(part, name) for part in parts]
-        return torch.cat([nn.functional.pad(t, (0, width - t.shape[1]), value=value) for t in tensors])
-
-    return Rollouts(
-        prompt_ids,
-        prompt_mask,
-        column("completion_ids", pad),
-        column("completion_mask"),
-        column("logprobs"),
-        column("entropies"),
-        torch.cat([part.truncated for part in parts]),
-        [text for part in parts for text in part.texts],
-    )
+        parts = []
+        for start in range(0, len(prompt_ids), size):
+            rows = slice(start, start + size)
+            options |= {"first_row": first_row + start}
+            parts.append(sample(self.model, self.tokenizer, prompt_ids[rows], prompt_mask[rows], **options))
+        return parts[0] if len(parts) == 1 else Rollouts.cat(parts, self.tokenizer.pad_token_id)
 
 
 @torch.no_grad()
@@ -108,15 +71,15 @@ def sample(
         model: any causal language model of transformers, adapted or not. It samples in evaluation mode and is left in
             the mode it was in.
         tokenizer: its tokenizer.
-        prompt_ids: ``[batch, prompt]`` int64, padded on the left; a prompt to be answered several times stands in
-            several rows, and is read once.
+        prompt_ids: ``[batch, prompt]`` int64, padded on the left; a prompt to be answered several times is in several
+            rows, and is read once.
         prompt_mask: ``[batch, prompt]`` int64, 1 on prompt tokens.
         max_new_tokens: the length limit.
         temperature: divides the logits; 0 takes the likeliest token, and reports probabilities at temperature 1. No
             top-k or top-p: their renormalised probabilities would not be the trainer's.
         seed: of the draw. Every row has random numbers of its own, so what it draws does not depend on its company.
-        first_row: where this batch stands in a larger one that is sampled in parts.
-        adapters: ``[batch]`` int64, who answers each row where the model carries a population.
+        first_row: the place of this batch in a larger one that is sampled in parts.
+        adapters: ``[batch]`` int64, the adapter of each row where the model carries a population.
         streams: a seed and a place for each row, in place of ``seed`` and of the rows' numbers from ``first_row``.
 
     Raises:
