@@ -218,6 +218,23 @@ def test_noise_without_leading_directions_gets_an_approximation_and_says_so(monk
     check_factors((found.U, found.S, found.Vh), matrix.shape, 2)
 
 
+def test_close_neighbours_in_a_slow_decay_settle(monkeypatch):
+    monkeypatch.setattr(svd, "EXACT_AT_WORST", 0)
+    matrix = with_spectrum(LARGE, [1.0, 0.999, *(0.99 * 0.998 ** torch.arange(518))])
+    found = decompose(matrix, 8)
+    assert found.portable
+    assert relative_error(truncation((found.U, found.S, found.Vh)), exact(matrix, 8)) < 1e-4
+
+
+def test_where_float64_does_not_converge_the_triplets_in_float32_are_kept(monkeypatch):
+    arpack = svd._arpack
+    monkeypatch.setattr(svd, "EXACT_AT_WORST", 0)
+    monkeypatch.setattr(svd, "_arpack", lambda m, *rest: None if m.dtype == torch.float64 else arpack(m, *rest))
+    found = decompose(with_spectrum(LARGE, [2.0, 2.0 * (1 - 5e-4), *[1.0] * 518]), 2)
+    assert not found.portable
+    torch.testing.assert_close(found.S, torch.tensor([2.0, 1.999]), atol=1e-5, rtol=0)
+
+
 def test_a_matrix_on_which_the_iteration_does_not_settle_is_decomposed_exactly_where_that_is_quick(monkeypatch):
     assert min(LARGE) <= EXACT_AT_WORST
     monkeypatch.setattr(svd, "MOST_RESTARTS", 1)
