@@ -168,10 +168,6 @@ def test_another_engine_answers(capsys, adapter, monkeypatch):
         (["--engine", "vllm-server"], "--url"),
         (["--url", "http://x"], "--engine vllm-server"),
         (["--gpu-memory", "0.5"], "of --engine vllm"),
-        (["--problems", "0"], "--problems must be at least 1"),
-        (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
-        (["--temperature", "-1"], "--temperature must be at least 0"),
-        (["--temperature", "nan"], "--temperature must be at least 0"),
         (["--adapter", "nowhere.tinylora"], "no adapter at nowhere.tinylora"),
         (["--device", "cuda:77"], "no device cuda:77"),
     ],
@@ -184,6 +180,25 @@ def test_mistakes_take_one_line_and_no_model(capsys, monkeypatch, argv, reason):
     assert captured.out == ""
     assert error.startswith("tinylora eval: error: ")
     assert reason in error
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "reason"),
+    [
+        ("--problems", "0", "must be at least 1, not 0"),
+        ("--max-new-tokens", "0", "must be at least 1, not 0"),
+        ("--samples", "two", "invalid number value: 'two'"),
+        ("--temperature", "-1", "must be at least 0, not -1"),
+        ("--temperature", "nan", "must be at least 0, not nan"),
+    ],
+)
+def test_a_value_out_of_its_range_is_a_wrong_command_line(capsys, option, value, reason):
+    with pytest.raises(SystemExit) as stop:
+        main(["eval", "nano", "--task", "nano", option, value])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert f"argument {option}: {reason}" in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -131,8 +131,10 @@ def test_all_weights(tmp_path, learning_rates):
 
 def test_imitation(tmp_path):
     training = {"steps": 2, "prompts_per_step": 4, "max_new_tokens": nano.MAX_NEW_TOKENS, "learning_rate": 0.1}
-    outcome = run_experiment(settings(tmp_path, method="sft", training=training))
+    progress = Progress()
+    outcome = run_experiment(settings(tmp_path, method="sft", training=training), progress=progress)
     assert outcome.run.method == "sft"
+    assert (progress.measure, progress.curves) == ("loss", {"sft, rate 0.1": outcome.run.curve("loss")})
     assert outcome.run.steps[-1]["norm"] > 0
 
 

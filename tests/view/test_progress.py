@@ -61,6 +61,15 @@ def test_after_the_end_the_results_are_printed_without_the_phase():
     assert "training" not in text
 
 
+def test_scores_are_shown_once_there_are_some():
+    """A command that evaluates nothing, such as export, shows no empty table."""
+    progress = LiveProgress(Console())
+    progress.begin("writing")
+    assert "evaluated" not in drawn(progress)
+    assert "pass@1" not in drawn(progress)
+    assert "pass@1" in drawn(fill(progress))
+
+
 def test_more_runs_than_colours():
     """As in a sweep over learning rates."""
     progress = LiveProgress(Console())

@@ -53,7 +53,8 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
             module = importlib.import_module(f"{__name__}.{file}")
             part.description, part.epilog = module.__doc__, f"example:\n  {module.EXAMPLE}"
             module.add_arguments(part)
-            part.add_argument("--seed", type=_seed, default=0, help=f"{module.SEED_HELP} (default: 0)")
+            seed = getattr(module, "SEED_HELP", "taken by every command; nothing here depends on it")
+            part.add_argument("--seed", type=_seed, default=0, help=f"{seed} (default: 0)")
             part.add_argument("--json", action="store_true", help="print one JSON object, as the last line of stdout")
             part.set_defaults(run=module.run)
     return parser

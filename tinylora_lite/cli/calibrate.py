@@ -7,9 +7,10 @@ project's own method: the paper draws its directions at random.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
+
+from tinylora_lite.cli import shared
 
 EXAMPLE = "tinylora calibrate nano --task nano --directions 13 --out basis.safetensors"
 SEED_HELP = "of the choice of problems and of the sampling"
@@ -17,36 +18,31 @@ SEED_HELP = "of the choice of problems and of the sampling"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``tinylora calibrate``."""
-    parser.add_argument("model", metavar="MODEL", help="a folder, a name on the hub, or nano")
-    parser.add_argument("--task", required=True, help="whose training problems are used: gsm8k, math, nano, ...")
-    parser.add_argument("--data", help="folder to read the task from (default: the hub)")
-    parser.add_argument("--rank", type=int, default=8, help="r of the adapters that will use it (default: 8)")
-    parser.add_argument("--directions", type=int, default=13, help="how many to keep (default: 13)")
-    parser.add_argument("--problems", type=int, default=256, help="to take gradients on (default: 256)")
-    parser.add_argument("--group-size", type=int, default=8, help="completions of each (default: 8)")
-    parser.add_argument("--looks", type=int, default=2, choices=(1, 2), help="2 looks again further on (default: 2)")
-    parser.add_argument("--max-new-tokens", type=int, default=1024, help="of a completion (default: 1024)")
-    parser.add_argument("--micro-batch", type=int, default=8, help="completions in one backward pass (default: 8)")
-    parser.add_argument("--checkpointing", action="store_true", help="recompute activations: far less memory, slower")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--revision", help="commit of the model on the hub")
-    parser.add_argument("--out", type=Path, default=Path("basis.safetensors"), help="default: basis.safetensors")
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a folder, a name on the hub, or nano")
+    add("--task", required=True, help="whose training problems are used: gsm8k, math, nano, ...")
+    add("--data", help="folder to read the task from (default: the hub)")
+    add("--rank", type=int, default=8, help="r of the adapters that will use it (default: 8)")
+    add("--directions", type=int, default=13, help="how many to keep (default: 13)")
+    add("--problems", type=int, default=256, help="to take gradients on (default: 256)")
+    add("--group-size", type=int, default=8, help="completions of each (default: 8)")
+    add("--looks", type=int, default=2, choices=(1, 2), help="passes; the second is further on (default: 2)")
+    add("--max-new-tokens", type=int, default=1024, help="of a completion (default: 1024)")
+    add("--micro-batch", type=int, default=8, help="completions in one backward pass (default: 8)")
+    add("--checkpointing", action="store_true", help="recompute activations: far less memory, slower")
+    add("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    add("--revision", help="commit of the model on the hub")
+    add("--out", type=Path, default=Path("basis.safetensors"), help="default: basis.safetensors")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Calibrates and writes the basis; prints where it is and how many problems informed it, or JSON."""
-    from rich.console import Console
-    from transformers.utils import logging
-
     from tinylora_lite.experiment.models import is_nano, load_tokenizer
     from tinylora_lite.experiment.run import task_named
     from tinylora_lite.experiment.runner import Runner
     from tinylora_lite.experiment.settings import RunSettings
-    from tinylora_lite.view.progress import progress_for
 
-    a = arguments
-    logging.disable_progress_bar()
-    started = time.perf_counter()
+    a, started = arguments, time.perf_counter()
     if not a.out.absolute().parent.is_dir():  # before an hour of work, not after it
         raise FileNotFoundError(f"there is no folder {a.out.absolute().parent} to write to")
     settings = RunSettings(
@@ -59,11 +55,11 @@ def run(arguments: argparse.Namespace) -> None:
     )
     task = task_named(a.task, settings)
     names = ("rank", "directions", "seed", "problems", "group_size", "max_new_tokens", "micro_batch")
-    with progress_for(Console(stderr=True)) as progress:
+    with shared.command_progress() as progress:
         runner = Runner.open(settings, load_tokenizer(a.model, a.revision), progress)
         basis = runner.calibrate(task, a.out, passes=a.looks, **{name: getattr(a, name) for name in names})
     result = {
-        "file": str(a.out),
+        "file": a.out,
         "bytes": a.out.stat().st_size,
         "fingerprint": basis.fingerprint(),
         "rank": basis.rank,
@@ -71,11 +67,9 @@ def run(arguments: argparse.Namespace) -> None:
         **{name: basis.provenance[name] for name in ("problems", "informative", "spectrum")},
         "seconds": round(time.perf_counter() - started, 1),
     }
-    if a.json:
-        print(json.dumps(result))
-        return
-    print(
+    words = (
         f"{result['directions']} directions of rank {result['rank']} from {result['informative']} of "
         f"{result['problems']} problems, {result['bytes']:,} bytes, {result['seconds']:.0f} seconds:\n"
         f"{a.out.resolve()}"
     )
+    shared.show(a, result, words)

@@ -7,19 +7,17 @@ random projections, and one whose projections were calibrated (this project's ow
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tinylora_lite as tl
-from tinylora_lite.cli.shared import show_results
+from tinylora_lite.cli import shared
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from tinylora_lite.evaluation.score import Completion
     from tinylora_lite.view.progress import Progress
 
 EXAMPLE = "tinylora demo"
@@ -37,26 +35,20 @@ FOLDER = Path("tinylora-demo")
 
 @dataclass(frozen=True)
 class Trained:
-    """One trained adapter: how it was trained, its score, its vectors, and its file."""
+    """One trained adapter: its score, its vectors, and its file."""
 
-    run: tl.Run
     score: tl.Score
     vectors: tuple[float, ...]
     file: Path
-
-    @property
-    def payload_bytes(self) -> int:
-        """Of the trained parameters alone, as bfloat16."""
-        return 2 * len(self.vectors)
 
     def summary(self) -> dict[str, Any]:
         """What the command prints as JSON."""
         return {
             "parameters": len(self.vectors),
             "trained": self.score.summary(),
-            "file": str(self.file),
+            "file": self.file,
             "bytes": self.file.stat().st_size,
-            "payload_bytes": self.payload_bytes,
+            "payload_bytes": 2 * len(self.vectors),  # of the trained parameters alone, as bfloat16
         }
 
 
@@ -78,11 +70,6 @@ class Demo:
             "random": self.random.summary(),
         }
 
-    def examples(self, count: int = 3) -> list[tuple[Completion, Completion, Completion]]:
-        """The first test problems, answered by the base, the random and the calibrated adapter."""
-        scores = (self.base, self.random.score, self.calibrated.score)
-        return list(zip(*(score.completions[:count] for score in scores), strict=True))
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``tinylora demo``."""
@@ -96,26 +83,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Shows the progress while it runs and a report at the end, or JSON."""
     from rich.console import Console
-    from transformers.utils import logging
 
-    from tinylora_lite.view.progress import progress_for
-
-    logging.disable_progress_bar()
-    console = Console()
-    with progress_for(console, plain=arguments.json) as progress:
-        demo = run_demo(
-            steps=arguments.steps,
-            problems=arguments.problems,
-            seed=arguments.seed,
-            calibrate=arguments.calibrate,
-            folder=arguments.folder,
-            progress=progress,
-        )
-    if arguments.json:
-        print(json.dumps(demo.summary()))
-        return
-    show_results(console, progress)
-    console.print(report(demo))
+    options = {name: getattr(arguments, name) for name in ("steps", "problems", "seed", "calibrate", "folder")}
+    with shared.command_progress(Console(), plain=arguments.json) as progress:
+        demo = run_demo(**options, progress=progress)
+    shared.show(arguments, demo.summary(), *shared.results(progress), report(demo))
 
 
 def run_demo(
@@ -137,10 +109,6 @@ def run_demo(
         folder: where the adapters (``random.tinylora``, ``calibrated.tinylora``), the records of the runs and a new
             basis are written.
         progress: where progress is shown; ``None`` shows nothing.
-
-    Raises:
-        ValueError: ``steps`` or ``problems`` is below 1.
-        OSError: ``folder`` cannot be made or written, or the basis that should be shipped is missing.
     """
     from tinylora_lite import nano
     from tinylora_lite.experiment.models import load_tokenizer
@@ -160,7 +128,6 @@ def run_demo(
     )
     folder, progress, task = Path(folder), progress or Progress(), nano.task()
     folder.mkdir(parents=True, exist_ok=True)  # fails now rather than after a minute of training
-    progress.steps = steps
     started = time.perf_counter()
     settings = RunSettings(model="nano", task="nano", dtype="float32")
     runner = Runner.open(settings, load_tokenizer("nano"), progress, device="cpu")
@@ -179,11 +146,11 @@ def run_demo(
     for name, config in configs.items():
         adapter = tl.attach(runner.base, config)
         try:
-            record = runner.train(name, task, adapter, replace(training, learning_rate=LEARNING_RATES[name]))
-            record.save(folder / f"{name}.run.json")
+            run = runner.train(name, task, adapter, replace(training, learning_rate=LEARNING_RATES[name]))
+            run.save(folder / f"{name}.run.json")
             score = runner.evaluate(name, task, testing, seed=seed)
             file = tl.save(adapter, folder / f"{name}.tinylora").resolve()
-            trained[name] = Trained(record, score, tuple(adapter.vectors.flatten().tolist()), file)
+            trained[name] = Trained(score, tuple(adapter.vectors.flatten().tolist()), file)
         finally:
             adapter.detach()
     return Demo(base, trained["random"], trained["calibrated"], time.perf_counter() - started)
@@ -194,37 +161,31 @@ def report(demo: Demo) -> Table:
     from rich.table import Table
     from rich.text import Text
 
+    from tinylora_lite.lab import untrained
+
     report = Table.grid()
-    for number, answers in enumerate(demo.examples(), start=1):
+    scores = {"base": demo.base, "random": demo.random.score, "calibrated": demo.calibrated.score}
+    for number, answers in enumerate(zip(*(score.completions[:3] for score in scores.values()), strict=True), start=1):
         lines = Table.grid(padding=(0, 1, 0, 0))
         lines.add_column(no_wrap=True)
         lines.add_row(f"test problem {number}", Text(answers[0].prompt, "italic"))
-        for name, answer in zip(("base", "random", "calibrated"), answers, strict=True):
+        for name, answer in zip(scores, answers, strict=True):
             verdict = "right" if answer.reward else "wrong"
             lines.add_row(name, Text(f"{answer.text or '(nothing)'}  [{verdict}]", "" if answer.reward else "dim"))
         report.add_row("")
         report.add_row(lines)
-    report.add_row("")
-    report.add_row(comparison())
-    report.add_row("")
+    record = untrained.recorded()
+    first, header = record["first_token"]["sampled"], record["header"]["sampled"]
+    report.add_row(
+        f"\nFor comparison, the untrained base on {first['n']:,} test problems: {first['accuracy']:.1%} where its "
+        f"answer must begin with a number, {header['accuracy']:.1%} with its best line of prompt. Here thirteen "
+        "numbers make one choice, at one token, that a line of prompt makes too.\n"
+    )
     for name, trained in (("random", demo.random), ("calibrated", demo.calibrated)):
-        size = trained.file.stat().st_size
+        made = trained.summary()
         report.add_row(
-            f"{name}: {len(trained.vectors)} parameters, {trained.payload_bytes} bytes, in a file of {size:,} bytes:\n"
-            f"  {trained.file}"
+            f"{name}: {made['parameters']} parameters, {made['payload_bytes']} bytes, in a file of "
+            f"{made['bytes']:,} bytes:\n  {trained.file}"
         )
     report.add_row(f"{demo.seconds:.0f} seconds in all")
     return report
-
-
-def comparison() -> str:
-    """What the untrained base does when its first token or its prompt is chosen for it, from the record."""
-    from tinylora_lite.lab import untrained
-
-    record = untrained.recorded()
-    first, header = record["first_token"]["sampled"], record["header"]["sampled"]
-    return (
-        f"For comparison, the untrained base on {first['n']:,} test problems: {first['accuracy']:.1%} where its answer "
-        f"must begin with a number, {header['accuracy']:.1%} with its best line of prompt. Here thirteen numbers make "
-        "one choice, at one token, that a line of prompt makes too."
-    )

@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tinylora_lite as tl
-from tinylora_lite.cli.shared import attach_file, told_warnings, trained_with
+from tinylora_lite.cli import shared
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from tinylora_lite.experiment.runner import Runner
     from tinylora_lite.experiment.settings import RunSettings
 
 EXAMPLE = "tinylora eval nano --adapter tinylora-demo/calibrated.tinylora --task nano --compare"
@@ -29,47 +26,30 @@ MAX_NEW_TOKENS = 2048
 GPU_MEMORY = 0.85
 
 
-@dataclass(frozen=True)
-class Result:
-    """The scores on one task."""
-
-    task: str
-    score: tl.Score
-    base: tl.Score | None
-
-    @property
-    def comparison(self) -> tl.Comparison | None:
-        """Base and adapted on the same problems, where both were scored."""
-        return None if self.base is None else tl.compare(self.base, self.score)
-
-    def summary(self) -> dict[str, Any]:
-        """What the command prints as JSON."""
-        scores: dict[str, Any] = {"task": self.task, "score": _details(self.score)}
-        if self.base is not None and self.comparison is not None:
-            scores |= {"base": _details(self.base), "comparison": self.comparison.summary()}
-        return scores
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``tinylora eval``."""
-    add = parser.add_argument
+    add, one_or_more = parser.add_argument, shared.at_least(1)
     add("model", metavar="MODEL", help="nano, the folder of a transformers checkpoint, or its name on the hub")
     add("--task", nargs="+", required=True, metavar="NAME", help="nano, gsm8k, math500 and others; several are allowed")
     add("--adapter", type=Path, metavar="FILE", help="an adapter file, or a folder with PEFT's TinyLoRA")
     add("--basis", type=Path, help="of a calibrated adapter (default: beside its file, or in the package)")
     add("--compare", action="store_true", help="score the base on the same problems too, and compare the two")
     add("--split", choices=("test", "validation"), default="test", help="of the task (default: test)")
-    add("--problems", type=int, help="how many, from the start of the split (default: all)")
-    add("--samples", type=int, default=1, help="completions of each problem (default: 1)")
-    add("--temperature", type=float, help="0 is greedy (default: 0 with one sample, 1 with more)")
-    add("--max-new-tokens", type=int, help=f"the length limit (default: {MAX_NEW_TOKENS}; nano task: enough for it)")
+    add("--problems", type=one_or_more, help="how many, from the start of the split (default: all)")
+    add("--samples", type=one_or_more, default=1, help="completions of each problem (default: 1)")
+    add("--temperature", type=shared.at_least(0, float), help="0 is greedy (default: 0 with one sample, 1 with more)")
+    add(
+        "--max-new-tokens",
+        type=one_or_more,
+        help=f"the length limit (default: {MAX_NEW_TOKENS}; nano task: enough for it)",
+    )
     add("--data", type=Path, metavar="FOLDER", help="where the problems are, in place of the hub")
     add("--prompt", help="how the problems are asked (default: the task's own way)")
     add("--engine", choices=tuple(BATCH_SIZES), default="transformers", help="what answers (default: transformers)")
     add("--url", help="of the server, for the engine vllm-server")
     add("--gpu-memory", type=float, help=f"vLLM's share of the GPU's memory (default: {GPU_MEMORY})")
-    add("--tensor-parallel", type=int, help="GPUs that vLLM splits the model over (default: 1)")
-    add("--batch-size", type=int, help="completions decoded together (default: 128; with vLLM 1024)")
+    add("--tensor-parallel", type=one_or_more, help="GPUs that vLLM splits the model over (default: 1)")
+    add("--batch-size", type=one_or_more, help="completions decoded together (default: 128; with vLLM 1024)")
     add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), help="of the model (default: the adapter's)")
     add("--device", help="as torch names it (default: the GPU, where there is one)")
     add("--revision", help="of a model on the hub: a commit, branch or tag")
@@ -78,26 +58,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Shows a table of the scores and the comparisons in words; or JSON."""
-    from rich.console import Console
-    from transformers.utils import logging
-
     from tinylora_lite.experiment.models import load_tokenizer
     from tinylora_lite.experiment.run import task_named
     from tinylora_lite.experiment.runner import Runner
     from tinylora_lite.utils.record import atomic_write, environment
-    from tinylora_lite.view.progress import progress_for
 
     a = arguments
     _check(a)
-    logging.disable_progress_bar()
-    with progress_for(Console(stderr=True)) as progress:
-        with told_warnings():
-            dtype, rank = ("auto", 1) if a.adapter is None else trained_with(a.adapter)
-            tasks, runs = {}, {}
-            for name in a.task:
-                runs[name] = _settings(a, name, rank)
-                tasks[name] = task_named(name, runs[name])
-                if not getattr(tasks[name], a.split):
+    if a.temperature is None:
+        a.temperature = 0.0 if a.samples == 1 else 1.0
+    with shared.command_progress() as progress:
+        with shared.told_warnings():
+            dtype, rank = ("auto", 1) if a.adapter is None else shared.trained_with(a.adapter)
+            runs = {name: _settings(a, name, rank) for name in a.task}
+            tasks = {name: task_named(name, settings) for name, settings in runs.items()}
+            for name, task in tasks.items():
+                if not getattr(task, a.split):
                     raise ValueError(f"task {name} has no {a.split} problems")
             own = a.engine == "transformers"
             runner = Runner.open(
@@ -111,35 +87,43 @@ def run(arguments: argparse.Namespace) -> None:
             adapter = None
             if a.adapter is not None:
                 progress.begin(f"attaching {a.adapter}")
-                adapter = attach_file(runner.base, a.adapter, a.basis)
-        results = []
-        for name, task in tasks.items():
-            base = None
+                adapter = shared.attach_file(runner.base, a.adapter, a.basis)
+
+        def score(name: str, which: str) -> tl.Score:
+            return runner.evaluate(
+                f"{name}, {which}",
+                tasks[name],
+                runs[name].evaluation,
+                split=a.split,
+                seed=a.seed,
+                folder=None if a.folder is None else a.folder / name / which,
+                subject=None if runner.model is not None else {"model": a.model, "revision": a.revision or ""},
+            )
+
+        scores: dict[str, dict[str, tl.Score]] = {name: {} for name in tasks}
+        for name, found in scores.items():
             if adapter is not None and a.compare:
                 with adapter.disabled():
-                    base = _score(a, runner, name, task, runs[name], "base")
-            which = "base" if adapter is None else "adapted"
-            results.append(Result(name, _score(a, runner, name, task, runs[name], which), base))
-    named = ("model", "revision", "engine", "split", "samples", "seed", "folder", "adapter")
-    record = {name: getattr(a, name) for name in named} | {
-        "temperature": _temperature(a),
-        "results": [result.summary() for result in results],
-        "environment": environment(),
-    }
+                    found["base"] = score(name, "base")
+            found["score"] = score(name, "base" if adapter is None else "adapted")
+    results, words = [], []
+    for name, found in scores.items():
+        result: dict[str, Any] = {"task": name}
+        for which, each in found.items():
+            low, high = each.bootstrap()
+            result[which] = each.details() | {"bootstrap_low": low, "bootstrap_high": high}
+        if "base" in found:
+            compared = tl.compare(found["base"], found["score"])
+            result["comparison"] = compared.summary()
+            words.append(f"{name}, strict: {compared.strict}")
+            words += [f"{name}, lenient: {compared.lenient}"] if compared.lenient is not None else []
+        results.append(result)
+    named = ("model", "revision", "engine", "split", "samples", "seed", "folder", "adapter", "temperature")
+    record = {name: getattr(a, name) for name in named} | {"results": results, "environment": environment()}
     if a.folder is not None:
         atomic_write(a.folder / "result.json", json.dumps(record, indent=1, default=str) + "\n")
-    if a.json:
-        print(json.dumps(record, default=str))  # paths as text
-        return
-    Console().print(_table(results))
-    for result in results:
-        compared = result.comparison
-        for name in ("strict", "lenient") if compared is not None else ():
-            difference = getattr(compared, name)
-            if difference is not None:
-                print(f"{result.task}, {name}: {difference}")
-    if a.folder is not None:
-        print(f"completions: {a.folder}")
+        words.append(f"completions: {a.folder}")
+    shared.show(a, record, _table(scores), *words)
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -153,12 +137,6 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError("--url names the server of --engine vllm-server; give both or neither")
     if a.engine != "vllm" and (a.gpu_memory is not None or a.tensor_parallel is not None):
         raise ValueError("--gpu-memory and --tensor-parallel are of --engine vllm; a server has its own")
-    for name in ("problems", "samples", "max_new_tokens", "batch_size", "tensor_parallel"):
-        value = getattr(a, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-    if a.temperature is not None and not 0 <= a.temperature < math.inf:
-        raise ValueError(f"--temperature must be at least 0, not {a.temperature}")
     if a.adapter is not None and not a.adapter.exists():
         raise FileNotFoundError(f"there is no adapter at {a.adapter}")
 
@@ -186,50 +164,24 @@ def _settings(arguments: argparse.Namespace, task: str, rank: int) -> RunSetting
         evaluation=EvaluationSettings(
             problems=a.problems,
             samples=a.samples,
-            temperature=_temperature(a),
+            temperature=a.temperature,
             max_new_tokens=a.max_new_tokens or (nano.MAX_NEW_TOKENS if task == "nano" else MAX_NEW_TOKENS),
         ),
     )
 
 
-def _score(
-    arguments: argparse.Namespace, runner: Runner, name: str, task: tl.Task, settings: RunSettings, which: str
-) -> tl.Score:
-    a = arguments
-    return runner.evaluate(
-        f"{name}, {which}",
-        task,
-        settings.evaluation,
-        split=a.split,
-        seed=a.seed,
-        folder=None if a.folder is None else a.folder / name / which,
-        subject=None if runner.model is not None else {"model": a.model, "revision": a.revision or ""},
-    )
-
-
-def _temperature(arguments: argparse.Namespace) -> float:
-    if arguments.temperature is not None:
-        return float(arguments.temperature)
-    return 0.0 if arguments.samples == 1 else 1.0
-
-
-def _details(score: tl.Score) -> dict[str, Any]:
-    low, high = score.bootstrap()
-    return score.details() | {"bootstrap_low": low, "bootstrap_high": high}
-
-
-def _table(results: list[Result]) -> Table:
+def _table(scores: dict[str, dict[str, tl.Score]]) -> Table:
     """A row for each score, in percent."""
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 1, 0, 0))
     for title in ("", "strict", "lenient", "format", "cut off", "tokens", "n"):
         table.add_column(title, justify="right" if title else "left", no_wrap=True)
-    for result in results:
-        scored = {"": result.score} if result.base is None else {", base": result.base, ", adapted": result.score}
-        for which, score in scored.items():
+    for task, found in scores.items():
+        for which, score in found.items():
+            name = ", base" if which == "base" else ", adapted" if "base" in found else ""
             table.add_row(
-                result.task + which,
+                task + name,
                 _percents(score.accuracy, score.low, score.high),
                 "" if score.lenient is None else _percents(*score.lenient),
                 "" if score.formatted is None else f"{100 * score.formatted:.1f}",

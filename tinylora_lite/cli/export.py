@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from tinylora_lite.view.progress import Progress
 
 EXAMPLE = "tinylora export tinylora-demo/calibrated.tinylora --base nano --to lora --out calibrated-lora"
-SEED_HELP = "taken by every command; nothing that is written depends on it"
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"),
@@ -34,10 +33,8 @@ VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)
 
 KINDS = {"lora": "a PEFT LoRA", "peft": "a PEFT TinyLoRA", "merged": "a checkpoint that needs no adapter"}
 
-NANO_NOTES = {
-    "lora": "send vLLM token ids of transformers.PreTrainedTokenizerFast: AutoTokenizer would take Qwen2's own",
-    "merged": "load the tokenizer with transformers.PreTrainedTokenizerFast: AutoTokenizer would take Qwen2's own",
-}
+NANO_NOTE = "{} transformers.PreTrainedTokenizerFast: AutoTokenizer would take Qwen2's own"
+NANO_NOTES = {"lora": NANO_NOTE.format("send vLLM token ids of"), "merged": NANO_NOTE.format("load the tokenizer with")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,51 +51,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints what was written and, of a LoRA, how vLLM serves it; or JSON."""
-    from rich.console import Console
-
-    from tinylora_lite.view.progress import progress_for
-
-    if arguments.dtype and arguments.to == "peft":
-        raise ValueError("--dtype is of lora and merged; PEFT's TinyLoRA is float32")
-    _check_out(arguments.out, arguments.to)
-    base = shared.base_folder(arguments.base)
-    with progress_for(Console(stderr=True)) as progress, shared.told_warnings() as warnings:
-        model, adapter = shared.load_adapted(arguments.file, base, arguments.basis, progress)
-        result = _export(model, adapter, base, arguments, progress)
-    result["warnings"] = warnings
-    print(json.dumps(result) if arguments.json else _words(result))
-
-
-def _export(
-    model: PreTrainedModel, adapter: tl.TinyLoraAdapter, base: Path, arguments: argparse.Namespace, progress: Progress
-) -> dict[str, Any]:
     from tinylora_lite import nano
 
     to, out = arguments.to, arguments.out
+    if arguments.dtype and to == "peft":
+        raise ValueError("--dtype is of lora and merged; PEFT's TinyLoRA is float32")
+    _check_out(out, to)
+    base = shared.base_folder(arguments.base)
     is_nano = base.resolve().is_relative_to(nano.CHECKPOINTS.resolve())
+    merge = serve = None
+    with shared.command_progress() as progress, shared.told_warnings() as warnings:
+        model, adapter = shared.load_adapted(arguments.file, base, arguments.basis, progress)
+        if to == "merged":
+            merge = _write_merged(model, adapter, base, out, arguments.dtype, progress)
+        else:
+            progress.begin("writing")
+            if to == "lora":
+                tl.export_lora(adapter, out, arguments.dtype or "fp32")
+                serve = _serve(base, out, arguments.file.stem, adapter.config.rank, is_nano)
+            else:
+                tl.export_peft(adapter, out)
+    files = {path.name: path.stat().st_size for path in sorted(out.rglob("*")) if path.is_file()}
     result = {
-        "file": str(arguments.file),
-        "base": str(base),
+        "file": arguments.file,
+        "base": base,
         "to": to,
-        "folder": str(out),
+        "folder": out,
         "parameters": adapter.num_parameters,
         "modules": len(adapter.names),
         "rank": adapter.config.rank,
-        "merge": None,
-        "serve": None,
+        "merge": merge,
+        "serve": serve,
         "note": NANO_NOTES.get(to) if is_nano else None,
+        "bytes": sum(files.values()),
+        "files": files,
+        "warnings": warnings,
     }
-    if to == "merged":
-        result["merge"] = _write_merged(model, adapter, base, out, arguments.dtype, progress)
-    else:
-        progress.begin("writing")
-        if to == "lora":
-            tl.export_lora(adapter, out, arguments.dtype or "fp32")
-            result["serve"] = _serve(base, out, arguments.file.stem, adapter.config.rank, is_nano)
-        else:
-            tl.export_peft(adapter, out)
-    files = {path.name: path.stat().st_size for path in sorted(out.rglob("*")) if path.is_file()}
-    return result | {"bytes": sum(files.values()), "files": files}
+    lines = [
+        f"{out}: {KINDS[to]}, {result['parameters']:,} parameters on {result['modules']} modules, "
+        f"{result['bytes']:,} bytes",
+        *(f"  {name}: {size:,} bytes" for name, size in files.items()),
+    ]
+    if merge:
+        lines.append(
+            f"merged in {merge['dtype']}: {merge['kept']:.1%} of the update kept along itself, "
+            f"at a cosine of {merge['cosine']:.3f} (1 is no rounding noise)"
+        )
+    lines += [f"serve it: {serve}"] if serve else []
+    lines += [result["note"]] if result["note"] else []
+    shared.show(arguments, result, "\n".join(lines))
 
 
 def _write_merged(
@@ -165,22 +166,3 @@ def _serve(base: Path, out: Path, name: str, rank: int, is_nano: bool) -> str | 
     if rank > VLLM_RANKS[0]:
         command += ["--max-lora-rank", str(next(allowed for allowed in VLLM_RANKS if allowed >= rank))]
     return shlex.join(command)
-
-
-def _words(result: dict[str, Any]) -> str:
-    lines = [
-        f"{result['folder']}: {KINDS[result['to']]}, {result['parameters']:,} parameters on {result['modules']} "
-        f"modules, {result['bytes']:,} bytes"
-    ]
-    lines += [f"  {name}: {size:,} bytes" for name, size in result["files"].items()]
-    if result["to"] == "merged":
-        merge = result["merge"]
-        lines.append(
-            f"merged in {merge['dtype']}: {merge['kept']:.1%} of the update kept along itself, "
-            f"at a cosine of {merge['cosine']:.3f} (1 is no rounding noise)"
-        )
-    if result["serve"]:
-        lines.append(f"serve it: {result['serve']}")
-    if result["note"]:
-        lines.append(result["note"])
-    return "\n".join(lines)

@@ -15,6 +15,7 @@ from tinylora_lite.cli import shared
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from rich.console import RenderableType
     from rich.table import Table
     from torch import Tensor
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from tinylora_lite.files.merge import MergeEffect
 
 EXAMPLE = "tinylora inspect tinylora-demo/calibrated.tinylora --base nano"
-SEED_HELP = "taken by every command; nothing that is shown depends on it"
 
 TINYLORA, PEFT_TINYLORA = "tinylora", "PEFT TINYLORA"
 PEFT_SETTINGS = ("r", "u", "weight_tying", "projection_seed", "save_projection", "target_modules", "peft_version")
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints the description in words and, with a base, a table of the merge; or JSON."""
-    from rich.console import Console
+    from rich.text import Text
 
     if arguments.dtype and not arguments.base:
         raise ValueError("--dtype is of a merge; say into which base with --base")
@@ -52,43 +52,27 @@ def run(arguments: argparse.Namespace) -> None:
             if found["kind"] not in (TINYLORA, PEFT_TINYLORA):
                 raise ValueError(f"{arguments.file} holds a {found['kind']} adapter; --base takes TinyLoRA adapters")
             found |= _on_base(arguments, arguments.dtype or "bf16")
-    if arguments.json:
-        print(json.dumps(found))
-        return
-    if "vectors" not in found:
-        print(_one_line(found))
-        return
-    console = Console()
-    console.print(_words(found))
+    words: list[RenderableType] = [_words(found) if "vectors" in found else _one_line(found)]
     if arguments.base:
-        console.print(_table(found["merge"]))
-        console.print(_verdict(found["merge"]), markup=False, highlight=False)
+        words += [_table(found["merge"]), Text(_verdict(found["merge"]))]
+    shared.show(arguments, found, *words)
 
 
 def describe(path: Path, basis: Path | None = None) -> dict[str, Any]:
-    """What an adapter file of this library or a folder of PEFT holds, read without its base.
+    """What an adapter file of this library or a folder of PEFT holds, read without its base, as JSON values.
 
-    Args:
-        path: of the file or folder.
-        basis: where a calibrated basis is looked for, as :func:`~tinylora_lite.load` takes it.
-
-    Returns:
-        JSON values. ``kind`` is ``"tinylora"``, or ``"PEFT …"`` with PEFT's name of the kind. ``payload_bytes`` is the
-        size of the trained parameters alone. ``stored_factors`` are the modules whose factors are stored: their places
-        in tying order in a file, their names in a folder.
-
-    Raises:
-        FileNotFoundError: there is nothing at ``path``.
-        AdapterFileError: it is damaged, edited or foreign, or ``basis`` is not the one that it needs.
+    ``kind`` is ``"tinylora"``, or ``"PEFT …"`` with PEFT's name of the kind. ``payload_bytes`` is the size of the
+    trained parameters alone. ``stored_factors`` are the modules whose factors are stored: their places in tying order
+    in a file, their names in a folder. Raises ``AdapterFileError`` for a damaged or foreign file, or another basis.
     """
     from tinylora_lite.files.peft_format import kind_of
 
     if not path.is_dir():
         return {"file": str(path)} | _file(path, basis)
-    kind = kind_of(path)
+    kind, size = kind_of(path), sum(file.stat().st_size for file in path.glob("adapter_*") if file.is_file())
     # A folder whose kind cannot be read goes to _folder, where reading its settings says what is wrong.
     is_foreign = isinstance(kind, str) and kind != "TINYLORA"
-    return {"file": str(path)} | (_foreign(path, kind) if is_foreign else _folder(path))
+    return {"file": str(path), "bytes": size} | (_foreign(path, kind) if is_foreign else _folder(path))
 
 
 def _file(path: Path, basis: Path | None) -> dict[str, Any]:
@@ -99,7 +83,9 @@ def _file(path: Path, basis: Path | None) -> dict[str, Any]:
         settings, vectors = header["settings"], tensors["vectors"]
         base = {"name": header["base"] or None, "revision": header.get("base_revision")}
         base |= {"dtype": header["base_dtype"], "sha256": header["base_sha256"]}
-        calibrated = settings["projection"] not in ("random", "identity")
+        calibrated = None
+        if (wanted := settings["projection"]) not in ("random", "identity"):
+            calibrated = {"fingerprint": wanted, "found": _is_found(wanted, basis, path)}
         return {
             "kind": TINYLORA,
             "format": header["format"],
@@ -110,7 +96,7 @@ def _file(path: Path, basis: Path | None) -> dict[str, Any]:
             "bytes": path.stat().st_size,
             "vectors": _vectors(vectors.float()),
             "settings": {name: value for name, value in settings.items() if value is not None},
-            "basis": _basis(settings["projection"], basis, path) if calibrated else None,
+            "basis": calibrated,
             "modules": len(tensors["decomposition"]),
             "stored_factors": sorted(int(key.partition(".")[2]) for key in tensors if key.startswith("left.")),
             "base": base,
@@ -121,7 +107,7 @@ def _file(path: Path, basis: Path | None) -> dict[str, Any]:
         raise tl.AdapterFileError(f"{path} is no complete adapter file ({error!r}); save it again") from error
 
 
-def _basis(fingerprint: str, given: Path | None, path: Path) -> dict[str, Any]:
+def _is_found(fingerprint: str, given: Path | None, path: Path) -> bool:
     from tinylora_lite.files.basis import find_basis
 
     try:
@@ -129,8 +115,8 @@ def _basis(fingerprint: str, given: Path | None, path: Path) -> dict[str, Any]:
     except tl.AdapterFileError:
         if given is not None:
             raise
-        return {"fingerprint": fingerprint, "found": False}
-    return {"fingerprint": fingerprint, "found": True}
+        return False
+    return True
 
 
 def _folder(folder: Path) -> dict[str, Any]:
@@ -151,7 +137,6 @@ def _folder(folder: Path) -> dict[str, Any]:
         "parameters": vectors.numel(),
         "dtype": _dtypes(stored),
         "payload_bytes": sum(tensor.nbytes for tensor in stored),
-        "bytes": _bytes(folder),
         "vectors": _vectors(vectors),
         "settings": {name: settings[name] for name in PEFT_SETTINGS if settings[name] is not None},
         "modules": len(held.parts) or None,
@@ -169,7 +154,6 @@ def _foreign(folder: Path, kind: str) -> dict[str, Any]:
         "kind": f"PEFT {kind}",
         "parameters": sum(tensor.numel() for tensor in stored) if stored else None,
         "dtype": _dtypes(stored) or None,
-        "bytes": _bytes(folder),
         "settings": named,
         "base": {"name": settings.get("base_model_name_or_path"), "revision": settings.get("revision")},
     }
@@ -206,19 +190,15 @@ def _dtypes(tensors: Iterable[Tensor]) -> str:
     return ", ".join(sorted({short.get(tensor.dtype, str(tensor.dtype)) for tensor in tensors}))
 
 
-def _bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("adapter_*") if path.is_file())
-
-
 def _on_base(arguments: argparse.Namespace, precision: Precision) -> dict[str, Any]:
     """What a merge into the base would keep."""
     from tinylora_lite.files.file_format import DTYPES
-    from tinylora_lite.view.progress import PlainProgress
 
-    progress, folder = PlainProgress(), shared.base_folder(arguments.base)
-    _model, adapter = shared.load_adapted(arguments.file, folder, arguments.basis, progress)
-    progress.begin(f"merging {len(adapter.names)} modules")
-    report = tl.merge_report(adapter, DTYPES[precision])
+    folder = shared.base_folder(arguments.base)
+    with shared.command_progress() as progress:
+        _model, adapter = shared.load_adapted(arguments.file, folder, arguments.basis, progress)
+        progress.begin(f"merging {len(adapter.names)} modules")
+        report = tl.merge_report(adapter, DTYPES[precision])
     modules = {name: _effect(effect) for name, effect in report.modules.items()}
     return {
         "fits": True,  # or an error would have been raised

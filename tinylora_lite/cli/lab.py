@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
+import io
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
+
+from tinylora_lite.cli import shared
+from tinylora_lite.utils.record import atomic_write
 
 if TYPE_CHECKING:
     from tinylora_lite.lab.claim import Claim
@@ -19,30 +21,30 @@ if TYPE_CHECKING:
     from tinylora_lite.lab.trial import Trial
 
 EXAMPLE = "tinylora lab run rl-parameters --minutes 30"
-SEED_HELP = "taken by every command; the claims set the seeds of the lab's runs"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``tinylora lab``."""
-    parser.add_argument("action", choices=("list", "run", "draw", "table"), help="what to do")
-    parser.add_argument(
+    add = parser.add_argument
+    add("action", choices=("list", "run", "draw", "table"), help="what to do")
+    add(
         "claims",
         nargs="*",
         metavar="CLAIM",
         help="names from `tinylora lab list`, paths of files that define CLAIM, or all; "
         "chapters: the runs of the book's first chapters",
     )
-    parser.add_argument("--folder", type=Path, help="the folder of the records (default: the book's)")
-    parser.add_argument("--workers", type=_whole, help="processes, each on one core (default: one for each core)")
-    parser.add_argument("--minutes", type=_minutes, help="after which `run` starts nothing new (default: no limit)")
-    parser.add_argument(
+    add("--folder", type=Path, help="the folder of the records (default: the book's)")
+    add("--workers", type=shared.at_least(1), help="processes, each on one core (default: one for each core)")
+    add("--minutes", type=shared.at_least(0, float), help="after which `run` starts nothing new (default: no limit)")
+    add(
         "--score",
         choices=("sampled", "greedy"),
         default="sampled",
         help="by which answers `draw` and `table` compare: one sampled at temperature 1, or the greedy one "
         "(default: sampled)",
     )
-    parser.add_argument("--out", type=Path, help="where `draw` puts its picture (default: CLAIM.svg); .png works too")
+    add("--out", type=Path, help="where `draw` puts its picture (default: CLAIM.svg); .png works too")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -64,15 +66,12 @@ def run(arguments: argparse.Namespace) -> None:
 def _list(chosen: list[Claim], store: Store, arguments: argparse.Namespace) -> None:
     from tinylora_lite.lab.plan import progress_of
 
-    runs = [progress_of(claim, store) for claim in chosen]
-    if arguments.json:
-        pairs = zip(chosen, runs, strict=True)
-        print(json.dumps([{"claim": claim.name, "title": claim.title} | of_claim for claim, of_claim in pairs]))
-        return
-    table = Table("claim", "what it says", "runs", "to go", box=box.SIMPLE)
-    for claim, of_claim in zip(chosen, runs, strict=True):
-        table.add_row(claim.name, claim.title, str(of_claim["recorded"]), str(of_claim["missing"] or "done"))
-    Console().print(table)
+    table, result = Table("claim", "what it says", "runs", "to go", box=box.SIMPLE), []
+    for claim in chosen:
+        runs = progress_of(claim, store)
+        result.append({"claim": claim.name, "title": claim.title} | runs)
+        table.add_row(claim.name, claim.title, str(runs["recorded"]), str(runs["missing"] or "done"))
+    shared.show(arguments, result, table)
 
 
 def _run(chosen: list[Claim], store: Store, arguments: argparse.Namespace) -> None:
@@ -86,16 +85,15 @@ def _run(chosen: list[Claim], store: Store, arguments: argparse.Namespace) -> No
         accuracies = " ".join(f"{record['scores']['sampled']['accuracy']:.3f}" for record in records)
         first = trials[0]
         what = f"{first.base} {first.method} {first.numbers} r={first.rank} {first.split}"
-        print(
-            f"[{(time.monotonic() - started) / 60:5.1f} min] {left} known to go; {what}: {accuracies}", file=sys.stderr
-        )
+        minutes = (time.monotonic() - started) / 60
+        print(f"[{minutes:5.1f} min] {left} known to go; {what}: {accuracies}", file=sys.stderr)
 
     seconds = None if arguments.minutes is None else arguments.minutes * 60
     complete = execute(chosen, store, workers=arguments.workers, seconds=seconds, report=report)
-    if arguments.json:
-        print(json.dumps({"runs": made, "complete": complete, "seconds": round(time.monotonic() - started, 1)}))
-    else:
-        Console().print(f"{made} runs made; {'nothing is missing' if complete else 'more to go: call it again'}.")
+    result = {"runs": made, "complete": complete, "seconds": round(time.monotonic() - started, 1)}
+    shared.show(
+        arguments, result, f"{made} runs made; {'nothing is missing' if complete else 'more to go: call it again'}."
+    )
 
 
 def _draw(chosen: list[Claim], store: Store, arguments: argparse.Namespace) -> None:
@@ -106,35 +104,17 @@ def _draw(chosen: list[Claim], store: Store, arguments: argparse.Namespace) -> N
     written = []
     for claim in chosen:
         path = arguments.out or Path(f"{claim.name}.svg")
-        temporary = path.with_name(f".{path.name}")
-        claim.draw(store).savefig(temporary, format=path.suffix.lstrip(".") or "svg", facecolor="white")
-        temporary.replace(path)
-        written.append(str(path))
-    print(json.dumps({"files": written}) if arguments.json else "\n".join(written))
+        picture = io.BytesIO()
+        claim.draw(store).savefig(picture, format=path.suffix.lstrip(".") or "svg", facecolor="white")
+        written.append(str(atomic_write(path, picture.getvalue())))
+    shared.show(arguments, {"files": written}, *written)
 
 
 def _table(chosen: list[Claim], store: Store, arguments: argparse.Namespace) -> None:
     from tinylora_lite.lab.plan import rows_of
 
     rows = rows_of(chosen, store)
-    if arguments.json:
-        print(json.dumps(rows))
-        return
     table = Table("claim", "paper", "ours", "verdict", box=box.SIMPLE)
     for row in rows:
         table.add_row(row["title"], row["paper"], row["ours"], row["finding"])
-    Console().print(table)
-
-
-def _minutes(text: str) -> float:
-    value = float(text)
-    if not value >= 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, not {text}")
-    return value
-
-
-def _whole(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
+    shared.show(arguments, rows, table)

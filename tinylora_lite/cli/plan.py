@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 
+from tinylora_lite.cli import shared
 from tinylora_lite.planning import shapes
 
 EXAMPLE = "tinylora plan qwen2.5-7b --budget 13"
@@ -21,14 +21,13 @@ def run(arguments: argparse.Namespace) -> None:
     """Prints the settings as a line of Python, or JSON."""
     from tinylora_lite.planning.counting import count_parameters, plan
 
-    config = shapes.model_config(arguments.model)
+    model, config = arguments.model, shapes.model_config(arguments.model)
     found = plan(config, arguments.budget, seed=arguments.seed)
     settings = {name: getattr(found, name) for name in ("rank", "u", "n_tie", "tying", "seed")}
     parameters = count_parameters(config, "tinylora", u=found.u, n_tie=found.n_tie, tying=found.tying)
-    if arguments.json:
-        result = {"model": arguments.model, "budget": arguments.budget, "parameters": parameters, "settings": settings}
-        print(json.dumps(result))
-        return
     written = ", ".join(f"{name}={value!r}" for name, value in settings.items())
-    print(f"{parameters} parameters on {arguments.model}, {2 * parameters} bytes as bfloat16:")
-    print(f"tl.TinyLoraConfig({written})")
+    shared.show(
+        arguments,
+        {"model": model, "budget": arguments.budget, "parameters": parameters, "settings": settings},
+        f"{parameters} parameters on {model}, {2 * parameters} bytes as bfloat16:\ntl.TinyLoraConfig({written})",
+    )

@@ -6,28 +6,26 @@ Read from shapes alone: no weight is loaded. Hours are a range, and what they su
 from __future__ import annotations
 
 import argparse
-import json
 from typing import TYPE_CHECKING
 
+from tinylora_lite.cli import shared
 from tinylora_lite.planning.gpus import GPUS
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    from rich.console import RenderableType
     from rich.table import Table
 
     from tinylora_lite.planning.plan import Plan
     from tinylora_lite.planning.run_time import Range
 
 EXAMPLE = "tinylora plan-run qwen2.5-7b/gsm8k --gpu h100"
-SEED_HELP = "taken by every command; no plan depends on it"
 GIB = 2**30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``tinylora plan-run``."""
-    parser.add_argument("settings", help="a settings file, or the name of a preset (`tinylora preset` lists them)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ, as in tinylora train")
-    parser.add_argument("--gpu", default="a100-80gb", help=f"one of {', '.join(GPUS)} (default: a100-80gb)")
+    shared.add_settings_arguments(parser, f"one of {', '.join(GPUS)} (default: a100-80gb)")
+    parser.set_defaults(gpu="a100-80gb")
     parser.add_argument("--gpus", type=int, default=1, help="how many of them train (default: 1)")
     parser.add_argument("--length", type=float, help="mean tokens of a completion (default: the task's own)")
     parser.add_argument("--problems", type=int, help="training problems (default: those of the task)")
@@ -36,50 +34,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints the plan as tables, or JSON."""
-    from rich.console import Console
+    from rich.text import Text
 
-    from tinylora_lite.cli.train import read
     from tinylora_lite.experiment import presets
-    from tinylora_lite.planning.plan import gpus_that_fit, plan_run
+    from tinylora_lite.planning.plan import assumptions, gpus_that_fit, plan_run
 
     gpu = arguments.gpu.lower()
     # A preset is made for one of three GPUs; for another one, the preset of the largest is planned.
     named = gpu if arguments.settings in presets.preset_names()[len(presets.NANO) :] and gpu in presets.GPUS else None
-    settings = read(arguments.settings, named, arguments.overrides)
+    settings = shared.read_settings(arguments.settings, named, arguments.overrides)
     options = {name: getattr(arguments, name) for name in ("gpus", "length", "problems", "price")}
     plan = plan_run(settings, gpu, **options)
-    if arguments.json:
-        print(json.dumps(plan.to_dict()))
-        return
-    console = Console()
-    console.print(report(plan))
-    if not plan.fits and not plan.advice:
-        fitting = gpus_that_fit(settings, gpus=arguments.gpus)
-        console.print(f"No change makes it fit. As it is, it fits: {', '.join(fitting) or 'no GPU that is known'}.")
-
-
-def report(plan: Plan) -> Group:
-    """The plan as a person reads it."""
-    from rich.console import Group
-    from rich.text import Text
-
-    from tinylora_lite.planning.plan import assumptions
-
+    words: list[RenderableType]
     if plan.fits:
         supposed = Text("The time supposes: " + "; ".join(assumptions(plan)) + ".", "dim")
-        return Group(_memory(plan), _time(plan), Text("It fits.", "bold"), supposed)
-    refused = [Text(f"It does not fit: {problem}.", "red") for problem in plan.problems]
-    advice = [Text(f"It fits with: {' '.join(plan.advice)}", "bold")] if plan.advice else []
-    return Group(_memory(plan), *refused, *advice)
+        words = [_time(plan), Text("It fits.", "bold"), supposed]
+    else:
+        words = [Text(f"It does not fit: {problem}.", "red") for problem in plan.problems]
+        if plan.advice:
+            words.append(Text(f"It fits with: {' '.join(plan.advice)}", "bold"))
+        else:
+            fitting = ", ".join(gpus_that_fit(settings, gpus=arguments.gpus)) or "no GPU that is known"
+            words.append(Text(f"No change makes it fit. As it is, it fits: {fitting}."))
+    shared.show(arguments, plan.to_dict(), _memory(plan), *words)
 
 
 def _memory(plan: Plan) -> Table:
-    from rich.table import Table
+    from rich.table import Column, Table
 
     settings, where = plan.settings, f"{plan.gpus} x {plan.gpu.name}" if plan.gpus > 1 else plan.gpu.name
     title = f"{settings.model}, {settings.task}, {settings.method}: {plan.parameters:,} parameters on {where}"
-    table = Table("memory on each GPU", "when", "GiB", title=title, title_justify="left")
-    table.columns[2].justify = "right"
+    table = Table("memory on each GPU", "when", Column("GiB", justify="right"), title=title, title_justify="left")
     for term in plan.terms:
         table.add_row(term.name, term.phase, _gib(term.bytes))
     table.add_section()
@@ -98,10 +83,9 @@ def _time(plan: Plan) -> Table:
     table.add_row("steps", f"{time.steps:,}, each of {time.tokens:,.0f} tokens and {time.flops / 1e12:,.1f} TFLOPs")
     table.add_row("sampling", f"{_range(time.sampling)} seconds a step")
     table.add_row("training", f"{_range(time.training)} seconds a step")
-    if time.calibrating.high:
-        table.add_row("calibrating", f"{_range(time.calibrating * (1 / 60))} minutes")
-    if time.evaluating.high:
-        table.add_row("evaluating", f"{_range(time.evaluating * (1 / 60))} minutes")
+    for name, seconds in (("calibrating", time.calibrating), ("evaluating", time.evaluating)):
+        if seconds.high:
+            table.add_row(name, f"{_range(seconds * (1 / 60))} minutes")
     table.add_row("in all", f"{_range(time.hours)} hours a run")
     if runs > 1:
         table.add_row("", f"{_range(time.hours * runs)} hours for {runs} learning rates")

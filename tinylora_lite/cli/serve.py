@@ -6,10 +6,11 @@ It serves a settings file's model with LoRAs loaded at run time, to this machine
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import sys
+
+from tinylora_lite.cli import shared
 
 EXAMPLE = "tinylora serve settings.yaml --port 8000"
 SEED_HELP = "of the engine; samples depend on the seed of training and not on this one"
@@ -17,9 +18,7 @@ SEED_HELP = "of the engine; samples depend on the seed of training and not on th
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``tinylora serve``."""
-    parser.add_argument("settings", help="a settings file, or the name of a preset (`tinylora preset` lists them)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ, as model=FOLDER")
-    parser.add_argument("--gpu", help="the GPU that a preset is for")
+    shared.add_settings_arguments(parser, "the GPU that a preset is for")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
     parser.add_argument("--python", default=sys.executable, help="the Python that has vLLM (default: this one)")
@@ -28,13 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Becomes the server, or prints the command that starts it."""
-    from tinylora_lite.cli.train import read
     from tinylora_lite.experiment.models import checkpoint
     from tinylora_lite.sampling.vllm_server import serve_command
 
-    settings = read(arguments.settings, arguments.gpu, arguments.overrides)
-    training = settings.training_settings(1)
-    longest = max(training.max_new_tokens, settings.evaluation.max_new_tokens)
+    settings = shared.read_settings(arguments.settings, arguments.gpu, arguments.overrides)
+    longest = max(settings.training_settings(1).max_new_tokens, settings.evaluation.max_new_tokens)
     command = serve_command(
         checkpoint(settings.model),
         settings.adapter.rank,
@@ -48,9 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         **({} if settings.revision is None else {"revision": settings.revision}),
     )
-    if arguments.json:
-        print(json.dumps({"command": command}))
-    elif arguments.print_only:
-        print(shlex.join(command))
+    if arguments.json or arguments.print_only:
+        shared.show(arguments, {"command": command}, shlex.join(command))
     else:
         os.execvp(command[0], command)

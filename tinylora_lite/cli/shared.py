@@ -1,21 +1,24 @@
-"""What several commands share: the arguments of an adapter, its base, warnings in one line, the end of a display."""
+"""What several commands share: arguments, settings by name, the adapter and its base, warnings, and the output."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
+import math
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import tinylora_lite as tl
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
     from transformers import PreTrainedModel
 
+    from tinylora_lite.experiment.settings import RunSettings
     from tinylora_lite.view.progress import Progress
 
 BASE_HELP = "the base: the folder of a transformers checkpoint, or nano for the one that comes with the library"
@@ -27,6 +30,38 @@ def add_file_arguments(parser: argparse.ArgumentParser) -> None:
     """The adapter and its basis."""
     parser.add_argument("file", metavar="FILE", type=Path, help="an adapter file, or a folder that PEFT wrote")
     parser.add_argument("--basis", type=Path, help=BASIS_HELP)
+
+
+def add_settings_arguments(parser: argparse.ArgumentParser, gpu_help: str) -> None:
+    """A settings file or a preset, what differs from it, and a GPU."""
+    parser.add_argument("settings", help="a settings file, or the name of a preset (`tinylora preset` lists them)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ: adapter.u=2, folder=x")
+    parser.add_argument("--gpu", help=gpu_help)
+
+
+def at_least(least: int, kind: Callable[[str], float] = int) -> Callable[[str], Any]:
+    """The argparse type of a finite number with a lower bound."""
+
+    def number(text: str) -> float:
+        value = kind(text)
+        if not least <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
+        return value
+
+    return number
+
+
+def read_settings(name: str, gpu: str | None, overrides: list[str], seed: int = 0) -> RunSettings:
+    """A settings file, or a preset by its name; a seed other than 0 replaces that of training."""
+    from tinylora_lite.experiment.presets import preset
+    from tinylora_lite.experiment.settings import load_settings
+
+    overrides = [*overrides, f"training.seed={seed}"] if seed else overrides
+    if Path(name).suffix not in (".yaml", ".yml") and not Path(name).is_file():
+        return preset(name, gpu).override(overrides)
+    if gpu is not None:
+        raise ValueError("--gpu chooses among presets; a settings file says everything itself")
+    return load_settings(name, overrides)
 
 
 def base_folder(name: str) -> Path:
@@ -43,12 +78,7 @@ def base_folder(name: str) -> Path:
 
 
 def trained_with(file: Path) -> tuple[str, int]:
-    """The dtype of the base that an adapter was trained on, ``"auto"`` if it names none, and the adapter's rank.
-
-    Raises:
-        FileNotFoundError: there is no such adapter.
-        AdapterFileError: it is damaged or foreign.
-    """
+    """The dtype of the base that an adapter was trained on, ``"auto"`` if it names none, and the adapter's rank."""
     from tinylora_lite.experiment.models import DTYPES
     from tinylora_lite.files.file_format import read_file
     from tinylora_lite.files.peft_format import read_settings
@@ -70,24 +100,11 @@ def load_adapted(
 ) -> tuple[PreTrainedModel, tl.TinyLoraAdapter]:
     """The base in the dtype in which the adapter was trained, on the CPU, and the adapter attached to it.
 
-    Keep both: the adapter alone does not keep the model alive.
-
-    Args:
-        file: an adapter file of this library, or a folder with PEFT's TinyLoRA.
-        folder: of the base.
-        basis: as :func:`~tinylora_lite.load` takes it.
-        progress: told what is being done.
-
-    Raises:
-        OSError: there is no such adapter, or the base cannot be loaded.
-        AdapterFileError: the adapter is damaged, foreign, or made for another base.
+    Keep both: the adapter alone does not keep the model alive. Raises what ``load_model`` and ``tl.load`` raise.
     """
-    from transformers.utils import logging
-
     from tinylora_lite.experiment.models import load_model
 
     dtype, _ = trained_with(file)  # before the base, which may take minutes
-    logging.disable_progress_bar()
     progress.begin("loading the base")
     model = load_model(str(folder), dtype=dtype, device="cpu")
     progress.begin("attaching the adapter")
@@ -107,11 +124,38 @@ def told_warnings() -> Iterator[list[str]]:
         print(f"warning: {line}", file=sys.stderr)
 
 
-def show_results(console: Console, progress: Progress) -> None:
-    """Leaves the curves and scores of a live display on the terminal, or the scores alone."""
+def command_progress(console: Console | None = None, plain: bool = False) -> Progress:
+    """The progress of a command, on stderr unless a console is given; the bars of transformers are off."""
+    from rich.console import Console
+    from transformers.utils import logging
+
+    from tinylora_lite.view.progress import progress_for
+
+    logging.disable_progress_bar()
+    return progress_for(console or Console(stderr=True), plain)
+
+
+def results(progress: Progress) -> list[RenderableType]:
+    """What stays on the terminal of a progress that ended: the curves and scores of a live display, or the scores."""
     from tinylora_lite.view.progress import LiveProgress, score_table
 
     if isinstance(progress, LiveProgress):
-        console.print(progress)
-    elif progress.scores:
-        console.print(score_table(progress.scores))
+        return [progress]
+    return [score_table(progress.scores)] if progress.scores else []
+
+
+def show(arguments: argparse.Namespace, result: Any, *words: RenderableType) -> None:
+    """Prints the result of a command as JSON where ``--json`` asks for it, and otherwise in words.
+
+    Text goes out as it is, since rich would wrap and colour it.
+    """
+    if arguments.json:
+        print(json.dumps(result, default=str))  # paths as text
+        return
+    from rich.console import Console
+
+    for part in words:
+        if isinstance(part, str):
+            print(part)
+        else:
+            Console().print(part)

@@ -7,19 +7,10 @@ goes on where it stopped. Several GPUs: `accelerate launch -m tinylora_lite trai
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from datetime import timedelta
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from tinylora_lite.cli.shared import show_results
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from tinylora_lite.experiment.run import Outcome
-    from tinylora_lite.experiment.settings import RunSettings
+from tinylora_lite.cli import shared
 
 EXAMPLE = "tinylora train settings.yaml training.learning_rate=1e-4"
 SEED_HELP = "of training, in place of the settings file's"
@@ -27,66 +18,31 @@ SEED_HELP = "of training, in place of the settings file's"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``tinylora train``."""
-    parser.add_argument("settings", help="a settings file, or the name of a preset (`tinylora preset` lists them)")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings that differ: adapter.u=2, folder=out"
-    )
-    parser.add_argument("--gpu", help="the GPU that a preset is for (default: its own choice)")
+    shared.add_settings_arguments(parser, "the GPU that a preset is for (default: its own choice)")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Shows the progress while it runs and the comparison at the end, or JSON."""
     from rich.console import Console
-    from transformers.utils import logging
 
     from tinylora_lite.utils import distributed
 
-    logging.disable_progress_bar()
-    settings = read(arguments.settings, arguments.gpu, arguments.overrides)
-    if arguments.seed:
-        settings = settings.override([f"training.seed={arguments.seed}"])
+    settings = shared.read_settings(arguments.settings, arguments.gpu, arguments.overrides, arguments.seed)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _join()
     from tinylora_lite.experiment.run import run_experiment
-    from tinylora_lite.view.progress import progress_for
 
+    shown = shared.command_progress(Console(), plain=arguments.json or distributed.rank() > 0)
     if distributed.rank() > 0:  # the first process shows the progress and the result
         run_experiment(settings)
         return
-    console = Console()
-    with progress_for(console, plain=arguments.json) as progress:
+    with shown as progress:
         outcome = run_experiment(settings, progress=progress)
-    if arguments.json:
-        print(json.dumps(outcome.summary()))
-        return
-    show_results(console, progress)
-    console.print(report(outcome))
-
-
-def read(name: str, gpu: str | None, overrides: list[str]) -> RunSettings:
-    """A settings file, or a preset by its name."""
-    from tinylora_lite.experiment.presets import preset
-    from tinylora_lite.experiment.settings import load_settings
-
-    if Path(name).suffix in (".yaml", ".yml") or Path(name).is_file():
-        if gpu is not None:
-            raise ValueError("--gpu chooses among presets; a settings file says everything itself")
-        return load_settings(name, overrides)
-    return (preset(name) if gpu is None else preset(name, gpu=gpu)).override(overrides)
-
-
-def report(outcome: Outcome) -> Table:
-    """What changed, on which problems, and where the files are."""
-    from rich.table import Table
-
-    table = Table.grid()
-    for name, comparison in outcome.comparisons.items():
-        table.add_row(f"{name}: {comparison}")
-    for rate, score in outcome.rates.items():
-        table.add_row(f"learning rate {rate:g}: {score} on the validation split")
-    table.add_row(f"{outcome.run.parameters:,} parameters, {outcome.run.seconds:.0f} seconds of training")
-    table.add_row(f"{outcome.folder.resolve()}")
-    return table
+    lines = [f"{name}: {comparison}" for name, comparison in outcome.comparisons.items()]
+    lines += [f"learning rate {rate:g}: {score} on the validation split" for rate, score in outcome.rates.items()]
+    lines += [f"{outcome.run.parameters:,} parameters, {outcome.run.seconds:.0f} seconds of training"]
+    lines += [f"{outcome.folder.resolve()}"]
+    shared.show(arguments, outcome.summary(), *shared.results(progress), "\n".join(lines))
 
 
 def _join() -> None:

@@ -28,7 +28,6 @@ from tinylora_lite.sampling.rollouts import encode_prompts
 from tinylora_lite.tasks.datasets import load_task
 from tinylora_lite.tasks.task import Example, Task
 from tinylora_lite.utils import distributed
-from tinylora_lite.utils.distributed import is_sharded, shard_model
 from tinylora_lite.utils.record import Run, atomic_write
 from tinylora_lite.view.progress import Progress
 
@@ -188,8 +187,8 @@ def _trained(
     config = settings.adapter.config(basis)
     adapter = None if config is None else attach(runner.base, config)
     try:
-        if settings.shard and not is_sharded(runner.base):
-            shard_model(runner.base)
+        if settings.shard and not distributed.is_sharded(runner.base):
+            distributed.shard_model(runner.base)
         training = settings.training_settings(len(task.train))
         name, folder = f"{settings.method}, rate {training.learning_rate:g}", Path(settings.folder)
         options: dict[str, Any] = {"trainer": settings.trainer, "folder": folder, "on_rollouts": on_rollouts}
@@ -209,19 +208,8 @@ def _basis(runner: Runner, task: Task, settings: RunSettings) -> Basis | None:
     file = Path(settings.folder) / "basis.safetensors"
     if file.exists():
         return load_basis(file)
-    c = a.calibration
-    return runner.calibrate(
-        task,
-        file,
-        rank=a.rank,
-        directions=a.u,
-        sigma=a.sigma,
-        problems=c.problems,
-        group_size=c.group_size,
-        passes=c.looks,
-        max_new_tokens=c.max_new_tokens,
-        seed=c.seed,
-    )
+    options = a.calibration.model_dump(exclude={"looks"}) | {"passes": a.calibration.looks}
+    return runner.calibrate(task, file, rank=a.rank, directions=a.u, sigma=a.sigma, **options)
 
 
 def short_prompts(task: Task, tokenizer: PreTrainedTokenizerBase, most: int) -> Task:

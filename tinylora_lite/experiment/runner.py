@@ -24,7 +24,6 @@ from tinylora_lite.training.grpo import train_grpo
 from tinylora_lite.training.settings import GRPOSettings, SFTSettings
 from tinylora_lite.training.sft import train_sft
 from tinylora_lite.utils import distributed
-from tinylora_lite.utils.distributed import is_sharded
 from tinylora_lite.utils.record import Run
 from tinylora_lite.view.progress import Progress
 
@@ -50,7 +49,7 @@ class Runner:
     tokenizer: PreTrainedTokenizerBase
     sampler: Sampler
     progress: Progress
-    batch_size: int = 256
+    batch_size: int
 
     @classmethod
     def open(
@@ -76,9 +75,6 @@ class Runner:
             weights: ``False`` loads no model, because a vLLM engine answers for the untouched base.
             max_model_len: tokens of the longest prompt and completion, for vLLM; ``None`` takes the model's own limit.
             lora_folder: where LoRAs are written for a server to read; ``None`` takes the one for temporary files.
-
-        Raises:
-            ValueError, OSError, ImportError: as :func:`~tinylora_lite.experiment.models.load_model` and the samplers.
         """
         s, options, dtype = settings, settings.sampler, dtype or settings.dtype
         if dtype == "auto" and is_nano(s.model):
@@ -91,32 +87,31 @@ class Runner:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
             if max_model_len is not None:
                 max_model_len = min(max_model_len, model.config.max_position_embeddings)
+        sampler: Sampler
         if options.engine == "transformers" and model is not None:
             sampler = ModelSampler(model, tokenizer, options.batch_size)
-            return cls(model, tokenizer, sampler, progress, options.batch_size or cls.batch_size)
-        batch_size = options.batch_size or 1024
-        if options.engine == "vllm-server":
+        elif options.engine == "vllm-server":
             from tinylora_lite.sampling.vllm_server import VllmServerSampler
 
-            assert options.url is not None  # SamplerSettings sees to that
             served = None if is_nano(s.model) else s.model  # the shipped folder's path depends on the machine
-            server = VllmServerSampler(options.url, tokenizer, model=served, folder=lora_folder)
-            return cls(model, tokenizer, server, progress, batch_size)
-        from tinylora_lite.sampling.vllm import VllmSampler
+            sampler = VllmServerSampler(str(options.url), tokenizer, model=served, folder=lora_folder)
+        else:
+            from tinylora_lite.sampling.vllm import VllmSampler
 
-        engine: dict[str, Any] = {} if s.revision is None else {"revision": s.revision}
-        vllm = VllmSampler(
-            checkpoint(s.model),
-            tokenizer,
-            sync=options.sync,
-            max_model_len=max_model_len,
-            gpu_memory=options.gpu_memory,
-            tensor_parallel=options.tensor_parallel,
-            dtype=dtype,
-            max_lora_rank=s.adapter.rank,
-            **engine,
-        )
-        return cls(model, tokenizer, vllm, progress, batch_size)
+            engine: dict[str, Any] = {} if s.revision is None else {"revision": s.revision}
+            sampler = VllmSampler(
+                checkpoint(s.model),
+                tokenizer,
+                sync=options.sync,
+                max_model_len=max_model_len,
+                gpu_memory=options.gpu_memory,
+                tensor_parallel=options.tensor_parallel,
+                dtype=dtype,
+                max_lora_rank=s.adapter.rank,
+                **engine,
+            )
+        batch_size = options.batch_size or (256 if options.engine == "transformers" else 1024)
+        return cls(model, tokenizer, sampler, progress, batch_size)
 
     @property
     def base(self) -> PreTrainedModel:
@@ -138,23 +133,14 @@ class Runner:
     ) -> Score:
         """The score on the first problems of a split; several processes share the problems and return the same score.
 
-        Args:
-            name: of what is evaluated, as progress shows it.
-            task: the problems and the reward.
-            settings: how many problems and samples, and how they are drawn.
-            split: ``"test"``, ``"validation"`` or ``"train"``.
-            seed: of the sampling.
-            folder: where completions are kept and an interrupted evaluation goes on; ``None`` keeps nothing.
-            subject: as :func:`~tinylora_lite.evaluate` takes it.
-
-        Raises:
-            ValueError: as :func:`~tinylora_lite.evaluate` does.
+        ``name`` is what progress shows. ``folder`` keeps completions, and an interrupted evaluation goes on there.
+        The rest is as :func:`~tinylora_lite.evaluate` takes it.
         """
         problems = tuple(getattr(task, split)[: settings.problems])
         rank, processes = distributed.rank(), distributed.world_size()
         padded = problems + problems[-1:] * (-len(problems) % processes)
         changed: dict[str, Any] = {split: padded[rank::processes]}
-        if self.model is not None and is_sharded(self.model):
+        if self.model is not None and distributed.is_sharded(self.model):
             folder = None  # the processes compute together, so all of them must start from the same place: the start
         elif folder is not None and processes > 1:
             folder = folder / f"{rank + 1}-of-{processes}"
@@ -182,13 +168,7 @@ class Runner:
         return score
 
     def calibrate(self, task: Task, file: Path, **options: Any) -> Basis:
-        """Makes a basis of calibrated directions and writes it to ``file``.
-
-        Args:
-            task: calibration problems come from its training split.
-            file: where the basis goes.
-            options: of :func:`~tinylora_lite.calibrate`.
-        """
+        """Makes a basis as :func:`~tinylora_lite.calibrate` does, from training problems, and writes it to ``file``."""
         self.progress.begin("calibrating a basis")
         basis = calibrate(
             self.base, self.tokenizer, task, sampler=self.sampler, progress=self.progress.advance, **options
@@ -219,13 +199,10 @@ class Runner:
             trainer: ``"own"``, or ``"trl"`` for TRL's loop of GRPO.
             folder: where the run is kept and an interrupted one goes on; ``None`` keeps nothing.
             on_rollouts: see :func:`~tinylora_lite.train_grpo`; TRL's loop does not call it.
-
-        Raises:
-            ValueError, FloatingPointError: as the training functions do.
         """
-        measure = "reward" if isinstance(settings, GRPOSettings) else "loss"
         self.progress.begin(f"training: {name}", settings.steps)
         self.progress.steps = settings.steps
+        self.progress.measure = measure = "reward" if isinstance(settings, GRPOSettings) else "loss"
 
         def on_step(run: Run) -> None:
             if "length" in run.steps[-1]:

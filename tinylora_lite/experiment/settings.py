@@ -10,17 +10,18 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from tinylora_lite.adapter.config import Sigma, TinyLoraConfig, lora_xs
-from tinylora_lite.adapter.projection import Basis
-from tinylora_lite.adapter.tying import Tying
 from tinylora_lite.experiment import settings_file
 from tinylora_lite.experiment.settings_file import Settings, SettingsError
 from tinylora_lite.training.settings import GRPOSettings, SFTSettings
 from tinylora_lite.utils.record import atomic_write
+
+if TYPE_CHECKING:
+    from tinylora_lite.adapter.config import TinyLoraConfig
+    from tinylora_lite.adapter.projection import Basis
 
 Dtype = Literal["bfloat16", "float32", "float16"]
 """The names of torch's dtypes that a base may have."""
@@ -78,8 +79,12 @@ class AdapterSettings(Settings):
     rank: PositiveInt = Field(2, description="r, frozen singular triplets per module")
     u: PositiveInt = Field(1, description="parameters in one trained vector")
     n_tie: PositiveInt | Literal["all"] = Field(1, description="modules that share one vector, or all")
-    tying: Tying = Field("tiled", description="tiled: neighbours share; structured: modules of one type share")
-    sigma: Sigma = Field("left", description="where the singular values go: left, split or right")
+    tying: Literal["tiled", "structured"] = Field(
+        "tiled", description="tiled: neighbours share; structured: modules of one type share"
+    )
+    sigma: Literal["left", "split", "right"] = Field(
+        "left", description="where the singular values go: left, split or right"
+    )
     seed: int = Field(0, ge=0, lt=2**64, description="of the random projections P")
     projection: str = Field("random", description="random (the paper), calibrated, or the path of a basis file")
     calibration: CalibrationSettings = Field(CalibrationSettings(), description="how a calibrated basis is made")
@@ -98,6 +103,8 @@ class AdapterSettings(Settings):
         Raises:
             ValueError: the basis is missing or does not fit.
         """
+        from tinylora_lite.adapter.config import TinyLoraConfig, lora_xs  # imports torch
+
         if self.kind == "all":
             return None
         if self.kind == "lora_xs":

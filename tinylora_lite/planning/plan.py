@@ -236,12 +236,9 @@ def _config(settings: RunSettings) -> PretrainedConfig:
         return model_config(settings.model)
     except ValueError:
         from transformers import AutoConfig
-
-        try:
-            found: PretrainedConfig = AutoConfig.from_pretrained(settings.model, revision=settings.revision)
-        except OSError as error:
-            raise ValueError(
-                f"no configuration of {settings.model}: it is no folder, no model known by name, and the hub did not "
-                "give it"
-            ) from error
-        return found
+    try:
+        found: PretrainedConfig = AutoConfig.from_pretrained(settings.model, revision=settings.revision)
+    except OSError as error:
+        wrong = "it is no folder, no model known by name, and the hub did not give it"
+        raise ValueError(f"no configuration of {settings.model}: {wrong}") from error
+    return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,8 +61,9 @@ def model_config(name: str) -> PretrainedConfig:
     if not path.exists() and known in SHAPES:
         return AutoConfig.for_model(**SHAPES[known])
     if not path.exists() and known == "nano":
-        nano = import_module("tinylora_lite.nano")  # by name, since it may import this room
-        path = nano.CHECKPOINTS / nano.BASE
+        from tinylora_lite.experiment.models import checkpoint  # imports torch
+
+        path = Path(checkpoint(known))
     if not path.exists():
         raise ValueError(f"no model named {name}; give the path of a config.json, or one of: {', '.join(NAMES)}")
     file = path / "config.json" if path.is_dir() else path

@@ -124,7 +124,8 @@ class LiveProgress(Progress):
                 line = sparkline(v[:width], width, [-value for value in v])
                 runs.add_row("  v", Text(line, colour), f"±{max(map(abs, v)):.3g}")
         yield runs
-        yield score_table(self.scores)
+        if self.scores:
+            yield score_table(self.scores)
 
 
 def progress_for(console: Console, plain: bool = False) -> Progress:
