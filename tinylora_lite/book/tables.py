@@ -1,0 +1,53 @@
+"""The tables of the chapters on the paper's claims, from the lab's records."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tinylora_lite.book.glue import table
+from tinylora_lite.lab.claim import Point
+from tinylora_lite.lab.claims import rl_parameters as rl
+from tinylora_lite.lab.claims import sft_parameters as sft
+from tinylora_lite.lab.statistics import smallest_count
+from tinylora_lite.lab.store import Record, Store
+from tinylora_lite.lab.trial import Trial
+
+if TYPE_CHECKING:
+    from IPython.display import Markdown
+
+
+def counts_for_shares(store: Store) -> Markdown:
+    """The fewest parameters that recover most of the gain of all weights."""
+    rows = []
+    for share in (0.9, 0.95, 0.975):
+        count, low, high = smallest_count(share, rl.LADDER[:-1], rl.FULL, rl.BASE, store)
+        rows.append((f"{share:.1%}", f"{count:,}", f"{low:,} to {high:,}"))
+    return table(("of the full gain", "numbers", "95 % interval"), "lrl", rows)
+
+
+def swept(point: Point, store: Store) -> list[tuple[Trial, Record]]:
+    """The runs on the validation split that a point's rate was chosen by, with their records, by rate and seed."""
+    found = [(Trial.of(record["trial"]), record) for record in store]
+    same = [(t, r) for t, r in found if t.split == "validation" and t.shape() == point.trial.shape()]
+    return sorted(same, key=lambda pair: (pair[0].learning_rate, pair[0].seed))
+
+
+def sweep(point: Point, store: Store) -> list[tuple[float, float, float]]:
+    """For each rate of SFT on the first seed: the rate, the loss over the last ten steps, and the accuracy."""
+    return [
+        (trial.learning_rate, float(np.mean(record["loss"][-10:])), record["scores"]["sampled"]["accuracy"])
+        for trial, record in swept(point, store)
+        if trial.seed == 0
+    ]
+
+
+def sweeps_of_the_stranger(store: Store) -> Markdown:
+    """What each rate does to loss and accuracy, with the stranger's demonstrations."""
+    rows = [
+        (point.label, f"{rate:.2g}", f"{loss:.2f}", f"{right:.0%}")
+        for point in (sft.LADDERS["stranger"][3], sft.LADDERS["stranger"][-1])
+        for rate, loss, right in sweep(point, store)
+    ]
+    return table(("trained", "rate", "loss, nats a token", "right, validation"), "lrrr", rows)
