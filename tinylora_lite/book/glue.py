@@ -53,8 +53,8 @@ def put_percent(
                 raise ValueError(f"{prefix}_{key} is of points, which need a store")
             value = difference(*value, store) if isinstance(value, tuple) else estimates([value], store)[0]
         if isinstance(value, Estimate):
-            value = {f"{key}_{part}".lstrip("_"): 100 * getattr(value, part) for part in ("mean", "low", "high")}
-            put(prefix, value)
+            parts = {part: 100 * getattr(value, part) for part in ("mean", "low", "high")}
+            put(f"{prefix}_{key}" if key != "" else prefix, parts)
         else:
             put(prefix, {key: 100 * value})
 
@@ -68,7 +68,8 @@ def table(columns: Iterable[str], rules: str, rows: Iterable[Iterable[object]]) 
         rows: cells, of which the empty ones are ``""``.
     """
     lines = [_line(columns), f"|{'|'.join(RULES[side] for side in rules)}|", *map(_line, rows)]
-    return import_module("IPython.display").Markdown("\n".join(lines))
+    shown: Markdown = import_module("IPython.display").Markdown("\n".join(lines))
+    return shown
 
 
 def _line(cells: Iterable[object]) -> str:

@@ -8,9 +8,10 @@ import numpy as np
 
 from tinylora_lite.book.glue import table
 from tinylora_lite.lab.claim import Point
+from tinylora_lite.lab.claims import precision, seeds
 from tinylora_lite.lab.claims import rl_parameters as rl
 from tinylora_lite.lab.claims import sft_parameters as sft
-from tinylora_lite.lab.statistics import smallest_count
+from tinylora_lite.lab.statistics import difference, smallest_count
 from tinylora_lite.lab.store import Record, Store
 from tinylora_lite.lab.trial import Trial
 
@@ -51,3 +52,25 @@ def sweeps_of_the_stranger(store: Store) -> Markdown:
         for rate, loss, right in sweep(point, store)
     ]
     return table(("trained", "rate", "loss, nats a token", "right, validation"), "lrrr", rows)
+
+
+def best_of_draws(store: Store) -> Markdown:
+    """What one draw of P and the best of eight reach, and the standard deviations by P and by all else."""
+    rows = []
+    for count, points in seeds.POINTS.items():
+        best = (f"{seeds.best_of(points, store, draws):.1%}" for draws in (1, 8))
+        deviations = (f"{100 * share:.1f}" for share in seeds.shares(seeds.table(points, store)))
+        rows.append((count, *best, *deviations))
+    return table(("numbers", "one draw", "the best of 8", "P", "all else"), "rrrrr", rows)
+
+
+def equal_bytes(store: Store) -> Markdown:
+    """How far fp32 is ahead of the 16-bit formats that hold as many bytes."""
+    rows = []
+    for few, many in precision.EQUAL_BYTES:
+        for narrow in ("bf16", "fp16"):
+            pair = precision.POINTS["fp32"][few], precision.POINTS[narrow][many]
+            gaps = (difference(*pair, score).as_points() for score in (store, store.scored("greedy")))
+            sizes = few * precision.BYTES["fp32"], many * precision.BYTES[narrow]
+            rows.append((few, sizes[0], f"{many} in {narrow}", sizes[1], *gaps))
+    return table(("fp32", "bytes", "16 bits", "bytes", "fp32 ahead by, sampled", "greedy"), "rrlrll", rows)
