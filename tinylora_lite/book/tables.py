@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from math import log2
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tinylora_lite.book.glue import table
 from tinylora_lite.lab.claim import Point
-from tinylora_lite.lab.claims import precision, seeds
+from tinylora_lite.lab.claims import aim, controls, family, precision, seeds, size, teaching
 from tinylora_lite.lab.claims import rl_parameters as rl
 from tinylora_lite.lab.claims import sft_parameters as sft
-from tinylora_lite.lab.statistics import difference, smallest_count
+from tinylora_lite.lab.statistics import difference, estimates, smallest_count
 from tinylora_lite.lab.store import Record, Store
 from tinylora_lite.lab.trial import Trial
 
@@ -74,3 +75,69 @@ def equal_bytes(store: Store) -> Markdown:
             sizes = few * precision.BYTES["fp32"], many * precision.BYTES[narrow]
             rows.append((few, sizes[0], f"{many} in {narrow}", sizes[1], *gaps))
     return table(("fp32", "bytes", "16 bits", "bytes", "fp32 ahead by, sampled", "greedy"), "rrlrll", rows)
+
+
+def controls_elsewhere(store: Store) -> Markdown:
+    """Right answers, the format and a coin as the reward on other bases."""
+    rows = [
+        (base, *(estimate.as_percent() for estimate in estimates(points, store)))
+        for base, points in controls.ELSEWHERE.items()
+    ]
+    return table(("base", "untouched", "right answers", "format", "coin"), "lllll", rows)
+
+
+def new_skills(store: Store) -> Markdown:
+    """What rewards and demonstrations teach of new skills, and what is left of the old task."""
+    rows = []
+    for way in teaching.WAYS:
+        for name in teaching.SHAPES:
+            points = [teaching.POINTS[skill][way][name] for skill in teaching.SKILLS]
+            found = [e for point in points for e in (point.estimate(store), teaching.kept(point, store))]
+            rows.append((name, way, *(e.as_percent() if e else "not yet run" for e in found)))
+    columns = [column for title in teaching.SKILLS.values() for column in (title, "old task then")]
+    return table(("trained", "by", *columns), "ll" + "l" * len(columns), rows)
+
+
+def thirteen_numbers(store: Store) -> Markdown:
+    """Thirteen parameters on drawn and on calibrated directions, and the bits of all of it."""
+    both = store, store.scored("greedy")
+
+    def accuracies(point: Point) -> list[str]:
+        return [estimates([point], score)[0].as_percent() for score in both]
+
+    own = aim.own_bits(rl.THIRTEEN)
+    best = (f"{seeds.best_of(seeds.POINTS[13], score, seeds.DRAWS):.0%}" for score in both)
+    rows = [
+        ("on random directions", *accuracies(rl.THIRTEEN), own),
+        (f"on the best of {seeds.DRAWS} draws", *best, f"{own + log2(seeds.DRAWS):.0f}"),
+        *(
+            (f"calibrated, r = {p.trial.rank}", *accuracies(p), f"{aim.bits(p, store, True):,}")
+            for p in aim.CALIBRATED
+        ),
+        ("*49 numbers, LoRA-XS, r = 1*", *accuracies(rl.LORA_XS[0]), aim.bits(rl.LORA_XS[0], store, True)),
+        ("*all weights*", *accuracies(rl.FULL), f"{aim.bits(rl.FULL, store, True):,}"),
+    ]
+    return table(("thirteen numbers", "sampled", "greedy", "all bits but a seed"), "lllr", rows)
+
+
+def fewer_problems(store: Store) -> Markdown:
+    """Directions from fewer problems."""
+    rows = []
+    for point in (*aim.FEWER, aim.CALIBRATED[-1]):
+        found = estimates([point], store)[0]
+        problems = point.trial.calibration.removeprefix("problems=") or 384
+        rows.append((problems, found.as_percent(), ", ".join(f"{value:.0%}" for value in found.values)))
+    return table(("problems", "accuracy", "seeds"), "rll", rows)
+
+
+def aimed_elsewhere(store: Store) -> Markdown:
+    """Calibrated directions on other bases."""
+    bits = [aim.own_bits(rl.THIRTEEN), *(aim.bits(p, store, True) for p in (aim.CALIBRATED[0], aim.CALIBRATED[3]))]
+    bits.append(aim.bits(rl.LORA_XS[0], store, True))
+    rows = [("*all bits*", "", *(f"{count:,}" for count in bits), f"{aim.BITS} for each weight")]
+    for base, narrow in aim.ELSEWHERE.items():
+        untouched, random, *others = (aim.LADDERS[base][name] for name in aim.BESIDE)
+        found = estimates([untouched, random, narrow, *others], store)
+        rows.append(((size.SIZES | family.FAMILIES)[base], *(estimate.as_percent() for estimate in found)))
+    shapes = "13 random", "13 calibrated, r = 1", "13 calibrated, r = 8", "49 LoRA-XS", "all weights"
+    return table(("base", "untouched", *shapes), "lllllll", rows)
