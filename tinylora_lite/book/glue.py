@@ -68,7 +68,12 @@ def table(columns: Iterable[str], rules: str, rows: Iterable[Iterable[object]]) 
         rows: cells, of which the empty ones are ``""``.
     """
     lines = [_line(columns), f"|{'|'.join(RULES[side] for side in rules)}|", *map(_line, rows)]
-    shown: Markdown = import_module("IPython.display").Markdown("\n".join(lines))
+    return markdown("\n".join(lines))
+
+
+def markdown(text: str) -> Markdown:
+    """Text for the page."""
+    shown: Markdown = import_module("IPython.display").Markdown(text)
     return shown
 
 

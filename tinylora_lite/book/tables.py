@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tinylora_lite.book.glue import table
+from tinylora_lite.book.glue import markdown, table
 from tinylora_lite.lab.claim import Point
-from tinylora_lite.lab.claims import aim, controls, family, precision, seeds, size, teaching
+from tinylora_lite.lab.claims import aim, claims, controls, family, precision, seeds, size, teaching
 from tinylora_lite.lab.claims import rl_parameters as rl
 from tinylora_lite.lab.claims import sft_parameters as sft
+from tinylora_lite.lab.plan import rows_of
+from tinylora_lite.lab.shapes import climb
 from tinylora_lite.lab.statistics import difference, estimates, smallest_count
 from tinylora_lite.lab.store import Record, Store
 from tinylora_lite.lab.trial import Trial
@@ -110,10 +112,7 @@ def thirteen_numbers(store: Store) -> Markdown:
     rows = [
         ("on random directions", *accuracies(rl.THIRTEEN), own),
         (f"on the best of {seeds.DRAWS} draws", *best, f"{own + log2(seeds.DRAWS):.0f}"),
-        *(
-            (f"calibrated, r = {p.trial.rank}", *accuracies(p), f"{aim.bits(p, store, True):,}")
-            for p in aim.CALIBRATED
-        ),
+        *((f"calibrated, r = {p.trial.rank}", *accuracies(p), f"{aim.bits(p, store, True):,}") for p in aim.CALIBRATED),
         ("*49 numbers, LoRA-XS, r = 1*", *accuracies(rl.LORA_XS[0]), aim.bits(rl.LORA_XS[0], store, True)),
         ("*all weights*", *accuracies(rl.FULL), f"{aim.bits(rl.FULL, store, True):,}"),
     ]
@@ -141,3 +140,31 @@ def aimed_elsewhere(store: Store) -> Markdown:
         rows.append(((size.SIZES | family.FAMILIES)[base], *(estimate.as_percent() for estimate in found)))
     shapes = "13 random", "13 calibrated, r = 1", "13 calibrated, r = 8", "49 LoRA-XS", "all weights"
     return table(("base", "untouched", *shapes), "lllllll", rows)
+
+
+def sizes(store: Store) -> Markdown:
+    """Bases of three sizes, and the fewest parameters for most of the gain of all weights."""
+    shapes = "13 random", "13 calibrated", "49 LoRA-XS", "all weights"
+    rows = []
+    for base, ladder in size.LADDERS.items():
+        found = (estimate.as_percent() for estimate in estimates([ladder[name] for name in ("base", *shapes)], store))
+        count, low, high = smallest_count(0.95, *climb(ladder), store)
+        rows.append((size.SIZES[base], *found, f"{count:,} [{low:,}, {high:,}]"))
+    return table(("base", "untouched", *shapes, "numbers for 95 %"), "lllllll", rows)
+
+
+def verdicts(store: Store) -> Markdown:
+    """Every claim: the paper's words, what was found here, and the verdict by both kinds of answers."""
+    found = list(claims().values())
+    entries = []
+    for row, greedy in zip(rows_of(found, store), rows_of(found, store.scored("greedy")), strict=True):
+        finding = "" if greedy["finding"] == "not in the paper" else f": {greedy['finding']}"
+        entries += [
+            f"**{row['title']}**",
+            f"*The paper* ({row['where']}): {row['paper']}",
+            f"*Here*: {row['ours'] or 'Its runs are not complete.'}",
+            f"*Verdict*: **{row['finding']}**. `tinylora lab run {row['name']}`",
+            f":::{{dropdown}} By greedy answers{finding}\n{greedy['ours']}\n:::",
+            "---",
+        ]
+    return markdown("\n\n".join(entries))
