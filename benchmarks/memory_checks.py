@@ -42,7 +42,7 @@ def activations(name: str, dtype: str, rows: int, prompt: int, completion: int, 
     import tinylora_lite as tl
     from tinylora_lite.adapter import adapter
     from tinylora_lite.adapter.layer import Factors
-    from tinylora_lite.adapter.tying import find_sites
+    from tinylora_lite.adapter.tying import find_target_modules
     from tinylora_lite.experiment.settings import RunSettings
     from tinylora_lite.planning.memory import Batch, training_terms, weight_bytes
     from tinylora_lite.planning.shapes import ModelShape, model_config
@@ -65,7 +65,7 @@ def activations(name: str, dtype: str, rows: int, prompt: int, completion: int, 
         if recompute:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         modules = dict(model.named_modules())
-        sizes = {site.name: modules[site.name].weight.shape for site in find_sites(model)}
+        sizes = {target.name: modules[target.name].weight.shape for target in find_target_modules(model)}
         factors = {
             n: Factors(torch.empty(o, 2), torch.empty(2, i), torch.empty(1, 2, 2)) for n, (o, i) in sizes.items()
         }

@@ -35,7 +35,7 @@ def _measure(layers: int, head: bool, rounds: int) -> dict[str, Any]:
 
     import tinylora_lite as tl
     from tinylora_lite.adapter.layer import Factors
-    from tinylora_lite.adapter.tying import MODULE_TYPES, find_sites
+    from tinylora_lite.adapter.tying import MODULE_TYPES, find_target_modules
     from tinylora_lite.planning.shapes import SHAPES
 
     torch.manual_seed(0)
@@ -54,9 +54,9 @@ def _measure(layers: int, head: bool, rounds: int) -> dict[str, Any]:
     ours = _twin(frozen)
     modules = dict(ours.named_modules())
     factors = {}
-    for site in find_sites(ours):
-        size = modules[site.name].weight.shape
-        factors[site.name] = Factors(torch.randn(size[0], 2), torch.randn(2, size[1]), torch.randn(1, 2, 2))
+    for target in find_target_modules(ours):
+        size = modules[target.name].weight.shape
+        factors[target.name] = Factors(torch.randn(size[0], 2), torch.randn(2, size[1]), torch.randn(1, 2, 2))
     adapter = tl.attach(ours, tl.TinyLoraConfig(rank=2, n_tie=16), factors=factors)
     torch.nn.init.normal_(adapter.vectors, std=1e-4)
 

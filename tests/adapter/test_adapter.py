@@ -18,13 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tinylora_lite import Basis, TinyLoraConfig, attach, lora_xs
 from tinylora_lite.adapter.adapter import adapter_of
 from tinylora_lite.adapter.projection import random_projection
-from tinylora_lite.adapter.tying import MODULE_TYPES, find_sites, groups_of
+from tinylora_lite.adapter.tying import MODULE_TYPES, find_target_modules, groups_of
 
 TOKENS = torch.arange(2, 18).reshape(2, 8)
 
 
 def make_basis(model, directions=5, rank=2, sigma="left") -> Basis:
-    names = tuple(site.name for site in find_sites(model))
+    names = tuple(target.name for target in find_target_modules(model))
     flat = torch.randn(directions, len(names), rank, rank, generator=torch.Generator().manual_seed(0))
     return Basis(flat / flat.flatten(1).norm(dim=1)[:, None, None, None], names, sigma)
 
@@ -50,19 +50,19 @@ def reference_update(weight, R, sigma):
 
 def reference_logits(model, config, v):
     """Logits in float64 from weights that are really changed; differentiable in v ``[groups, u]``."""
-    sites = find_sites(model, config.target_modules)
+    targets = find_target_modules(model, config.target_modules)
     weights = dict(model.named_parameters())
     changed = {}
-    for index, (site, group) in enumerate(zip(sites, groups_of(sites, config.n_tie, config.tying), strict=True)):
+    for index, (target, group) in enumerate(zip(targets, groups_of(targets, config.n_tie, config.tying), strict=True)):
         if config.projection == "random":
             P = random_projection(config.seed, index, config.u, config.rank)
         elif config.projection == "identity":
             P = torch.eye(config.u).reshape(config.u, config.rank, config.rank)
         else:
-            P = config.projection.directions[: config.u, config.projection.names.index(site.name)]
-        weight = weights[f"{site.name}.weight"].detach().double()
+            P = config.projection.directions[: config.u, config.projection.names.index(target.name)]
+        weight = weights[f"{target.name}.weight"].detach().double()
         R = torch.einsum("i,ijk->jk", v[group], P.double())
-        changed[f"{site.name}.weight"] = weight + reference_update(weight, R, config.sigma)
+        changed[f"{target.name}.weight"] = weight + reference_update(weight, R, config.sigma)
     double = copy.deepcopy(model).double()
     return functional_call(double, changed, (TOKENS,)).logits
 
@@ -559,7 +559,7 @@ def test_repr_tells_adapters_apart(model):
     def basis(first: float) -> Basis:
         return Basis(torch.full((1, len(names), 2, 2), first), names)
 
-    names = tuple(site.name for site in find_sites(model))
+    names = tuple(target.name for target in find_target_modules(model))
     settings = [{}, {"seed": 1}, {"target_modules": ["q_proj"]}, {"target_modules": ["k_proj"]}]
     settings += [{"projection": basis(1.0)}, {"projection": basis(2.0)}]
     assert words() == words()

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen2ForCausalLM
 
 from tinylora_lite import AdapterFileError, TinyLoraConfig, attach, load, save
-from tinylora_lite.adapter.tying import MODULE_TYPES, find_sites
+from tinylora_lite.adapter.tying import MODULE_TYPES, find_target_modules
 from tinylora_lite.adapter.weights import (
     base_fingerprint,
     check_weight,
@@ -171,8 +171,8 @@ FORMULAS = {
 
 @pytest.mark.parametrize("name", FORMULAS)
 def test_the_dense_weight_is_what_the_format_is_published_to_hold(name, quantized, dense):
-    for site, module in targets(quantized(name)).items():
-        wanted = FORMULAS[name](dense.get_submodule(site).weight.detach())
+    for target, module in targets(quantized(name)).items():
+        wanted = FORMULAS[name](dense.get_submodule(target).weight.detach())
         # A value halfway between two levels may fall to either side, as the largest of each row does in torchao.
         assert torch.isclose(dense_weight(module), wanted, rtol=1e-5, atol=1e-6).float().mean() > 0.99
 
@@ -524,8 +524,8 @@ def test_one_layer_of_an_unknown_kind_among_linear_ones_is_not_passed_over(dense
     with pytest.raises(
         ValueError, match=r"layers\.1\.mlp\.up_proj is a WQLinear of .*, no torch\.nn\.Linear.*torchao$"
     ):
-        find_sites(model)
-    assert len(find_sites(model, ["q_proj"])) == 2
+        find_target_modules(model)
+    assert len(find_target_modules(model, ["q_proj"])) == 2
 
 
 def test_plain_models_need_neither_library(make_model, monkeypatch):

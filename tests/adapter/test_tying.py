@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from tinylora_lite.adapter import tying
-from tinylora_lite.adapter.tying import MODULE_TYPES, Site, find_sites, groups_of
+from tinylora_lite.adapter.tying import MODULE_TYPES, TargetModule, find_target_modules, groups_of
 
 
 def network(layers, types=7):
-    return [Site(layer, kind, f"{layer}.{kind}") for layer in range(layers) for kind in range(types)]
+    return [TargetModule(layer, kind, f"{layer}.{kind}") for layer in range(layers) for kind in range(types)]
 
 
 def test_worked_examples():
@@ -24,11 +24,11 @@ def test_worked_examples():
 @pytest.mark.parametrize("layers", [1, 2, 5, 28, 36])
 @pytest.mark.parametrize("n_tie", [1, 2, 3, 7, 8, 16, 100, 1000])
 def test_tiled_runs_are_consecutive_balanced_and_as_many_as_the_formula_says(layers, n_tie):
-    sites = network(layers)
-    groups = groups_of(sites, n_tie, "tiled")
+    targets = network(layers)
+    groups = groups_of(targets, n_tie, "tiled")
     assert all(after - before in (0, 1) for before, after in pairwise(groups))
     sizes = Counter(groups)
-    assert sorted(sizes) == list(range(-(-len(sites) // n_tie)))
+    assert sorted(sizes) == list(range(-(-len(targets) // n_tie)))
     assert max(sizes.values()) <= n_tie
     assert max(sizes.values()) - min(sizes.values()) <= 1
 
@@ -36,12 +36,12 @@ def test_tiled_runs_are_consecutive_balanced_and_as_many_as_the_formula_says(lay
 @pytest.mark.parametrize("layers", [1, 2, 5, 28, 36])
 @pytest.mark.parametrize("n_tie", [1, 2, 3, 8, 16, 36, 1000])
 def test_structured_runs_keep_types_apart_and_are_balanced_over_layers(layers, n_tie):
-    sites = network(layers)
-    groups = groups_of(sites, n_tie, "structured")
-    members = {group: [s for s, g in zip(sites, groups, strict=True) if g == group] for group in groups}
+    targets = network(layers)
+    groups = groups_of(targets, n_tie, "structured")
+    members = {group: [s for s, g in zip(targets, groups, strict=True) if g == group] for group in groups}
     assert list(members) == list(range(7 * -(-layers // n_tie)))
     for sharing in members.values():
-        assert len({site.type_index for site in sharing}) == 1
+        assert len({target.type_index for target in sharing}) == 1
         assert all(b.layer - a.layer == 1 for a, b in pairwise(sharing))
     sizes = [len(sharing) for sharing in members.values()]
     assert max(sizes) <= n_tie
@@ -50,9 +50,9 @@ def test_structured_runs_keep_types_apart_and_are_balanced_over_layers(layers, n
 
 @pytest.mark.parametrize("tying", ["tiled", "structured"])
 def test_the_ends_of_the_scale(tying):
-    sites = network(4)
-    assert groups_of(sites, 1, tying) == list(range(28))
-    assert groups_of(sites, "all", tying) == [0] * 28
+    targets = network(4)
+    assert groups_of(targets, 1, tying) == list(range(28))
+    assert groups_of(targets, "all", tying) == [0] * 28
 
 
 def test_full_structured_tying_is_one_group_for_each_type():
@@ -60,8 +60,15 @@ def test_full_structured_tying_is_one_group_for_each_type():
 
 
 def test_structured_where_layers_lack_types_or_hold_one_twice():
-    sites = [Site(0, 0, "a"), Site(0, 6, "b"), Site(0, 6, "c"), Site(1, 6, "d"), Site(1, 6, "e"), Site(2, 0, "f")]
-    assert groups_of(sites, 2, "structured") == [0, 1, 1, 2, 2, 0]
+    targets = [
+        TargetModule(0, 0, "a"),
+        TargetModule(0, 6, "b"),
+        TargetModule(0, 6, "c"),
+        TargetModule(1, 6, "d"),
+        TargetModule(1, 6, "e"),
+        TargetModule(2, 0, "f"),
+    ]
+    assert groups_of(targets, 2, "structured") == [0, 1, 1, 2, 2, 0]
 
 
 class Block(nn.Module):
@@ -82,12 +89,14 @@ def test_the_order_is_layer_by_layer_and_qkvo_gate_up_down_inside():
     model = nn.Module()
     model.layers = nn.ModuleList(Block() for _ in range(12))
     model.lm_head = nn.Linear(2, 2)
-    sites = find_sites(model)
+    targets = find_target_modules(model)
     parts = ["self_attn"] * 4 + ["mlp"] * 3
     wanted = [f"layers.{i}.{part}.{kind}" for i in range(12) for part, kind in zip(parts, MODULE_TYPES, strict=True)]
-    assert [site.name for site in sites] == wanted
-    assert [(site.layer, site.type_index) for site in sites] == [(i, kind) for i in range(12) for kind in range(7)]
-    assert [site.name for site in find_sites(model, ["lm_head", "down_proj", "q_proj"])][-3:] == [
+    assert [target.name for target in targets] == wanted
+    assert [(target.layer, target.type_index) for target in targets] == [
+        (i, kind) for i in range(12) for kind in range(7)
+    ]
+    assert [target.name for target in find_target_modules(model, ["lm_head", "down_proj", "q_proj"])][-3:] == [
         "layers.11.self_attn.q_proj",
         "layers.11.mlp.down_proj",
         "lm_head",
@@ -99,7 +108,7 @@ def test_blocks_and_experts_keep_their_order_past_nine_and_towers_stay_apart():
     model.vision, model.text = nn.Module(), nn.Module()
     model.vision.blocks = nn.ModuleList(Block() for _ in range(2))
     model.text.layers = nn.ModuleList(Block(experts=nn.ModuleList(Block() for _ in range(11))) for _ in range(2))
-    names = [site.name for site in find_sites(model, ["up_proj"])]
+    names = [target.name for target in find_target_modules(model, ["up_proj"])]
     assert names[:2] == ["vision.blocks.0.mlp.up_proj", "vision.blocks.1.mlp.up_proj"]
     assert names[2:14] == ["text.layers.0.mlp.up_proj", *(f"text.layers.0.experts.{i}.mlp.up_proj" for i in range(11))]
 
@@ -108,7 +117,7 @@ def test_targets_by_full_name_by_last_parts_and_more_than_once():
     model = nn.Module()
     model.layers = nn.ModuleList(Block() for _ in range(2))
     everything = ["self_attn.q_proj", "q_proj", "layers.1.self_attn.q_proj", "layers.0.mlp.up_proj", "q_proj"]
-    assert [site.name for site in find_sites(model, everything)] == [
+    assert [target.name for target in find_target_modules(model, everything)] == [
         "layers.0.self_attn.q_proj",
         "layers.0.mlp.up_proj",
         "layers.1.self_attn.q_proj",
@@ -119,13 +128,13 @@ def test_a_name_is_not_a_piece_of_a_name():
     model = nn.Module()
     model.my_q_proj = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="no linear layer named q_proj"):
-        find_sites(model, ["q_proj"])
+        find_target_modules(model, ["q_proj"])
 
 
 def test_no_weight_is_read():
     with torch.device("meta"):
         model = nn.Sequential(Block(), Block())
-    assert len(find_sites(model)) == 14
+    assert len(find_target_modules(model)) == 14
 
 
 @pytest.mark.parametrize("targets", [["up_proj", "c_attn"], ["mlp"], ["layers.7.mlp.up_proj"]])
@@ -136,7 +145,7 @@ def test_an_unknown_target_names_itself_and_what_there_is(targets):
     with pytest.raises(
         ValueError, match=f"^no linear layer named {unknown} in Module; set target_modules to .*up_proj"
     ):
-        find_sites(model, targets)
+        find_target_modules(model, targets)
 
 
 class QuantLinear(nn.Module):
@@ -149,14 +158,14 @@ def test_a_quantized_layer_is_named(targets):
     model.layers = nn.ModuleList([Block()])
     model.layers[0].mlp.up_proj = QuantLinear()
     with pytest.raises(ValueError, match=r"layers\.0\.mlp\.up_proj is a QuantLinear .* load the model without quant"):
-        find_sites(model, targets)
+        find_target_modules(model, targets)
     model.layers[0].mlp.up_proj.base_layer = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="no linear layer named up_proj"):
-        find_sites(model, ["up_proj"])
+        find_target_modules(model, ["up_proj"])
 
 
 def test_models_without_the_seven_types():
     with pytest.raises(ValueError, match=r"named q_proj, .* in Sequential; set target_modules to some of: 0, 1$"):
-        find_sites(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+        find_target_modules(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
     with pytest.raises(ValueError, match=r"it has no torch\.nn\.Linear at all$"):
-        find_sites(nn.Sequential(nn.ReLU()))
+        find_target_modules(nn.Sequential(nn.ReLU()))

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from tinylora_lite.adapter.tying import Site, groups_of
+from tinylora_lite.adapter.tying import TargetModule, groups_of
 from tinylora_lite.book import diagrams, structure
 from tinylora_lite.view import plot
 
@@ -43,7 +43,7 @@ def test_matrices_name_every_factor():
 
 @pytest.mark.parametrize(("n_tie", "tying", "numbers"), [(4, "tiled", 13), (4, "structured", 14)])
 def test_the_map_shows_each_module_under_its_number(n_tie, tying, numbers):
-    groups = groups_of([Site(layer, kind, "") for layer in range(7) for kind in range(7)], n_tie, tying)
+    groups = groups_of([TargetModule(layer, kind, "") for layer in range(7) for kind in range(7)], n_tie, tying)
     drawn = diagrams.tying_map(groups, list("abcdefg"))
     squares = [text for text in drawn.axes[0].texts if text.get_position()[1] >= 0]
     shown = {tuple(text.get_position()): int(text.get_text()) for text in squares}

@@ -11,7 +11,7 @@ from rich.console import Console
 import tinylora_lite as tl
 from tinylora_lite import nano
 from tinylora_lite.adapter.adapter import adapter_of
-from tinylora_lite.adapter.tying import find_sites
+from tinylora_lite.adapter.tying import find_target_modules
 from tinylora_lite.cli import demo, main
 from tinylora_lite.experiment import runner
 from tinylora_lite.files import adapter_file as files
@@ -21,7 +21,7 @@ from tinylora_lite.files import adapter_file as files
 def basis() -> tl.Basis:
     """Random directions: no test depends on the basis that is shipped."""
     model, _ = nano.load()
-    names = tuple(site.name for site in find_sites(model))
+    names = tuple(site.name for site in find_target_modules(model))
     flat = torch.randn(len(names) * 64, 13, generator=torch.Generator().manual_seed(0))
     return tl.Basis(torch.linalg.qr(flat)[0].T.reshape(13, len(names), 8, 8).contiguous(), names)
 

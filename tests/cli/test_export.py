@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import tinylora_lite as tl
 from tinylora_lite import nano
-from tinylora_lite.adapter.tying import find_sites
+from tinylora_lite.adapter.tying import find_target_modules
 from tinylora_lite.cli import main, shared
 
 TOKENS = torch.arange(2, 26).reshape(2, 12)
@@ -174,7 +174,7 @@ def test_a_lora_in_half_precision(capsys, base, file, tmp_path, dtype, torch_dty
 
 def test_a_calibrated_adapter_with_its_basis_elsewhere(capsys, base, tmp_path):
     model = loaded(base)
-    names = tuple(site.name for site in find_sites(model))
+    names = tuple(site.name for site in find_target_modules(model))
     basis = tl.Basis(torch.randn(3, len(names), 2, 2, generator=torch.Generator().manual_seed(0)), names)
     file = tl.save(filled(tl.attach(model, tl.TinyLoraConfig(u=3, n_tie="all", projection=basis))), tmp_path / "a")
     stored = tl.save_basis(basis, tmp_path / "bases" / "b.safetensors")

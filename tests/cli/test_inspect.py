@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import tinylora_lite as tl
 from tinylora_lite import nano
 from tinylora_lite.adapter.layer import Factors
-from tinylora_lite.adapter.tying import find_sites
+from tinylora_lite.adapter.tying import find_target_modules
 from tinylora_lite.adapter.weights import base_fingerprint
 from tinylora_lite.cli import main
 
@@ -122,7 +122,7 @@ def test_many_numbers_are_summed_up(capsys, base, tmp_path):
 
 def test_a_calibrated_basis_is_found_or_not(capsys, base, tmp_path):
     model = loaded(base)
-    names = tuple(site.name for site in find_sites(model))
+    names = tuple(site.name for site in find_target_modules(model))
     basis = tl.Basis(torch.randn(3, len(names), 2, 2, generator=torch.Generator().manual_seed(0)), names)
     other = tl.Basis(-basis.directions, names)
     adapter = tl.attach(model, tl.TinyLoraConfig(u=3, n_tie="all", projection=basis))

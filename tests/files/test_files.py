@@ -18,7 +18,7 @@ from tinylora_lite.adapter import svd
 from tinylora_lite.adapter.adapter import adapter_of
 from tinylora_lite.adapter.layer import Factors
 from tinylora_lite.adapter.svd import decompose
-from tinylora_lite.adapter.tying import find_sites
+from tinylora_lite.adapter.tying import find_target_modules
 from tinylora_lite.adapter.weights import base_fingerprint
 from tinylora_lite.files import adapter_file as files
 from tinylora_lite.files.adapter_file import load, save, storage_loss
@@ -49,7 +49,7 @@ def model() -> Qwen2ForCausalLM:
 
 
 def make_basis(model, rank=4, directions=3, seed=0) -> tl.Basis:
-    names = tuple(site.name for site in find_sites(model))
+    names = tuple(target.name for target in find_target_modules(model))
     generator = torch.Generator().manual_seed(seed)
     flat = torch.randn(len(names) * rank**2, directions, generator=generator)
     return tl.Basis(torch.linalg.qr(flat)[0].T.reshape(directions, len(names), rank, rank).contiguous(), names)

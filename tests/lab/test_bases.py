@@ -8,7 +8,7 @@ import torch
 
 from tinylora_lite import nano
 from tinylora_lite.adapter.projection import Basis
-from tinylora_lite.adapter.tying import find_sites
+from tinylora_lite.adapter.tying import find_target_modules
 from tinylora_lite.lab import bases, tasks
 from tinylora_lite.lab.bases import calibrated_basis, calibration_of, imitated_basis
 from tinylora_lite.lab.tasks import own_demonstrations
@@ -66,7 +66,7 @@ def test_directions_of_imitation_are_those_of_dense_gradients(model, tokenizer, 
 
     # In the order in which it draws them: the signs of singular vectors do not depend on it, but the test should not.
     examples = draw_prompts(task.train, GRPOSettings(prompts_per_step=6, seed=0), 0)
-    names = [site.name for site in find_sites(model)]
+    names = [target.name for target in find_target_modules(model)]
     frames = {}
     for name in names:
         U, S, Vh = torch.linalg.svd(model.get_submodule(name).weight.detach().double(), full_matrices=False)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tinylora_lite.adapter.tying import find_sites
+from tinylora_lite.adapter.tying import find_target_modules
 from tinylora_lite.lab import directions
 from tinylora_lite.lab.directions import WHICH, factors_along
 from tinylora_lite.lab.trial import Trial
@@ -37,7 +37,7 @@ def numbers(monkeypatch, task) -> Task:
 
 def weights(model) -> dict[str, torch.Tensor]:
     modules = dict(model.named_modules())
-    return {site.name: modules[site.name].weight.detach().double() for site in find_sites(model)}
+    return {target.name: modules[target.name].weight.detach().double() for target in find_target_modules(model)}
 
 
 @pytest.mark.parametrize(("kind", "first"), [("leading", 0), ("middle", 15), ("trailing", 30)])

@@ -173,7 +173,8 @@ def test_every_claim_asks_for_enough_seeds_and_has_a_name_of_its_own():
         assert claim.points
         for point in claim.points:
             assert point.seeds >= 3, (claim.name, point.label)
-            assert point.rates or point.like or point.trial.method in ("none", "noise"), (claim.name, point.label)
+            named = "of the rate" in point.label  # a rate that a claim sets by itself
+            assert point.rates or point.like or named or point.trial.method in ("none", "noise"), point.label
 
 
 CLAIM_OF_ONES_OWN = """

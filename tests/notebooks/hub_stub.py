@@ -16,7 +16,7 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from tinylora_lite.adapter.tying import find_sites
+from tinylora_lite.adapter.tying import find_target_modules
 from tinylora_lite.experiment.presets import preset
 from tinylora_lite.nano.problems import problems
 from tinylora_lite.nano.writers import careful
@@ -66,7 +66,7 @@ def make_hub(home: Path, *, layers: int = 2, vocabulary: int = 2048, seed: int =
     )
     torch.manual_seed(seed)
     model = Qwen2ForCausalLM._from_config(config, dtype=torch.bfloat16)
-    for site in find_sites(model):
+    for site in find_target_modules(model):
         stand_out(model.get_submodule(site.name).weight.data)
     model.save_pretrained(snapshot)
     recommended = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05}

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tinylora_lite import count_parameters
-from tinylora_lite.adapter.tying import find_sites
+from tinylora_lite.adapter.tying import find_target_modules
 from tinylora_lite.planning.shapes import NAMES as ALL_NAMES
 from tinylora_lite.planning.shapes import model_config
 
@@ -130,7 +130,7 @@ def test_the_chapter_hands_over_the_shape_of_every_model(handed_over, models):
     assert set(handed_over["models"]) == set(NAMES)
     assert handed_over["start"] in NAMES
     for name, model in models.items():
-        shapes = [list(model.get_submodule(site.name).weight.shape) for site in find_sites(model)]
+        shapes = [list(model.get_submodule(site.name).weight.shape) for site in find_target_modules(model)]
         known = handed_over["models"][name]
         assert known["modules"] * known["layers"] == shapes
         assert known["all"] == sum(p.numel() for p in model.parameters())

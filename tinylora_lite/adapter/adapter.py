@@ -24,7 +24,7 @@ from tinylora_lite.adapter.config import TinyLoraConfig
 from tinylora_lite.adapter.layer import AddUpdate, Factors, Hook, factors_of
 from tinylora_lite.adapter.projection import Basis
 from tinylora_lite.adapter.svd import cached_decompose
-from tinylora_lite.adapter.tying import find_sites, vector_groups
+from tinylora_lite.adapter.tying import find_target_modules, vector_groups
 from tinylora_lite.adapter.weights import allow_packing, check_weight, dense_weight, train_through, weight_shape
 from tinylora_lite.utils.record import describe, short_hash
 
@@ -209,13 +209,13 @@ def check_modules(
     model: nn.Module, config: TinyLoraConfig
 ) -> tuple[tuple[str, ...], tuple[int, ...], dict[str, nn.Module]]:
     """The names of the modules to adapt, their groups, and all modules; raises where :func:`attach` would."""
-    sites, modules = find_sites(model, config.target_modules), dict(model.named_modules())
-    for site in sites:
-        check_weight(site.name, modules[site.name], config.rank)
-    names = tuple(site.name for site in sites)
+    targets, modules = find_target_modules(model, config.target_modules), dict(model.named_modules())
+    for target in targets:
+        check_weight(target.name, modules[target.name], config.rank)
+    names = tuple(target.name for target in targets)
     if isinstance(config.projection, Basis):
         config.projection.check_modules(names, modules)
-    return names, vector_groups(sites, config.n_tie, config.tying, config.groups), modules
+    return names, vector_groups(targets, config.n_tie, config.tying, config.groups), modules
 
 
 def take_off(model: nn.Module | None, hooks: list[Any], trainable: Mapping[str, bool]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tinylora_lite.adapter.svd import Decomposition, cached_decompose
-from tinylora_lite.adapter.tying import find_sites
+from tinylora_lite.adapter.tying import find_target_modules
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -133,13 +133,13 @@ def _open(folder: Path, target_modules: Sequence[str] | None) -> tuple[_Checkpoi
     # A checkpoint of the bare decoder names its tensors without the prefix that the causal language model adds.
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     names = {}
-    for site in find_sites(model, target_modules):
-        tensor = f"{site.name}.weight"
+    for target in find_target_modules(model, target_modules):
+        tensor = f"{target.name}.weight"
         found = tensor if tensor in checkpoint.shard_of else tensor.removeprefix(prefix)
         wanted = list(model.get_parameter(tensor).shape)
         if found not in checkpoint.shard_of or checkpoint.shape(found) != wanted:
             raise ValueError(f"{folder} holds no {tensor} of shape {wanted}, which its config.json asks for")
-        names[site.name] = found
+        names[target.name] = found
     return checkpoint, names
 
 

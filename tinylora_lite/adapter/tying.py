@@ -17,7 +17,7 @@ MODULE_TYPES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 
 @dataclass(frozen=True)
-class Site:
+class TargetModule:
     """Where a module stands: its layer (-1 outside any), its place among ``MODULE_TYPES``, its name in the model.
 
     Types that are not among the seven are numbered after them, in the order in which the model holds them.
@@ -28,7 +28,7 @@ class Site:
     name: str
 
 
-def find_sites(model: nn.Module, target_modules: Sequence[str] | None = None) -> list[Site]:
+def find_target_modules(model: nn.Module, target_modules: Sequence[str] | None = None) -> list[TargetModule]:
     """The modules to adapt in tying order: block by block, and q, k, v, o, gate, up, down inside one.
 
     Blocks stand in the order of ``named_modules()``. No weight is read, so a model on the meta device will do. The
@@ -60,10 +60,10 @@ def find_sites(model: nn.Module, target_modules: Sequence[str] | None = None) ->
     types = list(dict.fromkeys([*MODULE_TYPES, *map(_type_of, names)]))
     blocks = list(dict.fromkeys(map(_block_of, names)))
     names.sort(key=lambda name: (blocks.index(_block_of(name)), types.index(_type_of(name))))
-    return [Site(_layer_of(name), types.index(_type_of(name)), name) for name in names]
+    return [TargetModule(_layer_of(name), types.index(_type_of(name)), name) for name in names]
 
 
-def groups_of(sites: Sequence[Site], n_tie: int | Literal["all"], tying: Tying) -> list[int]:
+def groups_of(targets: Sequence[TargetModule], n_tie: int | Literal["all"], tying: Tying) -> list[int]:
     """The group of every module, balanced so that the sizes of the runs differ by at most one.
 
     ``tiled``: runs of ``n_tie`` consecutive modules, whatever their type, ``ceil(modules / n_tie)`` groups.
@@ -71,35 +71,35 @@ def groups_of(sites: Sequence[Site], n_tie: int | Literal["all"], tying: Tying) 
     are numbered in the order in which their first module stands in the network. ``n_tie="all"`` puts everything
     into one group, whatever the tying. (Paper, section 6.5.)
 
-    >>> sites = [Site(layer, kind, "") for layer in range(2) for kind in range(3)]
-    >>> groups_of(sites, 4, "tiled")
+    >>> targets = [TargetModule(layer, kind, "") for layer in range(2) for kind in range(3)]
+    >>> groups_of(targets, 4, "tiled")
     [0, 0, 0, 1, 1, 1]
-    >>> groups_of(sites, 2, "structured")
+    >>> groups_of(targets, 2, "structured")
     [0, 1, 2, 0, 1, 2]
     """
     if n_tie == "all":
-        return [0] * len(sites)
+        return [0] * len(targets)
     if tying == "tiled":
-        return _balanced_runs(len(sites), n_tie)
+        return _balanced_runs(len(targets), n_tie)
     positions: dict[int, list[int]] = defaultdict(list)
-    for position, site in enumerate(sites):
-        positions[site.type_index].append(position)
+    for position, target in enumerate(targets):
+        positions[target.type_index].append(position)
     run_of = {}
     for kind, found in positions.items():
         for position, run in zip(found, _balanced_runs(len(found), n_tie), strict=True):
             run_of[position] = (kind, run)
     numbers: dict[tuple[int, int], int] = {}
-    return [numbers.setdefault(run_of[position], len(numbers)) for position in range(len(sites))]
+    return [numbers.setdefault(run_of[position], len(numbers)) for position in range(len(targets))]
 
 
 def vector_groups(
-    sites: Sequence[Site], n_tie: int | Literal["all"], tying: Tying, groups: Sequence[int] | None = None
+    targets: Sequence[TargetModule], n_tie: int | Literal["all"], tying: Tying, groups: Sequence[int] | None = None
 ) -> tuple[int, ...]:
     """For each module, in tying order, the row of ``vectors`` that drives it: ``groups``, or what the tying gives."""
     if groups is None:
-        return tuple(groups_of(sites, n_tie, tying))
-    if len(groups) != len(sites):
-        raise ValueError(f"groups names a vector for {len(groups)} modules; the model has {len(sites)} to adapt")
+        return tuple(groups_of(targets, n_tie, tying))
+    if len(groups) != len(targets):
+        raise ValueError(f"groups names a vector for {len(groups)} modules; the model has {len(targets)} to adapt")
     return tuple(groups)
 
 

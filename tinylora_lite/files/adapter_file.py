@@ -23,7 +23,7 @@ from tinylora_lite.adapter.adapter import TinyLoraAdapter, attach
 from tinylora_lite.adapter.config import TinyLoraConfig
 from tinylora_lite.adapter.layer import Factors
 from tinylora_lite.adapter.projection import Basis
-from tinylora_lite.adapter.tying import find_sites
+from tinylora_lite.adapter.tying import find_target_modules
 from tinylora_lite.adapter.weights import base_fingerprint
 from tinylora_lite.files.basis import find_basis
 from tinylora_lite.files.file_format import (
@@ -130,7 +130,7 @@ def load(
         settings = dict(header["settings"])
         if unknown := sorted(settings.keys() - {field.name for field in fields(TinyLoraConfig)}):
             raise ValueError(f"it sets {', '.join(unknown)}, unknown to this version of tinylora_lite; upgrade it")
-        names = tuple(site.name for site in find_sites(model, settings.get("target_modules")))
+        names = tuple(target.name for target in find_target_modules(model, settings.get("target_modules")))
         _check_base(path, model, names, header)
         if settings.get("projection", "random") not in ("random", "identity"):
             settings["projection"] = find_basis(settings["projection"], basis, path)

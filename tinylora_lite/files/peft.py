@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from tinylora_lite.adapter.adapter import TinyLoraAdapter, attach
 from tinylora_lite.adapter.config import TinyLoraConfig
 from tinylora_lite.adapter.layer import Factors
-from tinylora_lite.adapter.tying import find_sites
+from tinylora_lite.adapter.tying import find_target_modules
 from tinylora_lite.adapter.weights import dense_weight
 from tinylora_lite.files.file_format import AdapterFileError, model_of, storable
 from tinylora_lite.files.peft_format import check_free, read_settings, read_tensors, settings_of_base, write_folder
@@ -133,7 +133,7 @@ def import_peft(model: nn.Module, folder: str | Path) -> TinyLoraAdapter:
             seed=max(settings.projection_seed, 0),
             sigma="split",
             target_modules=targets,
-            groups=[group_of[site.name] for site in find_sites(model, targets)],
+            groups=[group_of[target.name] for target in find_target_modules(model, targets)],
             arithmetic="float32",
         )
         adapter = attach(model, config, factors=_factors(model, names, parts, settings, folder))

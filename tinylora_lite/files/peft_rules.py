@@ -80,7 +80,7 @@ def matched_modules(model: nn.Module, settings: PeftSettings) -> list[str]:
 
 
 def targets_of(model: nn.Module, names: Sequence[str]) -> list[str] | None:
-    """The shortest list that means exactly these modules, to PEFT and to ``find_sites``, if there is any.
+    """The shortest list that means exactly these modules, to PEFT and to ``find_target_modules``, if there is any.
 
     Args:
         model: the base.

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from tinylora_lite import nano
 from tinylora_lite.adapter.layer import LEFT_POWER, Factors
-from tinylora_lite.adapter.tying import find_sites
+from tinylora_lite.adapter.tying import find_target_modules
 from tinylora_lite.lab.tasks import task_of
 from tinylora_lite.lab.trial import Trial
 from tinylora_lite.sampling.sampler import ModelSampler
@@ -53,7 +53,10 @@ def factors_along(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tr
     if trial.directions not in WHICH:
         raise ValueError(f"directions must be one of {', '.join(WHICH)}, not {trial.directions!r}")
     modules = dict(model.named_modules())
-    weights = {site.name: modules[site.name].get_parameter("weight").detach().float() for site in find_sites(model)}
+    weights = {
+        target.name: modules[target.name].get_parameter("weight").detach().float()
+        for target in find_target_modules(model)
+    }
     weighted = trial.directions in ("activations", "Fisher")
     moments = _moments(model, tokenizer, trial, list(weights)) if weighted else {}
     found = {}

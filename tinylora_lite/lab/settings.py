@@ -7,7 +7,7 @@ from typing import Any
 
 from tinylora_lite import nano
 from tinylora_lite.adapter.config import TinyLoraConfig, lora_xs
-from tinylora_lite.adapter.tying import find_sites
+from tinylora_lite.adapter.tying import find_target_modules
 from tinylora_lite.lab.bases import calibrated_basis
 from tinylora_lite.lab.trial import Trial
 from tinylora_lite.training.evolution import ESSettings
@@ -49,7 +49,7 @@ def config_of(trial: Trial, folder: Path | None = None) -> TinyLoraConfig:
     options: dict[str, Any] = {"rank": trial.rank, "u": trial.u, "sigma": trial.sigma, "seed": trial.p_seed}
     if trial.tying == "attention, MLP":
         model, _ = nano.load(trial.base)
-        options["groups"] = [int(".mlp." in site.name) for site in find_sites(model)]
+        options["groups"] = [int(".mlp." in target.name) for target in find_target_modules(model)]
     else:
         options |= {"n_tie": trial.n_tie, "tying": trial.tying}
     if trial.numbers == "calibrated":

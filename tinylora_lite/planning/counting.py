@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from tinylora_lite.adapter.config import TinyLoraConfig
 from tinylora_lite.adapter.streaming import without_weights
-from tinylora_lite.adapter.tying import Site, Tying, find_sites, groups_of
+from tinylora_lite.adapter.tying import TargetModule, Tying, find_target_modules, groups_of
 from tinylora_lite.adapter.weights import stored_parameters, weight_shape
 
 if TYPE_CHECKING:
@@ -62,12 +62,12 @@ def count_parameters(
     model = without_weights(model_or_config)
     if method == "full":
         return sum(math.prod(stored.shape) for stored in stored_parameters(model))
-    sites = find_sites(model, settings.target_modules)
+    targets = find_target_modules(model, settings.target_modules)
     if method == "tinylora":
-        return u * _groups(sites, n_tie, tying)
+        return u * _groups(targets, n_tie, tying)
     if type(rank) is not int or rank < 1:
         raise ValueError(f'"{method}" needs rank=, an integer of at least 1, not {rank!r}')
-    shapes = [weight_shape(model.get_submodule(site.name)) for site in sites]
+    shapes = [weight_shape(model.get_submodule(target.name)) for target in targets]
     if method == "lora":
         return sum(rank * (out_features + in_features) for out_features, in_features in shapes)
     if method == "vera":
@@ -97,16 +97,16 @@ def plan(model_or_config: nn.Module | PretrainedConfig, budget: int = 13, **sett
     if not isinstance(budget, int) or isinstance(budget, bool):
         raise ValueError(f"budget must be an integer, not {budget!r}")
     config = TinyLoraConfig(**settings)
-    sites = find_sites(without_weights(model_or_config), config.target_modules)
-    for n_tie in range(1, len(sites) + 1):
-        if config.u * _groups(sites, n_tie, config.tying) <= budget:
+    targets = find_target_modules(without_weights(model_or_config), config.target_modules)
+    for n_tie in range(1, len(targets) + 1):
+        if config.u * _groups(targets, n_tie, config.tying) <= budget:
             return TinyLoraConfig(**settings, n_tie=n_tie)
-    least = config.u * _groups(sites, len(sites), config.tying)
+    least = config.u * _groups(targets, len(targets), config.tying)
     advice = ' or set tying="tiled"' if config.tying == "structured" else ""
     raise ValueError(
         f"{config.tying} tying with u={config.u} takes at least {least} parameters, budget={budget}; raise it{advice}"
     )
 
 
-def _groups(sites: list[Site], n_tie: int | Literal["all"], tying: Tying) -> int:
-    return len(set(groups_of(sites, n_tie, tying)))
+def _groups(targets: list[TargetModule], n_tie: int | Literal["all"], tying: Tying) -> int:
+    return len(set(groups_of(targets, n_tie, tying)))

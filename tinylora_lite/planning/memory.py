@@ -84,7 +84,7 @@ def memory_terms(settings: RunSettings, shape: ModelShape, gpu_memory: float, pr
             terms.append(Term("the untouched base, for the KL penalty", element * parameters, "always"))
     else:
         u = adapter.rank**2 if adapter.kind == "lora_xs" else adapter.u
-        frozen = FLOAT * (adapter.rank * shape.sides + len(shape.sites) * u * adapter.rank**2)
+        frozen = FLOAT * (adapter.rank * shape.sides + len(shape.targets) * u * adapter.rank**2)
         terms += [
             Term("factors UΣ and Vᵀ, and P", frozen, "always"),
             Term("v, its gradient and Adam's two moments", 4 * FLOAT * parameters, "always"),
@@ -148,8 +148,8 @@ def trained_parameters(settings: RunSettings, shape: ModelShape) -> int:
     if adapter.kind == "all":
         return shape.parameters
     if adapter.kind == "lora_xs":
-        return len(shape.sites) * adapter.rank**2
-    return adapter.u * len(set(groups_of(shape.sites, adapter.n_tie, adapter.tying)))
+        return len(shape.targets) * adapter.rank**2
+    return adapter.u * len(set(groups_of(shape.targets, adapter.n_tie, adapter.tying)))
 
 
 def training_terms(settings: RunSettings, shape: ModelShape, batch: Batch, phase: Phase, rank: int) -> list[Term]:
@@ -189,7 +189,7 @@ def saved_by_block(shape: ModelShape, batch: Batch, element: int, rank: int, eve
     per_token: float = 2 * FLOAT * (shape.width + 1)
     per_token += element * 4 * shape.attention + FLOAT * shape.heads
     per_token += element * 3 * shape.mlp
-    per_token += FLOAT * rank * (len(shape.sites) // shape.layers)
+    per_token += FLOAT * rank * (len(shape.targets) // shape.layers)
     if everything:  # the inputs of all linear layers, and what the norms' weights multiply
         per_token += element * (4 * shape.width + shape.attention + shape.mlp)
     return batch.tokens * (per_token + element * batch.length)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from tinylora_lite.adapter.tying import Site
+    from tinylora_lite.adapter.tying import TargetModule
 
 
 def _shape(
@@ -91,7 +91,7 @@ class ModelShape:
         head: parameters in the matrix that puts out logits.
         largest: parameters in the largest adapted weight.
         sides: the sum of ``in + out`` of the adapted modules.
-        sites: the adapted modules.
+        targets: the adapted modules.
     """
 
     width: int
@@ -107,7 +107,7 @@ class ModelShape:
     head: int
     largest: int
     sides: int
-    sites: tuple[Site, ...] = field(repr=False)
+    targets: tuple[TargetModule, ...] = field(repr=False)
 
     @property
     def attention(self) -> int:
@@ -126,14 +126,14 @@ class ModelShape:
             ValueError: it is no causal language model of such blocks.
         """
         from tinylora_lite.adapter.streaming import without_weights
-        from tinylora_lite.adapter.tying import find_sites
+        from tinylora_lite.adapter.tying import find_target_modules
 
         model = without_weights(config)
         head = getattr(model, "lm_head", None)
         if head is None or not hasattr(config, "intermediate_size"):
             raise ValueError(f"no plan for a {type(model).__name__}; it has no blocks as those of Qwen2 and Llama")
-        sites, heads = find_sites(model), config.num_attention_heads
-        weights = [model.get_submodule(site.name).get_parameter("weight") for site in sites]
+        targets, heads = find_target_modules(model), config.num_attention_heads
+        weights = [model.get_submodule(target.name).get_parameter("weight") for target in targets]
         return cls(
             width=config.hidden_size,
             layers=config.num_hidden_layers,
@@ -148,5 +148,5 @@ class ModelShape:
             head=head.weight.numel(),
             largest=max(weight.numel() for weight in weights),
             sides=sum(sum(weight.shape) for weight in weights),
-            sites=tuple(sites),
+            targets=tuple(targets),
         )
