@@ -200,9 +200,9 @@ def update(
     """
     model, s, device, K = objective.model, objective.loss, batch.rollouts.logprobs.device, len(objective.parameters)
     # In float16 the gradient of one token among 100,000 is below the smallest number: the loss stays undivided on its
-    # way back, and the gradient of v is divided in float32.
+    # way back (by the smallest divisor, as more could exceed the largest number), and v's gradient is divided in float32.
     half = model.dtype == torch.float16
-    scale = distributed.max_of_all(float(batch.denominators.max()), device) if half else 1.0
+    scale = -distributed.max_of_all(-float(batch.denominators.min()), device) if half else 1.0
     live = batch.counted & (batch.advantages != 0) if s.kl == 0 else batch.counted
     chunks = list(micro_batches(batch.rollouts.lengths, live, objective.shared.micro_batch))
     parts = [(batch.rollouts.rows(i), batch.advantages[i], batch.denominators[i]) for i in chunks]
