@@ -117,7 +117,7 @@ def train_es(
     try:
         strategy = _strategy(shape.numel(), settings)
         run = Run(
-            "es", asdict(settings), population.describe(0), shape.numel(), task.name, base_fingerprint(model)
+            "es", asdict(settings), population.identity(0), shape.numel(), task.name, base_fingerprint(model)
         )  # fmt: skip
         tokens, started = 0, time.perf_counter()
         with progress_bar("ES", settings.generations, show=progress) as advance:
