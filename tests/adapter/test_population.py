@@ -222,6 +222,11 @@ def test_what_cannot_be_is_refused_and_leaves_the_model_untouched(base):
     ):
         with pytest.raises(ValueError, match=message):
             GRPO(model, tokenizer, population, TASK, settings)
+    for settings in ([], [[SETTINGS] * 2]):
+        with pytest.raises(ValueError, match=r"a list of them: fit\(GRPO\("):
+            GRPO(model, tokenizer, population, TASK, settings)
+    with pytest.raises(ValueError, match=r"a list of them: fit\(SFT\("):
+        tl.train_sft(model, tokenizer, population, TASK, [tl.SFTSettings()] * 2)
     with pytest.raises(ValueError, match="leave folder out"):
         fit(GRPO(model, tokenizer, population, TASK, [SETTINGS] * 2), folder="x")
     ids = torch.ones(2, 3, dtype=torch.long)

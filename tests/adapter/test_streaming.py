@@ -125,6 +125,20 @@ class TestTheUsersCache:
         with pytest.raises(OSError, match="no space"):
             svd.cached_decompose(weight, 2, cache=cache)
 
+    def test_one_that_may_only_be_read_is_used(self, cache, monkeypatch):
+        weight = torch.randn(9, 7, generator=torch.Generator().manual_seed(0))
+        found = svd.cached_decompose(weight, 2)
+        monkeypatch.setattr("os.utime", lambda *_: (_ for _ in ()).throw(PermissionError("not yours")))
+        monkeypatch.setattr(svd, "decompose", lambda *_: pytest.fail("decomposed again"))
+        assert same(svd.cached_decompose(weight, 2), found)
+
+    def test_there_is_none_without_a_home(self, cache, monkeypatch):
+        monkeypatch.delenv("TINYLORA_CACHE")
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setattr("os.path.expanduser", lambda path: path)
+        weight = torch.randn(9, 7, generator=torch.Generator().manual_seed(0))
+        assert same(svd.cached_decompose(weight, 2), decompose(weight, 2))
+
 
 def test_a_folder_without_a_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):

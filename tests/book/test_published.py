@@ -284,6 +284,7 @@ class TestExperiment:
         assert row["accuracy"] == finished.adapted["nano"].accuracy
         assert row["untrained"] == finished.base["nano"].accuracy
         assert f"seed {finished.run.seed}" in row["what"]
+        assert re.match(r"13 numbers on \d+ modules .*rank=2, u=1, n_tie=4", row["what"]), "words, and no dictionary"
 
     def test_its_three_files_alone_are_enough(self, finished, tmp_path):
         files = [finished.folder / "settings.yaml", finished.folder / "outcome.json"]

@@ -78,6 +78,13 @@ def test_candidates_that_are_alike_get_the_same_answers(model, tokenizer, task, 
     assert texts[0] != texts[1]
 
 
+def test_the_record_names_the_adapter_as_that_of_any_run_does(model, tokenizer, task):
+    run, _ = train_es(model, tokenizer, CONFIG, task, replace(FEW, generations=1))
+    adapter = attach(model, CONFIG)
+    assert run.adapter == adapter.identity()
+    adapter.detach()
+
+
 def test_an_answer_that_was_cut_off_earns_nothing(model, tokenizer, task):
     always = replace(task, reward=lambda text, gold: 1.0)
     run, _ = train_es(model, tokenizer, CONFIG, always, replace(FEW, max_new_tokens=1, generations=1))

@@ -12,6 +12,7 @@ import tinylora_lite as tl
 from tinylora_lite import Example, GRPOSettings, Run, Task, train_grpo
 from tinylora_lite.evaluation.evaluate import evaluate
 from tinylora_lite.sampling.logprobs import completion_logprobs
+from tinylora_lite.sampling.rollouts import Rollouts
 from tinylora_lite.training.batches import draw_prompts, rollout, score
 from tinylora_lite.training.grpo import GRPO
 from tinylora_lite.training.loop import update
@@ -208,6 +209,24 @@ class TestUpdate:
             gradients[dtype] = adapter.vectors.grad.clone()
         one, other = gradients.values()
         assert (one - other).norm() < 0.05 * one.norm()
+
+    def test_a_short_completion_beside_a_long_one_stays_within_float16(self, make_model, tokenizer):
+        ids = torch.full((2, 128), 5)
+        mask = torch.ones_like(ids)
+        mask[0, 1:] = 0
+        zeros, prompt = torch.zeros(2, 128), torch.full((2, 3), 7)
+        cut = torch.zeros(2, dtype=torch.bool)
+        rollouts = Rollouts(prompt, torch.ones_like(prompt), ids, mask, zeros, zeros, cut, ["", ""])
+        settings = dataclasses.replace(QUICK, normalise="sequence", tis_cap=None, max_grad_norm=1e9)
+        gradients = []
+        for dtype in (torch.float32, torch.float16):
+            model = make_model()
+            adapter = tl.attach(model, tl.TinyLoraConfig(rank=2, u=2))
+            model.to(dtype)
+            optimizer = torch.optim.Adam([adapter.vectors], lr=1e-3)
+            update_once(model, tokenizer, adapter, optimizer, (rollouts, torch.tensor([1000.0, -1000.0])), settings)
+            gradients.append(adapter.vectors.grad.clone())
+        assert (gradients[0] - gradients[1]).norm() < 0.05 * gradients[0].norm()
 
     def test_a_gradient_that_is_not_finite_is_not_taken(self, model, tokenizer, adapter, batch):
         rollouts, advantages = batch

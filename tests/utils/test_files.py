@@ -1,6 +1,7 @@
 """A file appears whole or not at all."""
 
 import pytest
+import torch
 
 from tinylora_lite.utils.record import atomic_write
 
@@ -9,6 +10,8 @@ def test_text_and_bytes(tmp_path):
     assert atomic_write(tmp_path / "new" / "a.txt", "é\n").read_bytes() == "é\n".encode()
     assert atomic_write(tmp_path / "a.bin", b"\x00\xff").read_bytes() == b"\x00\xff"
     assert atomic_write(tmp_path / "a.bin", b"second").read_bytes() == b"second"
+    assert atomic_write(tmp_path / "a.bin", lambda file: torch.save([1], file)).stat().st_size > 0
+    assert torch.load(tmp_path / "a.bin") == [1]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.bin", "new"]
 
 

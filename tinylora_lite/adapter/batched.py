@@ -143,9 +143,10 @@ def attach_population(
 ) -> Population:
     """Puts several adapters on one model and freezes it.
 
-    ``tl.train_grpo``, ``tl.train_sft`` and ``tl.evaluate`` then set the adapter of each row; other callers of the model
-    do so with :func:`~tinylora_lite.adapter.layer.rows_of`. It is made for models on one device whose layers are called
-    as ``[batch, tokens, width]``, without gradient checkpointing.
+    ``fit(GRPO(model, tokenizer, population, task, [settings, ...]))`` trains them, ``fit(SFT(...))`` too, and
+    ``tl.evaluate(..., population=population)`` scores them; these set the adapter of each row. Other callers of the
+    model do so with :func:`~tinylora_lite.adapter.layer.rows_of`. It is made for models on one device whose layers are
+    called as ``[batch, tokens, width]``, without gradient checkpointing.
 
     Args:
         model: as for :func:`~tinylora_lite.attach`.

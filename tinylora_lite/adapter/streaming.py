@@ -76,7 +76,7 @@ def decompose_checkpoint(
         seed: of the SVD's random start, ``TinyLoraConfig.seed``.
         target_modules: as in :class:`~tinylora_lite.TinyLoraConfig`.
         device: where to compute, ``"cuda"`` for instance.
-        cache: a folder to keep them in; ``None`` takes the environment variable ``TINYLORA_CACHE``, if it is set.
+        cache: a folder to keep them in; ``None`` takes the user's cache, which holds no small weights.
         progress: whether to show a bar where standard error is a terminal.
 
     Yields:

@@ -17,7 +17,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from tinylora_lite.lab.store import RESULTS as LAB
-from tinylora_lite.utils.record import Run
+from tinylora_lite.utils.record import Run, describe
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -155,11 +155,12 @@ def load_run(folder: str | Path) -> list[dict[str, Any]]:
         told = tuple(outcome[key] for key in ("adapter", "parameters", "model"))
         if run is None or (run.adapter, run.parameters, settings["model"]) != told:
             raise ValueError("the files are of different runs")
+        adapter = describe(run.adapter, run.parameters) if isinstance(run.adapter, dict) else run.adapter
         decoding = "greedy" if temperature == 0 else f"temperature {temperature:g}"
         common = {
             "model": outcome["model"].rpartition("/")[2],
             "kind": "run",
-            "what": f"{run.adapter}, {TRAINING[run.method]}, seed {run.seed}, {decoding}",
+            "what": f"{adapter}, {TRAINING[run.method]}, seed {run.seed}, {decoding}",
             "training": run.method,
             "parameters": run.parameters,
             "seeds": 1,

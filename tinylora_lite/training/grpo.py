@@ -75,7 +75,7 @@ class GRPO(Objective[GRPOSettings]):
         tokens = sums[0].clamp(min=1)
         denominators = {
             "token": tokens.repeat_interleave(rows),
-            "sequence": completions * lengths.float(),
+            "sequence": completions * lengths.clamp(min=1).float(),
             "constant": torch.full_like(advantages, completions * s.max_new_tokens),
         }[s.normalise]
         metrics = [

@@ -74,6 +74,9 @@ class Objective(Generic[S]):
         sampler: Sampler | None = None,
     ) -> None:
         self.model, self.tokenizer, self.adapter, self.task, self.sampler = model, tokenizer, adapter, task, sampler
+        if not settings or not all(isinstance(own, TrainingSettings) for own in settings):
+            cure = f"fit({type(self).__name__}(model, tokenizer, population, task, [settings, ...]))"
+            raise ValueError(f"an adapter takes one object of settings, and a population a list of them: {cure}")
         self.population = not isinstance(adapter, TinyLoraAdapter | None)
         self.settings, self.shared = list(settings), settings[0]
         if adapter is None:
@@ -199,10 +202,10 @@ def update(
         FloatingPointError: a gradient is not finite; that update is not made.
     """
     model, s, device, K = objective.model, objective.loss, batch.rollouts.logprobs.device, len(objective.parameters)
-    # In float16 the gradient of one token among 100,000 is below the smallest number: the loss stays undivided on its
-    # way back, and the gradient of v is divided in float32.
+    # In float16 the gradient of one token among 100,000 is below the smallest number: on its way back the loss is
+    # multiplied by the smallest divisor (more may exceed the largest number), and v's gradient divided in float32.
     half = model.dtype == torch.float16
-    scale = distributed.max_of_all(float(batch.denominators.max()), device) if half else 1.0
+    scale = -distributed.max_of_all(-float(batch.denominators.min()), device) if half else 1.0
     live = batch.counted & (batch.advantages != 0) if s.kl == 0 else batch.counted
     chunks = list(micro_batches(batch.rollouts.lengths, live, objective.shared.micro_batch))
     parts = [(batch.rollouts.rows(i), batch.advantages[i], batch.denominators[i]) for i in chunks]

@@ -36,11 +36,11 @@ class SFT(Objective[SFTSettings]):
     loss = GRPOSettings(tis_cap=None)
 
     def __init__(self, *args: Any) -> None:
-        model, tokenizer, adapter, task, settings, *sampler = args
-        settings = [own.in_steps(len(task.train)) for own in settings]
-        super().__init__(model, tokenizer, adapter, task, settings, *sampler)
+        super().__init__(*args)
+        task, tokenizer = self.task, self.tokenizer
+        self.settings = [own.in_steps(len(task.train)) for own in self.settings]
+        self.shared = s = self.settings[0]
         check_tokenizer(tokenizer)
-        s = self.shared
         self.validation = task.validation[: s.evaluate_problems]
         check_solutions(tokenizer, task, task.train, "training", s.max_new_tokens)
         if s.evaluate_every:

@@ -7,17 +7,17 @@ the uninterrupted one computes.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import platform
 import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
     import torch
@@ -29,10 +29,11 @@ CACHE_LIMIT = 4 << 30
 """Bytes of the user's cache."""
 
 
-def atomic_write(path: str | Path, content: str | bytes) -> Path:
+def atomic_write(path: str | Path, content: str | bytes | Callable[[BinaryIO], None]) -> Path:
     """Writes a file under a temporary name and renames it, so that no reader finds half of it.
 
-    Text is written as UTF-8. The folder is made where it is missing. A failed write leaves no temporary file.
+    Text is written as UTF-8; a function is given the file. The folder is made where it is missing. A failed write
+    leaves no temporary file.
 
     Returns:
         The path.
@@ -45,7 +46,8 @@ def atomic_write(path: str | Path, content: str | bytes) -> Path:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as file:
-            file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            data = content.encode("utf-8") if isinstance(content, str) else content
+            data(file) if callable(data) else file.write(data)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -72,12 +74,12 @@ def seed_of(*parts: str | int) -> int:
 
 
 def cache_folder(name: str) -> Path | None:
-    """The folder of that name in the user's cache; ``None`` where ``TINYLORA_CACHE=off`` keeps no cache."""
-    root = os.environ.get(CACHE)
-    if root == "off":
+    """The folder of that name in the user's cache; ``None`` where ``TINYLORA_CACHE=off`` keeps none, or no home is."""
+    root, home = os.environ.get(CACHE), os.environ.get("XDG_CACHE_HOME")
+    home = home or os.path.expanduser("~/.cache")  # noqa: PTH111  # for a user without a home, Path's raises
+    if root == "off" or (not root and home.startswith("~")):
         return None
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return (Path(root) if root else home / "tinylora_lite") / name
+    return (Path(root) if root else Path(home) / "tinylora_lite") / name
 
 
 def cached(
@@ -107,7 +109,8 @@ def cached(
     path = where / f"{name}.safetensors"
     try:
         found = safetensors.torch.load(path.read_bytes())
-        os.utime(path)
+        with suppress(OSError):  # in a cache that may only be read
+            os.utime(path)
         right = {key: tuple(tensor.shape) for key, tensor in found.items()} == dict(shapes)
         if right and all(t.dtype == torch.float32 and bool(torch.isfinite(t).all()) for t in found.values()):
             return found
@@ -280,10 +283,9 @@ def save_checkpoint(
     run.save(Path(folder) / "run.json")  # first, so that a finished checkpoint is never beside an older record
     import torch
 
-    content = io.BytesIO()
     state = {"optimizer": optimizer.state_dict(), "parameters": [parameter.detach() for parameter in parameters]}
-    torch.save({"run": json.dumps(asdict(run))} | state, content)
-    atomic_write(Path(folder) / "checkpoint.pt", content.getvalue())
+    state["run"] = json.dumps(asdict(run))
+    atomic_write(Path(folder) / "checkpoint.pt", lambda file: torch.save(state, file))
 
 
 def check_same_run(folder: str | Path, saved: Run, run: Run, defaults: Mapping[str, Any]) -> None:
