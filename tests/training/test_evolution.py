@@ -106,11 +106,11 @@ def test_the_model_is_left_as_it_was_even_by_an_error(model, tokenizer, task, mo
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"generations": 0}, "generations must be a whole number of at least 1"),
+        ({"generations": 0}, "generations must be an integer of at least 1"),
         ({"candidates": 3}, "cannot be ranked into halves"),
-        ({"prompts_per_step": 2.0}, "prompts_per_step must be a whole number"),
-        ({"max_new_tokens": True}, "max_new_tokens must be a whole number"),
-        ({"seed": -1}, "seed must be a whole number of at least 0"),
+        ({"prompts_per_step": 2.0}, "prompts_per_step must be an integer"),
+        ({"max_new_tokens": True}, "max_new_tokens must be an integer"),
+        ({"seed": -1}, "seed must be an integer of at least 0"),
         ({"sigma": float("nan")}, "sigma must be a finite number above 0"),
         ({"temperature": 0}, "temperature must be a finite number above 0"),
     ],

@@ -18,7 +18,7 @@ MODULE_TYPES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 @dataclass(frozen=True)
 class TargetModule:
-    """Where a module stands: its layer (-1 outside any), its place among ``MODULE_TYPES``, its name in the model.
+    """A module to adapt: its layer (-1 outside any), its place among ``MODULE_TYPES``, its name in the model.
 
     Types that are not among the seven are numbered after them, in the order in which the model holds them.
     """
@@ -31,7 +31,7 @@ class TargetModule:
 def find_target_modules(model: nn.Module, target_modules: Sequence[str] | None = None) -> list[TargetModule]:
     """The modules to adapt in tying order: block by block, and q, k, v, o, gate, up, down inside one.
 
-    Blocks stand in the order of ``named_modules()``. No weight is read, so a model on the meta device will do. The
+    Blocks are in the order of ``named_modules()``. No weight is read, so a model on the meta device will do. The
     layers of bitsandbytes and torchao are ``nn.Linear`` too; those of other quantization libraries often are not.
 
     Args:
@@ -68,7 +68,7 @@ def groups_of(targets: Sequence[TargetModule], n_tie: int | Literal["all"], tyin
 
     ``tiled``: runs of ``n_tie`` consecutive modules, whatever their type, ``ceil(modules / n_tie)`` groups.
     ``structured``: runs of ``n_tie`` layers with each type apart, ``types · ceil(layers / n_tie)`` groups. Groups
-    are numbered in the order in which their first module stands in the network. ``n_tie="all"`` puts everything
+    are numbered in the order of their first modules in the network. ``n_tie="all"`` puts everything
     into one group, whatever the tying. (Paper, section 6.5.)
 
     >>> targets = [TargetModule(layer, kind, "") for layer in range(2) for kind in range(3)]

@@ -126,7 +126,7 @@ def train_through(model: nn.Module) -> list[RemovableHandle]:
 
     The layers of torchao pass none where they round their inputs (they drop it without a word, and what the residual
     stream carries past them is still there), and raise an error where they call an int4 kernel. So a forward hook keeps
-    what the layer puts out and sends gradients back through :func:`dense_weight`, dequantized anew: the exact gradient
+    the layer's output and sends gradients back through :func:`dense_weight`, dequantized anew: the exact gradient
     where weights alone are quantized, the straight-through one (arXiv 1308.3432) where activations are rounded too.
     This also spares the dense copies that some of these layers keep for the backward pass.
 
@@ -134,7 +134,7 @@ def train_through(model: nn.Module) -> list[RemovableHandle]:
     inference, which rounds its scales as well; that packing is switched off until :func:`allow_packing`.
 
     Returns:
-        The hooks' handles; they stand before those registered later, which see the outputs unchanged.
+        The hooks' handles. Hooks that are registered later see the outputs unchanged.
 
     Raises:
         ValueError: a 4-bit layer was packed for inference already. The model is untouched then.

@@ -55,7 +55,7 @@ class Comparison:
     Attributes:
         n: problems.
         strict: by the task's reward.
-        lenient: by the reward that takes the answer from wherever it stands; ``None`` where a score has none.
+        lenient: by the reward that takes the answer from wherever it is; ``None`` where a score has none.
     """
 
     n: int

@@ -33,7 +33,7 @@ class Completion:
         reward: the task's, the strict one where it has two.
         tokens: of the answer, the end token included.
         truncated: whether it was cut off at the length limit.
-        lenient: the reward wherever in the text the answer stands; ``None`` where the task has no such reward.
+        lenient: the reward wherever in the text the answer is; ``None`` where the task has no such reward.
         formatted: whether the text keeps the task's format; ``None`` where the task has none.
     """
 

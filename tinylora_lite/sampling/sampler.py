@@ -77,7 +77,7 @@ def sample(
         max_new_tokens: the length limit.
         temperature: divides the logits; 0 takes the likeliest token, and reports probabilities at temperature 1. No
             top-k or top-p: their renormalised probabilities would not be the trainer's.
-        seed: of the draw. Every row has random numbers of its own, so what it draws does not depend on its company.
+        seed: of the draw. Every row has random numbers of its own, so what it draws does not depend on the other rows.
         first_row: the place of this batch in a larger one that is sampled in parts.
         adapters: ``[batch]`` int64, the adapter of each row where the model carries a population.
         streams: a seed and a place for each row, in place of ``seed`` and of the rows' numbers from ``first_row``.

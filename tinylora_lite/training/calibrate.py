@@ -78,7 +78,7 @@ def calibrate(
         max_new_tokens: the length limit of a completion.
         truncated: what a completion cut off there is worth, as in :class:`~tinylora_lite.GRPOSettings`.
         micro_batch: completions in one forward and backward pass; changes memory and speed, the result by rounding.
-        sampler: who answers the problems; ``None`` takes the model itself.
+        sampler: what answers the problems; ``None`` takes the model itself.
         progress: called with problems done and problems in all.
 
     Returns:

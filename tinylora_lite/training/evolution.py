@@ -68,7 +68,7 @@ class ESSettings:
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 why = " (fewer cannot be ranked into halves)" if name == "candidates" else ""
-                raise ValueError(f"{name} must be a whole number of at least {least}{why}, not {value!r}")
+                raise ValueError(f"{name} must be an integer of at least {least}{why}, not {value!r}")
         for name in ("temperature", "sigma"):
             value = getattr(self, name)
             if type(value) not in (int, float) or not (math.isfinite(value) and value > 0):

@@ -103,7 +103,7 @@ def shard_model(model: PreTrainedModel) -> None:
         ValueError: there is one process only, or the model's blocks cannot be told.
     """
     if world_size() == 1:
-        raise ValueError("one process has nobody to share weights with; set shard=false, or use accelerate launch")
+        raise ValueError("one process has no other to share weights with; set shard=false, or use accelerate launch")
     from torch.distributed.fsdp import fully_shard
 
     kinds = set(model._no_split_modules or ())

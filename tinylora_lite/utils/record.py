@@ -164,7 +164,7 @@ def check_same(
 
 def environment() -> dict[str, str]:
     """Versions of what computed a result, and on what: tinylora_lite, torch, transformers, python, machine."""
-    import torch  # here, so that whoever only reads records starts without it
+    import torch  # here, so that reading records starts without it
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     return {
