@@ -38,21 +38,18 @@ def swept(point: Point, store: Store) -> list[tuple[Trial, Record]]:
     return sorted(same, key=lambda pair: (pair[0].learning_rate, pair[0].seed))
 
 
-def sweep(point: Point, store: Store) -> list[tuple[float, float, float]]:
-    """For each rate of SFT on the first seed: the rate, the loss over the last ten steps, and the accuracy."""
-    return [
-        (trial.learning_rate, float(np.mean(record["loss"][-10:])), record["scores"]["sampled"]["accuracy"])
+def sweeps_of_the_stranger(store: Store) -> Markdown:
+    """What each rate does to the loss over the last ten steps and to the accuracy, with the stranger's answers."""
+    rows = [
+        (
+            point.label,
+            f"{trial.learning_rate:.2g}",
+            f"{np.mean(record['loss'][-10:]):.2f}",
+            f"{record['scores']['sampled']['accuracy']:.0%}",
+        )
+        for point in (sft.LADDERS["stranger"][3], sft.LADDERS["stranger"][-1])
         for trial, record in swept(point, store)
         if trial.seed == 0
-    ]
-
-
-def sweeps_of_the_stranger(store: Store) -> Markdown:
-    """What each rate does to loss and accuracy, with the stranger's demonstrations."""
-    rows = [
-        (point.label, f"{rate:.2g}", f"{loss:.2f}", f"{right:.0%}")
-        for point in (sft.LADDERS["stranger"][3], sft.LADDERS["stranger"][-1])
-        for rate, loss, right in sweep(point, store)
     ]
     return table(("trained", "rate", "loss, nats a token", "right, validation"), "lrrr", rows)
 
