@@ -12,7 +12,7 @@ Truncated = Literal["zero", "mask", "score"]
 Schedule = Literal["constant", "linear"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
     """What every way of training needs.
 
@@ -78,7 +78,7 @@ class TrainingSettings:
                 raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, not {getattr(self, name)!r}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GRPOSettings(TrainingSettings):
     """How to train by GRPO. :meth:`variant` gives the settings of GRPO, Dr. GRPO and DAPO.
 
@@ -141,7 +141,7 @@ class GRPOSettings(TrainingSettings):
         return cls(**losses[name] | settings)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SFTSettings(TrainingSettings):
     """How to train on worked answers.
 

@@ -43,7 +43,7 @@ class SFT(Objective[SFTSettings]):
         check_tokenizer(tokenizer)
         self.validation = task.validation[: s.evaluate_problems]
         check_solutions(tokenizer, task, task.train, "training", s.max_new_tokens)
-        if s.evaluate_every:
+        if s.evaluate_every and not self.population:  # of a population accuracy alone is measured
             check_solutions(tokenizer, task, self.validation, "validation", s.max_new_tokens)
 
     def batch(self, step: int) -> Batch:

@@ -25,6 +25,13 @@ if TYPE_CHECKING:
 
 CACHE = "TINYLORA_CACHE"
 """The environment variable that names another folder than ``~/.cache/tinylora_lite``; ``off`` keeps no cache."""
+RENAMED = {
+    "silent_groups": "frac_reward_zero_std",
+    "gap": "logprob_diff_mean",
+    "largest_gap": "logprob_diff_max",
+    "capped": "tis_clip_frac",
+}
+"""The names that metrics had before, and TRL's."""
 CACHE_LIMIT = 4 << 30
 """Bytes of the user's cache."""
 
@@ -216,6 +223,10 @@ class Run:
     def seed(self) -> int:
         """The seed of training."""
         return int(self.settings["seed"])
+
+    def __post_init__(self) -> None:
+        # Checkpoints of version 0.1.0 before the metrics had TRL's names.
+        self.steps = [{RENAMED.get(key, key): value for key, value in row.items()} for row in self.steps]
 
     def curve(self, key: str = "reward") -> list[float]:
         """One column of ``steps``. Raises ``KeyError`` for a column that they lack."""
