@@ -65,13 +65,7 @@ def seed_of(*parts: str | int) -> int:
     """A seed for each purpose: ``seed_of("rollout", seed, step)``, the same on every machine.
 
     A hash instead of arithmetic, because sums coincide: ``seed * 1000 + step`` gives run 0 at step 1000 and run 1 at
-    step 0 the same stream.
-
-    Args:
-        parts: what the stream is for; the same parts give the same seed, other parts another one.
-
-    Returns:
-        An integer from 0 to 2⁶³ - 1, as :class:`torch.Generator` takes it.
+    step 0 the same stream. The result is an integer from 0 to 2⁶³ - 1, as :class:`torch.Generator` takes it.
 
     >>> seed_of("rollout", 0, 1) == seed_of("rollout", 0, 1), seed_of("rollout", 0, 1) == seed_of("rollout", 1, 0)
     (True, False)
@@ -153,8 +147,8 @@ def check_same(
         folder: where it is.
         what: what it is, for the message: ``"a run"``.
         saved: its settings.
-        now: those asked for.
-        defaults: what a setting was that is missing in ``saved``, because its version did not have it yet.
+        now: the settings asked for.
+        defaults: of settings that ``saved`` may lack, because its version did not have them yet.
         may_differ: settings that decide when the work ends and not what it is.
     """
     for key in (key for key in {**saved, **now} if key not in may_differ):
@@ -224,10 +218,6 @@ class Run:
         """The seed of training."""
         return int(self.settings["seed"])
 
-    def __post_init__(self) -> None:
-        # Checkpoints of version 0.1.0 before the metrics had TRL's names.
-        self.steps = [{RENAMED.get(key, key): value for key, value in row.items()} for row in self.steps]
-
     def curve(self, key: str = "reward") -> list[float]:
         """One column of ``steps``. Raises ``KeyError`` for a column that they lack."""
         return [row[key] for row in self.steps]
@@ -263,7 +253,8 @@ class Run:
         for what, names in (("unknown", unknown), ("missing", required - values.keys())):
             if names:
                 raise ValueError(f"{what} fields: {', '.join(sorted(names))}")
-        return cls(**values)
+        rows = [{RENAMED.get(key, key): value for key, value in row.items()} for row in values.get("steps", [])]
+        return cls(**values | {"steps": rows})
 
 
 def describe(of: Mapping[str, Any], parameters: int) -> str:
