@@ -26,6 +26,7 @@ from tinylora_lite.adapter.projection import Basis
 from tinylora_lite.adapter.svd import cached_decompose
 from tinylora_lite.adapter.tying import find_target_modules, vector_groups
 from tinylora_lite.adapter.weights import allow_packing, check_weight, dense_weight, train_through, weight_shape
+from tinylora_lite.utils.distributed import hide_progress
 from tinylora_lite.utils.record import describe, short_hash
 
 LARGE = 10**8
@@ -244,7 +245,7 @@ def _all_factors(
     weights = {name: modules[name].get_parameter("weight") for name in names}
     large = sum(weight.numel() for name, weight in weights.items() if name not in given) > LARGE
     found = {}
-    for index, (name, weight) in enumerate(tqdm(weights.items(), "SVD", disable=None if large else True)):
+    for index, (name, weight) in enumerate(tqdm(weights.items(), "SVD", disable=hide_progress(large))):
         if name in given:
             left, right, projection = (part.to(weight.device) for part in _parts(given[name]))
             found[name] = Factors(left, right, projection)

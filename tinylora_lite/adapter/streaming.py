@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from tinylora_lite.adapter.svd import Decomposition, cached_decompose
 from tinylora_lite.adapter.tying import find_target_modules
+from tinylora_lite.utils.distributed import hide_progress
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -87,7 +88,7 @@ def decompose_checkpoint(
         ValueError: the checkpoint is damaged or quantized, lacks a weight, or the rank does not fit one.
     """
     checkpoint, names = _open(Path(folder), target_modules)
-    for name, tensor in tqdm(names.items(), "SVD", disable=None if progress else True):
+    for name, tensor in tqdm(names.items(), "SVD", disable=hide_progress(progress)):
         weight = checkpoint.read(tensor, device)
         try:
             yield name, cached_decompose(weight, rank, seed, cache)

@@ -39,6 +39,7 @@ from tinylora_lite.training.evolution import train_es
 from tinylora_lite.training.grpo import GRPO
 from tinylora_lite.training.loop import fit
 from tinylora_lite.training.sft import SFT, encode_solutions
+from tinylora_lite.utils.distributed import hide_progress
 from tinylora_lite.utils.record import Run, atomic_write, environment
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def surface(
         "seed": seed,
     }
     starts = range(len(found["reward"]), len(points), at_once)
-    for start in tqdm(starts, path.stem, disable=None):
+    for start in tqdm(starts, path.stem, disable=hide_progress()):
         started = time.perf_counter()
         chunk = points[start : start + at_once]
         with torch.no_grad():

@@ -28,6 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from tinylora_lite.nano.problems import problems
 from tinylora_lite.nano.tokenizer import ASSISTANT, build_tokenizer
 from tinylora_lite.nano.writers import MIXTURES, write
+from tinylora_lite.utils.distributed import hide_progress
 
 CHOICES = {"architecture": ("qwen2", "llama"), "mixture": tuple(MIXTURES), "precision": ("fp32", "bf16")}
 """The settings that are names. Here Llama is Qwen2 without the biases of the query, key and value projections; bf16 is
@@ -177,7 +178,7 @@ def pretrain(
 
     started = time.perf_counter() - seconds
     losses: list[float] = []
-    with tqdm(total=settings.steps, initial=step, desc="pretraining", disable=None if progress else True) as bar:
+    with tqdm(total=settings.steps, initial=step, desc="pretraining", disable=hide_progress(progress)) as bar:
         while step < settings.steps:
             batches = list(pool_of_batches(settings, tokenizer, step // POOL))[step % POOL :]
             for ids, labels in batches[: settings.steps - step]:

@@ -31,6 +31,7 @@ from tinylora_lite.tasks.task import Example, Task
 from tinylora_lite.training.batches import check_task, draw_prompts
 from tinylora_lite.training.loop import RECORDED_PARAMETERS
 from tinylora_lite.training.settings import GRPOSettings
+from tinylora_lite.utils.distributed import hide_progress
 from tinylora_lite.utils.record import Run, seed_of
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def train_es(
         base, of = base_fingerprint(model), population.identity(0)
         run = Run("es", asdict(settings), of, shape.numel(), task.name, base)
         tokens, started = 0, time.perf_counter()
-        for step in (bar := tqdm(range(settings.generations), "ES", disable=None if progress else True)):
+        for step in (bar := tqdm(range(settings.generations), "ES", disable=hide_progress(progress))):
             candidates = strategy.ask()
             with torch.no_grad():
                 for v, candidate in zip(population.vectors, candidates, strict=True):

@@ -141,10 +141,10 @@ def fit(
     done = len(runs[0].steps)
     if len(set(distributed.all_gather_object(done))) > 1:
         raise ValueError(f"not every process finds the checkpoint in {folder}; give a folder that all of them share")
-    started, show = time.perf_counter() - runs[0].seconds, progress and distributed.rank() == 0
+    started, hidden = time.perf_counter() - runs[0].seconds, distributed.hide_progress(progress)
     with (
         ready_to_train(model, [p for own in objective.parameters for p in own]),
-        tqdm(total=shared.steps, initial=done, desc=objective.method.upper(), disable=None if show else True) as bar,
+        tqdm(total=shared.steps, initial=done, desc=objective.method.upper(), disable=hidden) as bar,
     ):
         for step in range(done, shared.steps):
             batch = objective.batch(step)

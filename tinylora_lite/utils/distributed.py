@@ -6,6 +6,7 @@ those of ``torch.distributed`` (``accelerate launch`` or ``torchrun`` starts the
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,11 @@ def world_size() -> int:
 def rank() -> int:
     """Which of them this is, from 0; 0 writes the files."""
     return dist.get_rank() if world_size() > 1 else 0
+
+
+def hide_progress(show: bool = True) -> bool | None:
+    """The ``disable`` of a tqdm bar: hidden after the first process, where ``TQDM_DISABLE`` is set, and in a log."""
+    return True if not show or rank() or os.environ.get("TQDM_DISABLE", "0") != "0" else None
 
 
 def shard(total: int, what: str) -> slice:
