@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tinylora_lite import nano
-from tinylora_lite.adapter.projection import Basis
+from tinylora_lite.adapter.basis import Basis
 from tinylora_lite.adapter.tying import find_target_modules
 from tinylora_lite.lab import bases, tasks
 from tinylora_lite.lab.bases import calibrated_basis, calibration_of, imitated_basis

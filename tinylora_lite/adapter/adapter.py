@@ -22,9 +22,8 @@ from tqdm.auto import tqdm
 
 from tinylora_lite.adapter.config import TinyLoraConfig
 from tinylora_lite.adapter.layer import AddUpdate, Factors, Hook, factors_of
-from tinylora_lite.adapter.projection import Basis
 from tinylora_lite.adapter.svd import cached_decompose
-from tinylora_lite.adapter.tying import find_target_modules, vector_groups
+from tinylora_lite.adapter.tying import find_target_modules, groups_of
 from tinylora_lite.adapter.weights import allow_packing, check_weight, dense_weight, train_through, weight_shape
 from tinylora_lite.utils.distributed import hide_progress
 from tinylora_lite.utils.record import describe, short_hash
@@ -214,9 +213,12 @@ def check_modules(
     for target in targets:
         check_weight(target.name, modules[target.name], config.rank)
     names = tuple(target.name for target in targets)
-    if isinstance(config.projection, Basis):
+    if not isinstance(config.projection, str):
         config.projection.check_modules(names, modules)
-    return names, vector_groups(targets, config.n_tie, config.tying, config.groups), modules
+    groups = config.groups or groups_of(targets, config.n_tie, config.tying)
+    if len(groups) != len(names):
+        raise ValueError(f"groups names a vector for {len(groups)} modules; the model has {len(names)} to adapt")
+    return names, tuple(groups), modules
 
 
 def take_off(model: nn.Module | None, hooks: list[Any], trainable: Mapping[str, bool]) -> None:

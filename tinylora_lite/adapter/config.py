@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypeGuard, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, get_args
 
-from tinylora_lite.adapter.projection import Basis
 from tinylora_lite.adapter.tying import Tying
+
+if TYPE_CHECKING:
+    from tinylora_lite.adapter.basis import Basis
 
 Sigma = Literal["left", "split", "right"]
 Arithmetic = Literal["model", "float32"]
@@ -26,13 +28,12 @@ class TinyLoraConfig:
         sigma: where Σ is: ``"left"`` beside U (the paper), ``"split"`` as √Σ on both sides (PEFT),
             ``"right"`` beside Vᵀ (the code of LoRA-XS).
         target_modules: module names, or their last parts; ``None`` takes the seven linear layers of every block.
-            Kept as a tuple.
         projection: ``"random"`` (the paper); ``"identity"``, where v is R itself (LoRA-XS, needs ``u = rank²``); or a
             calibrated :class:`~tinylora_lite.Basis` (this project's own).
-        groups: for each module in tying order, the vector that drives it, numbered from 0 without gaps: an assignment
-            that ``n_tie`` and ``tying`` cannot express. Kept as a tuple; ``None`` leaves it to those two.
+        groups: for each module in tying order, the vector that drives it, numbered from 0 without gaps, where ``n_tie``
+            and ``tying`` cannot express it.
         arithmetic: ``"model"`` multiplies by the long factors in the model's dtype and by R in float32; ``"float32"``
-            does all of it in float32 and adds it there, as PEFT does. On a float32 model they are the same.
+            does all of it in float32 and adds it there, as PEFT does.
 
     Raises:
         ValueError: a setting is outside its range, or does not fit another or the basis.
@@ -65,18 +66,18 @@ class TinyLoraConfig:
                 raise ValueError("groups assigns the vectors by itself; leave n_tie and tying out")
         if self.target_modules is not None:
             object.__setattr__(self, "target_modules", _checked_names(self.target_modules))
-        if isinstance(self.projection, Basis):
-            self.projection.check(rank=self.rank, u=self.u, sigma=self.sigma)
-        elif self.projection not in ("random", "identity"):
-            raise ValueError(f'projection must be "random", "identity" or a basis, not {self.projection!r}')
-        elif self.projection == "identity" and self.u != self.rank**2:
+        if self.projection == "identity" and self.u != self.rank**2:
             raise ValueError(f"projection='identity' needs u = rank² = {self.rank**2}, not u={self.u}")
+        if self.projection not in ("random", "identity"):
+            if isinstance(self.projection, str) or not hasattr(self.projection, "directions"):
+                raise ValueError(f'projection must be "random", "identity" or a basis, not {self.projection!r}')
+            self.projection.check(rank=self.rank, u=self.u, sigma=self.sigma)
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as JSON holds them; a calibrated basis is its fingerprint."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        values |= {name: list(values[name]) for name in ("target_modules", "groups") if values[name] is not None}
-        return values | ({"projection": self.projection.fingerprint()} if isinstance(self.projection, Basis) else {})
+        P = self.projection if isinstance(self.projection, str) else self.projection.fingerprint()
+        values = {f.name: getattr(self, f.name) for f in fields(self)} | {"projection": P}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def lora_xs(rank: int, *, sigma: Sigma = "right", target_modules: Sequence[str] | None = None) -> TinyLoraConfig:

@@ -14,10 +14,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from tinylora_lite.adapter.config import TinyLoraConfig
-from tinylora_lite.adapter.projection import Basis, random_projection
+from tinylora_lite.adapter.projection import random_projection
 from tinylora_lite.adapter.svd import Decomposition
 
 LEFT_POWER = {"left": 1.0, "split": 0.5, "right": 0.0}
+"""The power of Σ beside U, for each ``sigma``; the rest is beside Vᵀ."""
 
 
 @dataclass
@@ -63,14 +64,7 @@ class Factors:
 
 
 def factors_of(triplets: Decomposition, config: TinyLoraConfig, index: int, name: str) -> Factors:
-    """The factors that a config asks for, from the singular triplets of a weight.
-
-    Args:
-        triplets: the weight's truncated SVD.
-        config: rank, u, seed, sigma and projection count.
-        index: the module's position in tying order, which its random P depends on.
-        name: the module's name, by which a calibrated basis knows it.
-    """
+    """The factors of one module from its weight's truncated SVD; ``index`` and ``name`` as :func:`projection_of`."""
     S, power = triplets.S, LEFT_POWER[config.sigma]
     return Factors(
         left=triplets.U * S**power,
@@ -82,14 +76,12 @@ def factors_of(triplets: Decomposition, config: TinyLoraConfig, index: int, name
 
 
 def projection_of(config: TinyLoraConfig, index: int, name: str) -> Tensor:
-    """P of a module, ``[u, r, r]`` float32; arguments as in :func:`factors_of`."""
-    if isinstance(config.projection, Basis):
-        P = config.projection.projection(name, config.u)
-    elif config.projection == "identity":
-        P = torch.eye(config.u)
-    else:
-        P = random_projection(config.seed, index, config.u, config.rank)
-    return P.reshape(config.u, config.rank, config.rank).float()
+    """P of a module, ``[u, r, r]`` float32, by its place in tying order and, in a calibrated basis, by its name."""
+    if not isinstance(config.projection, str):
+        return config.projection.projection(name, config.u)
+    if config.projection == "identity":
+        return torch.eye(config.u).reshape(config.u, config.rank, config.rank)
+    return random_projection(config.seed, index, config.u, config.rank)
 
 
 class Vectors(Protocol):
@@ -106,11 +98,7 @@ class Hook:
 class AddUpdate(Hook):
     """The forward hook of one module: adds ``x rightᵀ Rᵀ leftᵀ`` to its output; an object, so that it can be pickled.
 
-    Attributes:
-        adapter: holds v.
-        group: the row of ``adapter.vectors`` that drives the module.
-        factors: the module's own.
-        float32: whether everything is computed and added in float32, as PEFT does.
+    ``group`` is the row of ``adapter.vectors`` that drives the module; with ``float32`` all of it is in float32.
     """
 
     def __init__(self, adapter: Vectors, group: int, factors: Factors, float32: bool) -> None:
@@ -132,15 +120,12 @@ class AddUpdate(Hook):
                 narrow = F.linear(F.linear(x.float(), factors.right), R)
                 return (output + F.linear(narrow, factors.left)).to(output.dtype)
             left, right = factors.left.to(output.dtype), factors.right.to(output.dtype)
-            if not self._is_fresh(module, output):
+            # Only what nothing else can have seen yet may be changed in place.
+            fresh = type(module) is nn.Linear and next(iter(module._forward_hooks.values())) is self
+            if not fresh or output._is_view() or not output.is_contiguous():
                 output = output.clone()
             added: Tensor = _Added.apply(output, x.to(output.dtype), R, left, right)  # type: ignore[no-untyped-call]
             return added
-
-    def _is_fresh(self, module: nn.Module, output: Tensor) -> bool:
-        """Whether nothing else can have seen the output yet, so that it may be changed in place."""
-        plain = type(module) is nn.Linear and next(iter(module._forward_hooks.values())) is self
-        return plain and not output._is_view() and output.is_contiguous()
 
 
 class _Added(torch.autograd.Function):
@@ -174,10 +159,9 @@ _ROWS: ContextVar[Tensor | None] = ContextVar("rows", default=None)
 
 @contextmanager
 def rows_of(adapters: Tensor | None) -> Iterator[None]:
-    """Inside, row i of what the model is given is computed with adapter ``adapters[i]`` of its population.
+    """Inside, row i of what a population's model is given is computed with adapter ``adapters[i]``, ``[batch]`` int64.
 
-    Args:
-        adapters: ``[batch]`` int64; ``None`` where the model carries no population, and changes nothing.
+    ``None`` changes nothing.
     """
     token = _ROWS.set(adapters) if adapters is not None else None
     try:

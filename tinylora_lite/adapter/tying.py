@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -18,10 +18,7 @@ MODULE_TYPES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 @dataclass(frozen=True)
 class TargetModule:
-    """A module to adapt: its layer (-1 outside any), its place among ``MODULE_TYPES``, its name in the model.
-
-    Types that are not among the seven are numbered after them, in the order in which the model holds them.
-    """
+    """A module to adapt: its layer (-1 outside any), its place among ``MODULE_TYPES`` or after them, its name."""
 
     layer: int
     type_index: int
@@ -31,11 +28,10 @@ class TargetModule:
 def find_target_modules(model: nn.Module, target_modules: Sequence[str] | None = None) -> list[TargetModule]:
     """The modules to adapt in tying order: block by block, and q, k, v, o, gate, up, down inside one.
 
-    Blocks are in the order of ``named_modules()``. No weight is read, so a model on the meta device will do. The
-    layers of bitsandbytes and torchao are ``nn.Linear`` too; those of other quantization libraries often are not.
+    Blocks are in the order of ``named_modules()``. No weight is read, so a model on the meta device will do.
 
     Args:
-        model: the model.
+        model: its target modules are ``nn.Linear``, as the layers of bitsandbytes and torchao are too.
         target_modules: full names or last parts of names; ``None`` means those of ``MODULE_TYPES`` that there are.
 
     Raises:
@@ -43,33 +39,32 @@ def find_target_modules(model: nn.Module, target_modules: Sequence[str] | None =
     """
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     targets = MODULE_TYPES if target_modules is None else tuple(target_modules)
-    of_target = {target: [n for n in linear if f".{n}".endswith(f".{target}")] for target in targets}
-    missing = [target for target, names in of_target.items() if not names]
+    ends = tuple(f".{target}" for target in targets)
+    names = [name for name in linear if f".{name}".endswith(ends)]
     for name, module in model.named_modules():
-        if f".{name}".endswith(tuple(f".{target}" for target in targets)) and _stands_for_linear(module):
+        wraps = any(isinstance(part, nn.Linear) for part in module.modules())
+        if f".{name}".endswith(ends) and "linear" in type(module).__name__.lower() and not wraps:
             raise ValueError(
                 f"{name} is a {type(module).__name__} of {type(module).__module__}, no torch.nn.Linear, "
                 "as in quantized models; load the model without quantization, or quantized by bitsandbytes or torchao"
             )
-    if missing and (target_modules is not None or len(missing) == len(targets)):
+    missing = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
+    if missing and (target_modules is not None or not names):
         known = ", ".join(dict.fromkeys(_type_of(name) for name in linear))
         advice = f"set target_modules to some of: {known}" if known else "it has no torch.nn.Linear at all"
         raise ValueError(f"no linear layer named {', '.join(missing)} in {type(model).__name__}; {advice}")
-    chosen = set().union(*of_target.values())
-    names = [name for name in linear if name in chosen]
     types = list(dict.fromkeys([*MODULE_TYPES, *map(_type_of, names)]))
     blocks = list(dict.fromkeys(map(_block_of, names)))
     names.sort(key=lambda name: (blocks.index(_block_of(name)), types.index(_type_of(name))))
-    return [TargetModule(_layer_of(name), types.index(_type_of(name)), name) for name in names]
+    return [TargetModule(_block_of(name)[1], types.index(_type_of(name)), name) for name in names]
 
 
 def groups_of(targets: Sequence[TargetModule], n_tie: int | Literal["all"], tying: Tying) -> list[int]:
-    """The group of every module, balanced so that the sizes of the runs differ by at most one.
+    """The group of every module, balanced so that the sizes of the runs differ by at most one (paper, section 6.5).
 
     ``tiled``: runs of ``n_tie`` consecutive modules, whatever their type, ``ceil(modules / n_tie)`` groups.
     ``structured``: runs of ``n_tie`` layers with each type apart, ``types · ceil(layers / n_tie)`` groups. Groups
-    are numbered in the order of their first modules in the network. ``n_tie="all"`` puts everything
-    into one group, whatever the tying. (Paper, section 6.5.)
+    are numbered in the order of their first modules. ``n_tie="all"`` puts everything into one group.
 
     >>> targets = [TargetModule(layer, kind, "") for layer in range(2) for kind in range(3)]
     >>> groups_of(targets, 4, "tiled")
@@ -79,51 +74,22 @@ def groups_of(targets: Sequence[TargetModule], n_tie: int | Literal["all"], tyin
     """
     if n_tie == "all":
         return [0] * len(targets)
-    if tying == "tiled":
-        return _balanced_runs(len(targets), n_tie)
-    positions: dict[int, list[int]] = defaultdict(list)
-    for position, target in enumerate(targets):
-        positions[target.type_index].append(position)
-    run_of = {}
-    for kind, found in positions.items():
-        for position, run in zip(found, _balanced_runs(len(found), n_tie), strict=True):
-            run_of[position] = (kind, run)
+    kinds = [0 if tying == "tiled" else target.type_index for target in targets]
+    count, seen = Counter(kinds), Counter[int]()
     numbers: dict[tuple[int, int], int] = {}
-    return [numbers.setdefault(run_of[position], len(numbers)) for position in range(len(targets))]
-
-
-def vector_groups(
-    targets: Sequence[TargetModule], n_tie: int | Literal["all"], tying: Tying, groups: Sequence[int] | None = None
-) -> tuple[int, ...]:
-    """For each module, in tying order, the row of ``vectors`` that drives it: ``groups``, or what the tying gives."""
-    if groups is None:
-        return tuple(groups_of(targets, n_tie, tying))
-    if len(groups) != len(targets):
-        raise ValueError(f"groups names a vector for {len(groups)} modules; the model has {len(targets)} to adapt")
-    return tuple(groups)
-
-
-def _balanced_runs(count: int, n_tie: int) -> list[int]:
-    groups = -(-count // n_tie)
-    return [index * groups // count for index in range(count)]
-
-
-def _stands_for_linear(module: nn.Module) -> bool:
-    """Whether a module is some library's linear layer, and no wrapper around an ``nn.Linear``."""
-    named = "linear" in type(module).__name__.lower()
-    return named and not any(isinstance(part, nn.Linear) for part in module.modules())
+    groups = []
+    for kind in kinds:
+        run = seen[kind] * -(-count[kind] // n_tie) // count[kind]
+        groups.append(numbers.setdefault((kind, run), len(numbers)))
+        seen[kind] += 1
+    return groups
 
 
 def _type_of(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _block_of(name: str) -> str:
-    """``model.layers.3`` of ``model.layers.3.mlp.up_proj``; names without a number share one block."""
-    numbered = re.match(r"(?:.*?\.)?\d+(?=\.|$)", name)
-    return numbered.group() if numbered else ""
-
-
-def _layer_of(name: str) -> int:
-    number = _block_of(name).rpartition(".")[2]
-    return int(number) if number.isdigit() else -1
+def _block_of(name: str) -> tuple[str, int]:
+    """``("model.layers.3", 3)`` of ``model.layers.3.mlp.up_proj``; names without an integer share one block, -1."""
+    numbered = re.match(r"(?:.*?\.)?(\d+)(?=\.|$)", name)
+    return (numbered.group(), int(numbered.group(1))) if numbered else ("", -1)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tinylora_lite.adapter.adapter import TinyLoraAdapter, attach
-from tinylora_lite.adapter.projection import Basis
+from tinylora_lite.adapter.basis import Basis
 from tinylora_lite.evaluation.compare import Comparison, compare
 from tinylora_lite.evaluation.score import Score
 from tinylora_lite.experiment.models import load_tokenizer, nano_package

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from tinylora_lite.adapter.adapter import TinyLoraAdapter
-from tinylora_lite.adapter.projection import Basis
+from tinylora_lite.adapter.basis import Basis
 from tinylora_lite.evaluation.evaluate import evaluate
 from tinylora_lite.evaluation.score import Score
 from tinylora_lite.experiment.models import checkpoint, is_nano, load_model

@@ -21,7 +21,7 @@ from tinylora_lite.utils.record import atomic_write
 
 if TYPE_CHECKING:
     from tinylora_lite.adapter.config import TinyLoraConfig
-    from tinylora_lite.adapter.projection import Basis
+    from tinylora_lite.adapter.basis import Basis
 
 Dtype = Literal["bfloat16", "float32", "float16"]
 """The names of torch's dtypes that a base may have."""

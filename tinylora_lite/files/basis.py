@@ -8,7 +8,7 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 
-from tinylora_lite.adapter.projection import Basis
+from tinylora_lite.adapter.basis import Basis
 from tinylora_lite.files.file_format import AdapterFileError
 from tinylora_lite.utils.record import atomic_write
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from tinylora_lite.adapter.projection import Basis
+from tinylora_lite.adapter.basis import Basis
 from tinylora_lite.files.basis import load_basis
 from tinylora_lite.nano.task import MAX_NEW_TOKENS, reward, task
 
