@@ -2,11 +2,11 @@
 
 from .adapter.adapter import TinyLoraAdapter as TinyLoraAdapter
 from .adapter.adapter import attach as attach
+from .adapter.basis import Basis as Basis
 from .adapter.batched import Population as Population
 from .adapter.batched import attach_population as attach_population
 from .adapter.config import TinyLoraConfig as TinyLoraConfig
 from .adapter.config import lora_xs as lora_xs
-from .adapter.basis import Basis as Basis
 from .adapter.svd import truncated_svd as truncated_svd
 from .evaluation.compare import Comparison as Comparison
 from .evaluation.compare import compare as compare

@@ -49,7 +49,7 @@ def update_once(model, tokenizer, adapter, optimizer, batch, settings) -> dict[s
     """One update from completions and their advantages, without a task's rewards."""
     task = Task("none", [Example("", "")], [], [], lambda text, gold: 0.0)
     objective = GRPO(model, tokenizer, adapter, task, [settings])
-    (row,) = update(objective, [optimizer], objective.weighed(*batch))
+    (row,) = update(objective, optimizer, objective.weighed(*batch))
     return row
 
 

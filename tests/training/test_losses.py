@@ -64,7 +64,7 @@ class TestAdvantages:
 
     @pytest.mark.parametrize("shape", [(4, 1), (4,), (2, 2, 2)])
     def test_groups_of_one_are_refused(self, shape):
-        with pytest.raises(ValueError, match="group_size at least 2"):
+        with pytest.raises(ValueError, match="group_size of at least 2"):
             grpo_advantages(torch.zeros(shape))
 
     def test_unknown_scale(self):

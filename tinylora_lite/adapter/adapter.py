@@ -37,9 +37,8 @@ class TinyLoraAdapter(nn.Module):
 
     Attributes:
         vectors: v, ``[groups, u]`` float32 whatever the model's dtype, the only trainable parameter; zero at the
-            start, so that the adapted model starts equal to the base. It starts on the device of the first adapted
-            module. Moving the model later is safe (the frozen factors follow it at the next forward pass), but v
-            stays where it is until ``adapter.to(device)`` moves it, which saves a copy in every module.
+            start, so that the adapted model starts equal to the base. Where the model moves to another device, the
+            frozen factors follow at the next forward pass, and v when ``adapter.to(device)`` is called.
         config: the settings.
         names: the adapted modules, by their names in ``model.named_modules()``, in tying order.
         groups: for each of them, the row of ``vectors`` that drives it.
@@ -55,10 +54,8 @@ class TinyLoraAdapter(nn.Module):
         super().__init__()
         self.config, self.given, self.enabled = config, frozenset(given), True
         self.names, self.groups, modules = check_modules(model, config)
-        for name in given:
-            if name not in self.names:
-                raise ValueError(f"factors were given for {name}, which is not among the modules to adapt")
-            given[name].check(name, weight_shape(modules[name]), config)
+        if unknown := given.keys() - set(self.names):
+            raise ValueError(f"factors were given for {min(unknown)}, which is not among the modules to adapt")
         self._adapted = _all_factors(modules, self.names, config, given, cache)
         device = modules[self.names[0]].get_parameter("weight").device
         self.vectors = nn.Parameter(torch.zeros(max(self.groups) + 1, config.u, dtype=torch.float32, device=device))
@@ -80,28 +77,16 @@ class TinyLoraAdapter(nn.Module):
         return self.vectors.numel()
 
     def mixing(self, name: str) -> Tensor:
-        """R of one module, ``[r, r]`` float32, by its name in ``named_modules()``; differentiable in ``vectors``.
-
-        Raises:
-            KeyError: the module is not adapted.
-        """
+        """R of one module, ``[r, r]`` float32, differentiable in ``vectors``; ``KeyError`` where it is not adapted."""
         return self.factors(name).mixing(self.vectors[self.groups[self.names.index(name)]])
 
     def delta(self, name: str) -> Tensor:
-        """The dense update ``W' - W`` of one module, ``[out, in]`` float32, by its name in ``named_modules()``.
-
-        Raises:
-            KeyError: the module is not adapted.
-        """
+        """The dense update ``W' - W`` of one module, ``[out, in]`` float32; ``KeyError`` where it is not adapted."""
         factors = self.factors(name)
         return (factors.left @ self.mixing(name) @ factors.right).detach()
 
     def factors(self, name: str) -> Factors:
-        """The frozen factors of one module, by its name in ``named_modules()``; not a copy.
-
-        Raises:
-            KeyError: the module is not adapted.
-        """
+        """The frozen factors of one module, by its name; ``KeyError`` where it is not adapted."""
         if name not in self._adapted:
             raise KeyError(f"{name} is not an adapted module; adapter.names lists the {len(self.names)} that are")
         return self._adapted[name]
@@ -116,10 +101,7 @@ class TinyLoraAdapter(nn.Module):
             self.enabled = before
 
     def detach(self) -> None:
-        """Takes the adapter off: the model as it was, bit for bit, its ``requires_grad`` flags included.
-
-        The adapter keeps v and its factors. Detaching twice does nothing more.
-        """
+        """Takes the adapter off: the model as it was, bit for bit, ``requires_grad`` included; v and factors stay."""
         model = self._model()
         if model is not None and self._hooks:
             allow_packing(model)
@@ -141,12 +123,10 @@ class TinyLoraAdapter(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> TinyLoraAdapter:
         """Of the model: an adapter on the copy. Of the adapter alone: the same v, attached to nothing."""
         twin: TinyLoraAdapter = object.__new__(type(self))
-        memo[id(self)] = twin
-        model_twin = memo.get(id(self._model()))
-        left_out = {"_model"} if isinstance(model_twin, nn.Module) else {"_model", "_hooks"}
-        state = {key: value for key, value in self.__dict__.items() if key not in left_out}
-        twin.__dict__.update({"_hooks": []}, **copy.deepcopy(state, memo))
-        twin._model = weakref.ref(model_twin) if isinstance(model_twin, nn.Module) else self._model
+        memo[id(self)], model = twin, self._model()
+        state = self.__getstate__() | ({} if id(model) in memo else {"_hooks": []})
+        memo.setdefault(id(model), model)
+        twin.__setstate__(copy.deepcopy(state, memo))
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
@@ -154,7 +134,7 @@ class TinyLoraAdapter(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         model = state["_model"]
-        state = state | {"_model": _no_model if model is None else weakref.ref(model)}
+        state = state | {"_model": (lambda: None) if model is None else weakref.ref(model)}
         super().__setstate__(state)  # type: ignore[no-untyped-call]
 
 
@@ -167,18 +147,15 @@ def attach(
 ) -> TinyLoraAdapter:
     """Puts an adapter on a model and freezes the model; names and values of its parameters stay as they are.
 
-    With gradient checkpointing, ask for ``use_reentrant=False`` (the default of transformers 5): the reentrant
-    kind passes no gradient where no input asks for one. Gradients of gradients and the transforms of ``torch.func``
-    do not pass through an adapter. A quantized model (bitsandbytes, torchao) is dequantized one weight at a time, for
-    the SVD alone.
+    Gradient checkpointing needs ``use_reentrant=False`` (the default of transformers 5). Gradients of gradients and the
+    transforms of ``torch.func`` do not pass through an adapter. A quantized model (bitsandbytes, torchao) is
+    dequantized one weight at a time, for the SVD alone.
 
     Args:
         model: any PyTorch model whose target modules are ``nn.Linear``, plain or quantized.
         config: the settings; the default is ``TinyLoraConfig()``.
-        factors: of modules by name, to be used as they are in place of the SVD of their weights and of their P; for
-            adapters whose factors this library does not compute itself.
-        cache: a folder in which decompositions are kept and looked up by the weight's fingerprint; ``None`` takes the
-            user's cache (:func:`~tinylora_lite.adapter.svd.cached_decompose`).
+        factors: of modules by name, in place of those that this library computes.
+        cache: see :func:`~tinylora_lite.adapter.svd.cached_decompose`.
 
     Raises:
         ValueError: no module or an unknown module is targeted, a weight is smaller than the rank, on the meta
@@ -186,10 +163,8 @@ def attach(
             carries an adapter already, or given factors do not fit. The model is untouched then.
     """
     if carries_updates(model):
-        raise ValueError(
-            "the model carries an adapter already; call its detach() first "
-            "(tinylora_lite.adapter.adapter.adapter_of finds it)"
-        )
+        finds = "tinylora_lite.adapter.adapter.adapter_of"
+        raise ValueError(f"the model carries an adapter already; call its detach() first ({finds} finds it)")
     return TinyLoraAdapter(model, config or TinyLoraConfig(), factors or {}, cache)
 
 
@@ -247,6 +222,8 @@ def _all_factors(
     weights = {name: modules[name].get_parameter("weight") for name in names}
     large = sum(weight.numel() for name, weight in weights.items() if name not in given) > LARGE
     found = {}
+    for name in given:
+        given[name].check(name, weight_shape(modules[name]), config)
     for index, (name, weight) in enumerate(tqdm(weights.items(), "SVD", disable=hide_progress(large))):
         if name in given:
             left, right, projection = (part.to(weight.device) for part in _parts(given[name]))
@@ -262,7 +239,3 @@ def _all_factors(
 
 def _parts(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
     return factors.left, factors.right, factors.projection
-
-
-def _no_model() -> None:
-    """Replaces the weak reference to a model that is gone."""

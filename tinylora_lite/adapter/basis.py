@@ -1,6 +1,6 @@
 """Calibrated directions P, in place of random ones (this project's own).
 
-A basis is made once for each base model (``tl.calibrate``) and shared; an adapter on it holds only its own few parameters.
+A basis is made once for each base model (``tl.calibrate``) and shared; an adapter on it holds only its own v.
 """
 
 from __future__ import annotations

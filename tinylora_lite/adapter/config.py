@@ -83,10 +83,8 @@ class TinyLoraConfig:
 def lora_xs(rank: int, *, sigma: Sigma = "right", target_modules: Sequence[str] | None = None) -> TinyLoraConfig:
     """LoRA-XS (arXiv 2405.17604) as the same adapter: all ``rank²`` entries of R train in every module, none tied.
 
-    ``sigma="right"`` puts Σ beside the input, as the authors' code does; the formula of their paper is ``"left"``.
-
-    Raises:
-        ValueError: see :class:`TinyLoraConfig`.
+    ``sigma="right"`` is what the authors' code does; the formula of their paper is ``"left"``. See
+    :class:`TinyLoraConfig` for the errors.
     """
     u = rank**2 if _is_int(rank) else 1  # a rank of another type is refused below, by name
     return TinyLoraConfig(rank=rank, u=u, sigma=sigma, target_modules=target_modules, projection="identity")

@@ -19,28 +19,20 @@ from torch import Tensor
 from tinylora_lite.adapter.weights import weight_fingerprint
 from tinylora_lite.utils.record import cached
 
-EXACT_UP_TO = 512
-"""Matrices whose smaller side is at most this are decomposed exactly: it takes well under a second."""
-EXACT_AT_WORST = 1024
-"""Up to this smaller side, so is a matrix on which the iteration does not converge."""
-MOST_RESTARTS = 30
-"""Restarts after which the iteration stops; directions that stand out at all take one to five."""
-CLOSE = 1e-3
-"""Values closer than this, as a fraction of the largest, are told apart by products in float64."""
-EQUAL = 1e-5
-"""Values closer than this, as a fraction of the largest, count as one value, whose vectors may rotate freely."""
-CACHED_FROM = 1 << 17
-"""Smaller weights are not kept in the user's cache: decomposing them again takes milliseconds."""
+EXACT_UP_TO = 512  # A matrix whose smaller side is at most this is decomposed exactly, well under a second.
+EXACT_AT_WORST = 1024  # Up to this smaller side, so is one on which the iteration does not converge.
+MOST_RESTARTS = 30  # Directions that stand out at all take one to five.
+CLOSE = 1e-3  # Values closer than this, as a fraction of the largest, are told apart by products in float64.
+EQUAL = 1e-5  # Values closer than this count as one, whose vectors may rotate freely.
+CACHED_FROM = 1 << 17  # Smaller weights are not cached: decomposing them again takes milliseconds.
 
 
 @dataclass(frozen=True)
 class Decomposition:
-    """The leading singular triplets of a matrix, ``weight ≈ U @ diag(S) @ Vh``.
+    """What :func:`truncated_svd` gives, and what is known beyond it.
 
     Attributes:
-        U: ``[out, rank]`` float32, orthonormal columns with canonical signs.
-        S: ``[rank]`` float32, in falling order.
-        Vh: ``[rank, in]`` float32, orthonormal rows.
+        U, S, Vh: the leading singular triplets.
         beyond: the first singular value left out, ``[]`` float32; 0 where there is none.
         portable: whether other machines find the same vectors: no two of the values kept and the first left out are
             closer than 1e-5 of the largest, and the iteration settled.
@@ -56,14 +48,10 @@ class Decomposition:
 def truncated_svd(weight: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """The ``rank`` leading singular triplets of a matrix, ``weight ≈ U @ diag(S) @ Vh``.
 
-    Singular vectors come in pairs of free sign, and LAPACK, cuSOLVER and randomised methods choose differently.
-    Here the entry of largest magnitude in each column of ``U`` is positive, so that the same v means the same update
-    everywhere. Where two singular values agree to five digits their vectors may rotate into each other, and no rule
-    makes them agree between machines; the sum ``U @ diag(S) @ Vh`` still does, unless the tie is between the last value
-    kept and the first one left out (:func:`decompose` reports it).
-
-    Products are in float32, and in float64 where singular values are close. A large matrix without leading directions,
-    one of mere noise for instance, may not converge; it gets a good approximation of low rank.
+    The entry of largest magnitude in each column of ``U`` is positive, so that the same v means the same update on any
+    machine. Vectors whose singular values agree to five digits may rotate into each other, and no rule makes them agree
+    between machines (:func:`decompose` reports it). A large matrix without leading directions, one of mere noise for
+    instance, may not converge; it gets a good approximation of low rank.
 
     Args:
         weight: ``[out, in]``, any floating dtype.
@@ -86,8 +74,11 @@ def decompose(weight: Tensor, rank: int, seed: int = 0) -> Decomposition:
     _check(weight, rank)
     # Apple's GPUs know no float64.
     matrix = weight.detach().cpu() if weight.device.type == "mps" else weight.detach()
-    scale = _scale(matrix)
-    matrix = matrix if scale == 1 else matrix.double() / scale
+    largest = max(abs(float(bound)) for bound in matrix.aminmax())
+    if not math.isfinite(largest):
+        raise ValueError("the weight holds NaN or infinity and has no SVD; load the model again")
+    scale = 1.0 if 1e-10 < largest < 1e10 or largest == 0 else 2.0 ** math.floor(math.log2(largest))
+    matrix = matrix if scale == 1 else matrix.double() / scale  # squares stay within float32's range
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
     smaller, settled = tall.shape[1], False
     with _few_threads(smaller):
@@ -107,19 +98,10 @@ def decompose(weight: Tensor, rank: int, seed: int = 0) -> Decomposition:
 
 
 def cached_decompose(weight: Tensor, rank: int, seed: int = 0, cache: str | Path | None = None) -> Decomposition:
-    """:func:`decompose`, from the cache where the result is there, and into it where it is not.
+    """:func:`decompose` by way of a cache, in which equal values have one entry, whatever their dtype.
 
-    Equal values give one entry, whatever the dtype. A damaged entry is computed again.
-
-    Args:
-        weight: ``[out, in]``, any floating dtype.
-        rank: how many triplets.
-        seed: of the random start.
-        cache: a folder, made where it is missing; ``None`` takes the user's cache, which holds no small weights.
-
-    Raises:
-        ValueError: see :func:`truncated_svd`.
-        OSError: the folder ``cache`` cannot be written.
+    ``cache`` is a folder, made where it is missing (``OSError`` where it cannot be written); ``None`` takes the user's
+    cache, which holds no small weights.
     """
     if weight.is_meta or (cache is None and weight.numel() < CACHED_FROM):
         return decompose(weight, rank, seed)
@@ -192,14 +174,6 @@ def _few_threads(smaller: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _scale(matrix: Tensor) -> float:
-    """What to divide by so that squares stay within float32's range; 1 for the weights of any usual model."""
-    largest = max(abs(float(bound)) for bound in matrix.aminmax())
-    if not math.isfinite(largest):
-        raise ValueError("the weight holds NaN or infinity and has no SVD; load the model again")
-    return 1.0 if 1e-10 < largest < 1e10 or largest == 0 else 2.0 ** math.floor(math.log2(largest))
 
 
 def _check(weight: Tensor, rank: int) -> None:

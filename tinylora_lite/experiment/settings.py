@@ -20,8 +20,8 @@ from tinylora_lite.training.settings import GRPOSettings, SFTSettings
 from tinylora_lite.utils.record import atomic_write
 
 if TYPE_CHECKING:
-    from tinylora_lite.adapter.config import TinyLoraConfig
     from tinylora_lite.adapter.basis import Basis
+    from tinylora_lite.adapter.config import TinyLoraConfig
 
 Dtype = Literal["bfloat16", "float32", "float16"]
 """The names of torch's dtypes that a base may have."""

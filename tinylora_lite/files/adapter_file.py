@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from tinylora_lite.adapter.adapter import TinyLoraAdapter, attach
+from tinylora_lite.adapter.basis import Basis
 from tinylora_lite.adapter.config import TinyLoraConfig
 from tinylora_lite.adapter.layer import Factors
-from tinylora_lite.adapter.basis import Basis
 from tinylora_lite.adapter.tying import find_target_modules
 from tinylora_lite.adapter.weights import base_fingerprint
 from tinylora_lite.files.basis import find_basis

@@ -9,8 +9,8 @@ import torch
 
 from tinylora_lite import nano
 from tinylora_lite.adapter.adapter import attach
-from tinylora_lite.adapter.config import TinyLoraConfig
 from tinylora_lite.adapter.basis import Basis
+from tinylora_lite.adapter.config import TinyLoraConfig
 from tinylora_lite.adapter.weights import base_fingerprint
 from tinylora_lite.files.basis import load_basis, save_basis
 from tinylora_lite.lab.tasks import made_from, task_of

@@ -24,39 +24,24 @@ if TYPE_CHECKING:
 def completion_logprobs(model: PreTrainedModel, rollouts: Rollouts, temperature: float = 1.0) -> Tensor:
     """Log-probabilities of the completion tokens, teacher-forced: ``[batch, tokens]`` float32, differentiable.
 
-    Positions outside ``completion_mask`` hold numbers without meaning. Logits are computed for the completions
-    only, and of many tokens in chunks.
+    Positions outside ``completion_mask`` hold values without meaning. Logits are computed of the completions alone.
     """
     ids, tokens = rollouts.completion_ids, rollouts.completion_ids.shape[1]
     attention = torch.cat([rollouts.prompt_mask, rollouts.completion_mask], dim=1)
     positions = (attention.cumsum(dim=1) - 1).clamp(min=0)
     if not _can_share_prompts(model):
+        inputs = {"input_ids": torch.cat([rollouts.prompt_ids, ids[:, :-1]], dim=1), "use_cache": False}
+        inputs |= {"attention_mask": attention[:, :-1], "position_ids": positions[:, :-1]}
         with rows_of(rollouts.adapters):
-            return _logprobs_after(
-                model,
-                ids,
-                temperature,
-                input_ids=torch.cat([rollouts.prompt_ids, ids[:, :-1]], dim=1),
-                attention_mask=attention[:, :-1],
-                position_ids=positions[:, :-1],
-                use_cache=False,
-            )
+            return _logprobs_after(model, ids, temperature, **inputs)
     logits, cache = read_prompts(model, rollouts.prompt_ids, rollouts.prompt_mask, rollouts.adapters)
     first = torch.log_softmax(logits.float() / temperature, dim=-1).gather(1, ids[:, :1])
     if tokens == 1:
         return first
+    inputs = {"input_ids": ids[:, :-1], "use_cache": True, **with_cache(model, cache)}
+    inputs |= {"attention_mask": attention[:, :-1], "position_ids": positions[:, -tokens:-1]}
     with rows_of(rollouts.adapters):
-        following = _logprobs_after(
-            model,
-            ids[:, 1:],
-            temperature,
-            input_ids=ids[:, :-1],
-            attention_mask=attention[:, :-1],
-            position_ids=positions[:, -tokens:-1],
-            **with_cache(model, cache),
-            use_cache=True,
-        )
-    return torch.cat([first, following], dim=1)
+        return torch.cat([first, _logprobs_after(model, ids[:, 1:], temperature, **inputs)], dim=1)
 
 
 def _logprobs_after(model: PreTrainedModel, ids: Tensor, temperature: float, **inputs: Any) -> Tensor:
@@ -96,7 +81,7 @@ def read_prompts(
 def _can_share_prompts(model: PreTrainedModel) -> bool:
     """Whether gradients can pass through a cache: not in recomputed layers, and not in recurrent or windowed ones.
 
-    Nor is it done where processes compute together: their numbers of forward passes would depend on their samples.
+    Where processes compute together, they would make different numbers of forward passes.
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer
 

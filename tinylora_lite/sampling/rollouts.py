@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from tinylora_lite.tasks.task import Example, Task
 
 
+PROMPTS = ("prompt_ids", "prompt_mask")
+COMPLETIONS = ("completion_ids", "completion_mask", "logprobs", "entropies")
+
+
 @dataclass(frozen=True)
 class Rollouts:
     """A batch of prompts with one completion each, prompts padded on the left, completions on the right.
@@ -28,8 +32,8 @@ class Rollouts:
         completion_ids: ``[batch, tokens]`` int64, the end token included, padding after it.
         completion_mask: ``[batch, tokens]`` int64, 1 up to and including the end token.
         logprobs: ``[batch, tokens]`` float32, of each token as the sampler drew it, at its temperature; 0 on padding.
-        entropies: ``[batch, tokens]`` float32, in nats, of the distribution each token was drawn from; 0 on padding.
-            A sampler that keeps only the drawn token's probability puts ``-logprobs`` here, whose mean is the same.
+        entropies: ``[batch, tokens]`` float32, in nats, of the distribution each token was drawn from, or its unbiased
+            estimate ``-logprobs``; 0 on padding.
         truncated: ``[batch]`` bool, where the length limit came before an end token.
         texts: the completions without special tokens.
         adapters: ``[batch]`` int64, the adapter of each row where the model carries a population; ``None`` elsewhere.
@@ -55,34 +59,29 @@ class Rollouts:
 
     def rows(self, index: Tensor) -> Rollouts:
         """Some of the rows, ``index [rows]`` int64, with the padding that none of them needs cut off."""
-        prompt = int(self.prompt_mask[index].sum(dim=1).max())
-        tokens = int(self.lengths[index].max())
+        prompt, tokens = int(self.prompt_mask[index].sum(dim=1).max()), int(self.lengths[index].max())
+        cut = {name: getattr(self, name)[index, -prompt:] for name in PROMPTS}
+        cut |= {name: getattr(self, name)[index, :tokens] for name in COMPLETIONS}
+        texts, adapters = [self.texts[i] for i in index.tolist()], self.adapters
         return Rollouts(
-            self.prompt_ids[index, -prompt:],
-            self.prompt_mask[index, -prompt:],
-            self.completion_ids[index, :tokens],
-            self.completion_mask[index, :tokens],
-            self.logprobs[index, :tokens],
-            self.entropies[index, :tokens],
-            self.truncated[index],
-            [self.texts[i] for i in index.tolist()],
-            None if self.adapters is None else self.adapters[index],
+            **cut,
+            truncated=self.truncated[index],
+            texts=texts,
+            adapters=adapters if adapters is None else adapters[index],
         )
 
     @classmethod
     def cat(cls, parts: Sequence[Rollouts], pad: int) -> Rollouts:
         """Batches of one prompt width as one; ``pad`` fills token ids."""
-        joined = {
-            name: torch.cat([getattr(p, name) for p in parts]) for name in ("prompt_ids", "prompt_mask", "truncated")
-        }
-        for name in ("completion_ids", "completion_mask", "logprobs", "entropies"):
+        joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in (*PROMPTS, "truncated")}
+        for name in COMPLETIONS:
             rows = [row for part in parts for row in getattr(part, name)]
             joined[name] = pad_sequence(rows, batch_first=True, padding_value=pad if name == "completion_ids" else 0)
         return cls(**joined, texts=[text for part in parts for text in part.texts])
 
 
 class Sampler(Protocol):
-    """Whatever answers prompts: the model that trains (``ModelSampler``), or another engine that follows it."""
+    """What answers prompts: the model that trains (``ModelSampler``), or another engine that follows it."""
 
     def sync(self, adapter: TinyLoraAdapter | None) -> None:
         """From now on samples come from the base with ``adapter`` as it is now, or from the base alone (``None``)."""
@@ -117,11 +116,7 @@ def encode_prompts(
     examples: Sequence[Example],
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:
-    """Prompts through the chat template: ids and mask, both ``[batch, prompt]`` int64, padded on the left.
-
-    Raises:
-        ValueError: the tokenizer has no pad token, no end token or no chat template.
-    """
+    """Prompts through the chat template: ids and mask, both ``[batch, prompt]`` int64, padded on the left."""
     check_tokenizer(tokenizer)
     texts = [
         tokenizer.apply_chat_template(task.messages(e), tokenize=False, add_generation_prompt=True) for e in examples

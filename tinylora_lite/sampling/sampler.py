@@ -25,12 +25,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelSampler:
-    """The model that trains answers itself, so there is nothing to keep in step.
+    """The model that trains answers itself, ``batch_size`` rows at a time, which limits the memory of keys and values.
 
-    Attributes:
-        model: see :func:`sample`.
-        tokenizer: the model's.
-        batch_size: rows decoded together, which limits the memory of keys and values; ``None`` decodes all of them.
+    ``None`` decodes all rows together.
     """
 
     model: PreTrainedModel
@@ -41,13 +38,11 @@ class ModelSampler:
         """Does nothing: the model carries the adapter."""
 
     def sample(self, prompt_ids: Tensor, prompt_mask: Tensor, *, first_row: int = 0, **options: Any) -> Rollouts:
-        """Calls :func:`sample` for ``batch_size`` rows at a time."""
-        size = self.batch_size or len(prompt_ids)
-        parts = []
+        """As :func:`sample`."""
+        size, parts = self.batch_size or len(prompt_ids), []
         for start in range(0, len(prompt_ids), size):
-            rows = slice(start, start + size)
-            options |= {"first_row": first_row + start}
-            parts.append(sample(self.model, self.tokenizer, prompt_ids[rows], prompt_mask[rows], **options))
+            prompts = prompt_ids[start : start + size], prompt_mask[start : start + size]
+            parts.append(sample(self.model, self.tokenizer, *prompts, first_row=first_row + start, **options))
         return parts[0] if len(parts) == 1 else Rollouts.cat(parts, self.tokenizer.pad_token_id)
 
 
@@ -68,11 +63,9 @@ def sample(
     """One completion for each prompt, decoded together with a key-value cache that drops finished rows.
 
     Args:
-        model: any causal language model of transformers, adapted or not. It samples in evaluation mode and is left in
-            the mode it was in.
+        model: any causal language model of transformers, adapted or not; it samples in evaluation mode.
         tokenizer: its tokenizer.
-        prompt_ids: ``[batch, prompt]`` int64, padded on the left; a prompt to be answered several times is in several
-            rows, and is read once.
+        prompt_ids: ``[batch, prompt]`` int64, padded on the left; equal prompts are read once.
         prompt_mask: ``[batch, prompt]`` int64, 1 on prompt tokens.
         max_new_tokens: the length limit.
         temperature: divides the logits; 0 takes the likeliest token, and reports probabilities at temperature 1. No
@@ -80,7 +73,7 @@ def sample(
         seed: of the draw. Every row has random numbers of its own, so what it draws does not depend on the other rows.
         first_row: the place of this batch in a larger one that is sampled in parts.
         adapters: ``[batch]`` int64, the adapter of each row where the model carries a population.
-        streams: a seed and a place for each row, in place of ``seed`` and of the rows' numbers from ``first_row``.
+        streams: a seed and a place for each row, in place of ``seed`` and of the places from ``first_row``.
 
     Raises:
         ValueError: ``max_new_tokens`` is below 1, or ``temperature`` below 0.
@@ -101,7 +94,7 @@ def sample(
     alive = torch.arange(count, device=device)  # rows of the batch that the cache still holds
     done = torch.zeros(count, dtype=torch.bool, device=device)
     attention, position = prompt_mask, prompt_mask.sum(dim=1, keepdim=True) - 1
-    together = is_sharded(model)
+    together = is_sharded(model)  # then every forward pass is one of all processes
 
     with modes_kept(model):
         model.eval()
@@ -116,7 +109,8 @@ def sample(
             logprobs[alive, step] = log_distribution.gather(1, token)[:, 0]
             entropies[alive, step] = torch.special.entr(distribution).sum(dim=-1)
             done[alive] |= torch.isin(token[:, 0], ends)
-            if step + 1 == max_new_tokens or _all_done(done, together):
+            waiting = (~done).sum()
+            if step + 1 == max_new_tokens or not (distributed.all_reduce(waiting) if together else waiting):
                 break
             attention = torch.cat([attention, attention.new_ones(len(alive), 1)], dim=1)
             position = position + 1
@@ -150,12 +144,6 @@ def sample(
         [text.strip() for text in texts],
         adapters,
     )
-
-
-def _all_done(done: Tensor, together: bool) -> bool:
-    """Whether every row has ended; where processes compute ``together``, whether every process's rows have."""
-    waiting = (~done).sum()
-    return int(distributed.all_reduce(waiting) if together else waiting) == 0
 
 
 def _uniform(streams: Sequence[tuple[int, int]], tokens: int) -> Tensor:

@@ -28,7 +28,6 @@ class Batch:
     """The rows of one step, those of one adapter after those of another.
 
     Attributes:
-        rollouts: prompts and completions.
         advantages: ``[batch]`` float32; 1 in imitation.
         denominators: ``[batch]`` float32, what the sum over a row's tokens is divided by in its adapter's loss.
         counted: ``[batch]`` bool, the rows that take part in the loss.
@@ -72,7 +71,7 @@ def rollout(
         tokenizer: the model's.
         task: makes the prompts' conversations.
         examples: this process's share of the step's problems; of a population, each adapter's after another's.
-        settings: group size, length limit, temperature and seed; a list of them where the model carries a population.
+        settings: a list where the model carries a population.
         step: moves the seed.
         sampler: what answers, already in step with the policy.
     """

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from tinylora_lite.adapter.adapter import TinyLoraAdapter, attach
-from tinylora_lite.adapter.config import Sigma, TinyLoraConfig
 from tinylora_lite.adapter.basis import Basis
+from tinylora_lite.adapter.config import Sigma, TinyLoraConfig
 from tinylora_lite.adapter.weights import base_fingerprint
 from tinylora_lite.sampling.logprobs import completion_logprobs
 from tinylora_lite.sampling.rollouts import Rollouts, Sampler

@@ -1,9 +1,8 @@
 """GRPO: sample a group of answers to each prompt, and make the better ones likelier.
 
-One step: ``rollout`` samples, ``score`` rewards, ``grpo_advantages`` compares, and the loop updates.
-
-Left out, and why: no value network (that is the idea of GRPO), no reward model (answers are checked), no top-k or top-p
-in training (the sampler's probabilities would not be the trainer's), no dropout (nor would they).
+One step: ``rollout`` samples, ``score`` rewards, ``grpo_advantages`` compares, and the loop updates. There is no value
+network (that is the idea of GRPO), no reward model (answers are checked), and no top-k, top-p or dropout (the sampler's
+probabilities would not be the trainer's).
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch import Tensor
 from tinylora_lite.sampling.rollouts import Rollouts, Sampler
 from tinylora_lite.sampling.sampler import ModelSampler
 from tinylora_lite.training.batches import Batch, check_task, draw_prompts, rollout, score
-from tinylora_lite.training.loop import Objective, fit, only
+from tinylora_lite.training.loop import Objective, fit
 from tinylora_lite.training.losses import grpo_advantages
 from tinylora_lite.training.settings import GRPOSettings
 from tinylora_lite.utils import distributed
@@ -106,8 +105,7 @@ def train_grpo(
     """Trains an adapter by GRPO, or all weights of the model where ``adapter`` is ``None``.
 
     Where ``torch.distributed`` is initialised, every process calls this with the same arguments: each answers its share
-    of a step's prompts, and all make the same update. Samples and parameters are those of one process, but for
-    rounding.
+    of a step's prompts, and all make the same update, that of one process but for rounding.
 
     Args:
         model: any causal language model of transformers. Where its gradient checkpointing is on, it is used.
@@ -116,9 +114,8 @@ def train_grpo(
             once by ``fit(GRPO(model, tokenizer, population, task, [settings, ...]))``.
         task: prompts come from its training split, evaluations from its validation split.
         settings: see :class:`~tinylora_lite.GRPOSettings`; ``None`` takes its defaults.
-        sampler: what answers the prompts, in training and in evaluations; ``None`` takes the model itself. Another
-            engine's log-probabilities differ a little from the model's: ``logprob_diff_mean``, ``logprob_diff_max`` and
-            ``tis_clip_frac`` of a step say by how much, and ``settings.tis_cap`` corrects for it.
+        sampler: what answers the prompts, in training and in evaluations; ``None`` takes the model itself. For the
+            log-probabilities of another engine, which differ a little, ``settings.tis_cap`` corrects.
         folder: where the run is saved; called again with the same base and settings, an interrupted run goes on from
             its last checkpoint to the same parameters as one that was never interrupted.
         on_step: called with the run so far after every step.
@@ -137,6 +134,5 @@ def train_grpo(
     """
     if adapter is None and not isinstance(sampler, ModelSampler | None):
         raise ValueError("another engine follows an adapter, and not weights that all train; leave sampler out")
-    settings = settings or GRPOSettings()
-    objective = GRPO(model, tokenizer, adapter, task, [settings], sampler, on_rollouts=on_rollouts)
-    return fit(objective, folder=folder, on_step=only(on_step), progress=progress)[0]
+    objective = GRPO(model, tokenizer, adapter, task, [settings or GRPOSettings()], sampler, on_rollouts=on_rollouts)
+    return fit(objective, folder=folder, on_step=on_step and (lambda runs: on_step(runs[0])), progress=progress)[0]

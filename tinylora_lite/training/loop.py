@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
@@ -47,12 +48,11 @@ RECORDED_PARAMETERS = 64
 """Up to how many parameters a run's record holds v at every step."""
 
 
-class Objective(Generic[S]):
+class Objective(ABC, Generic[S]):
     """What trains, and on what: GRPO and SFT say how a step's batch is made and how an evaluation is recorded.
 
     Attributes:
         settings: one for each adapter; ``shared`` is the first, for what all of them have in common.
-        population: whether the model carries a population.
         parameters: what trains, of each adapter; the parameters of one are clipped and stepped together.
         identities: what tells each adapter from others, as JSON holds it.
         loss: how the loss of a token is computed.
@@ -60,9 +60,6 @@ class Objective(Generic[S]):
 
     method: str
     loss: GRPOSettings
-    settings: list[S]
-    parameters: list[list[Tensor]]
-    identities: list[dict[str, Any]]
 
     def __init__(
         self,
@@ -79,28 +76,26 @@ class Objective(Generic[S]):
             raise ValueError(f"an adapter takes one object of settings, and a population a list of them: {cure}")
         self.population = not isinstance(adapter, TinyLoraAdapter | None)
         self.settings, self.shared = list(settings), settings[0]
-        if adapter is None:
-            if carries_updates(model):
-                raise ValueError("the model carries an adapter; pass it, or call its detach() to train all weights")
-            self.parameters, self.identities = [list(model.parameters())], [{"kind": "all weights"}]
-            return
-        if isinstance(adapter, TinyLoraAdapter):
-            if adapter_of(model) is not adapter:
-                raise ValueError("the adapter is not attached to this model; pass the model that attach() was given")
-        else:
+        self.parameters = [list(model.parameters())] if adapter is None else [[v] for v in adapter.parameters()]
+        self.identities: list[dict[str, Any]] = [{"kind": "all weights"}]
+        if adapter is not None:
+            self.identities = [adapter.identity(k) for k in range(len(self.parameters))]
+        if adapter is None and carries_updates(model):
+            raise ValueError("the model carries an adapter; pass it, or call its detach() to train all weights")
+        if isinstance(adapter, TinyLoraAdapter) and adapter_of(model) is not adapter:
+            raise ValueError("the adapter is not attached to this model; pass the model that attach() was given")
+        if adapter is not None and not isinstance(adapter, TinyLoraAdapter):
             adapter.check_settings([asdict(own) for own in self.settings])
             if distributed.world_size() > 1 or sampler is not None or getattr(self.shared, "kl", 0.0) > 0:
                 raise ValueError("a population trains in one process, without another sampler, without a KL penalty")
-        self.parameters = [[v] for v in adapter.parameters()]
-        self.identities = [adapter.identity(k) for k in range(len(self.parameters))]
 
+    @abstractmethod
     def batch(self, step: int) -> Batch:
         """The rows of a step, counted from 0."""
-        raise NotImplementedError
 
+    @abstractmethod
     def validate(self) -> list[dict[str, float]]:
         """An evaluation of each adapter on the validation split, as its record keeps it."""
-        raise NotImplementedError
 
     def scores(self, **options: Any) -> list[Score]:
         """Each adapter's score on the validation split; of a population, with the seed that each has alone."""
@@ -126,18 +121,17 @@ def fit(
     Arguments and errors are those of :func:`~tinylora_lite.train_grpo`.
     """
     model, shared, base = objective.model, objective.shared, base_fingerprint(objective.model)
-    each = list(zip(objective.parameters, objective.settings, objective.identities, strict=True))
-    optimizers = [torch.optim.Adam(own, lr=settings.learning_rate) for own, settings, _ in each]
+    optimizer = torch.optim.Adam([{"params": own} for own in objective.parameters])
     runs = [
         Run(objective.method, asdict(settings), known_as, sum(p.numel() for p in own), objective.task.name, base)
-        for own, settings, known_as in each
+        for own, settings, known_as in zip(objective.parameters, objective.settings, objective.identities, strict=True)
     ]
     # Of the weights before training, and so before a checkpoint is read.
     reference = copy.deepcopy(model) if objective.adapter is None and objective.loss.kl > 0 else None
     if folder is not None:
         if objective.population:
             raise ValueError("the run of a population is not saved; leave folder out")
-        resume(folder, runs[0], objective.parameters[0], optimizers[0], DEFAULTS)
+        resume(folder, runs[0], objective.parameters[0], optimizer, DEFAULTS)
     done = len(runs[0].steps)
     if len(set(distributed.all_gather_object(done))) > 1:
         raise ValueError(f"not every process finds the checkpoint in {folder}; give a folder that all of them share")
@@ -148,11 +142,11 @@ def fit(
     ):
         for step in range(done, shared.steps):
             batch = objective.batch(step)
-            for optimizer, (_, settings, _) in zip(optimizers, each, strict=True):
-                optimizer.param_groups[0]["lr"] = settings.learning_rate_at(step)
-            rows = update(objective, optimizers, batch, reference)
-            for run, row, metrics, (own, settings, _) in zip(runs, rows, batch.metrics, each, strict=True):
-                row["learning_rate"] = settings.learning_rate_at(step)
+            for group, settings in zip(optimizer.param_groups, objective.settings, strict=True):
+                group["lr"] = settings.learning_rate_at(step)
+            rows = update(objective, optimizer, batch, reference)
+            for run, row, metrics, group in zip(runs, rows, batch.metrics, optimizer.param_groups, strict=True):
+                own, row["learning_rate"] = group["params"], group["lr"]
                 row["norm"] = math.sqrt(sum(p.detach().float().pow(2).sum().item() for p in own))
                 if run.parameters <= RECORDED_PARAMETERS:
                     row |= {f"v{i}": value for i, value in enumerate(own[0].flatten().tolist())}
@@ -164,7 +158,7 @@ def fit(
                     run.seconds = (time.perf_counter() - started) / len(runs)
             if folder is not None and ((step + 1) % shared.save_every == 0 or step + 1 == shared.steps):
                 if distributed.rank() == 0:
-                    save_checkpoint(folder, runs[0], objective.parameters[0], optimizers[0])
+                    save_checkpoint(folder, runs[0], objective.parameters[0], optimizer)
                 distributed.barrier()
             shown = "reward" if "reward" in runs[0].steps[-1] else "loss"
             bar.set_postfix_str(f"{shown} " + " ".join(f"{run.steps[-1][shown]:.2f}" for run in runs), refresh=False)
@@ -174,16 +168,8 @@ def fit(
     return runs
 
 
-def only(on_step: Callable[[Run], None] | None) -> Callable[[list[Run]], None] | None:
-    """``on_step`` of a single run, for the loop, which calls it with a list."""
-    return None if on_step is None else lambda runs: on_step(runs[0])
-
-
 def update(
-    objective: Objective[S],
-    optimizers: Sequence[torch.optim.Optimizer],
-    batch: Batch,
-    reference: PreTrainedModel | None = None,
+    objective: Objective[S], optimizer: torch.optim.Optimizer, batch: Batch, reference: PreTrainedModel | None = None
 ) -> list[dict[str, float]]:
     """``epochs_per_step`` updates of every adapter from one batch, and what happened, for the record of each.
 
@@ -191,12 +177,10 @@ def update(
     train, each has rows of its own, as many as the others', and all of them make the same update.
 
     Returns:
-        For each adapter ``loss`` (the mean of ``-log p``, weighted by advantages, in the first epoch),
-        ``gradient_norm`` (before clipping, of the last epoch), ``clipped`` (the share of tokens whose ratio was
-        clipped), and of the first epoch, when the policy is the one that sampled: ``logprob_diff_mean`` and
-        ``logprob_diff_max`` (of the sampler's and the trainer's log-probability of a token, in nats, absolute, over
-        the tokens of the rows that were computed), ``tis_clip_frac`` (the share of these tokens whose importance
-        weight was cut off at ``tis_cap``).
+        For each adapter ``loss`` (the mean of ``-log p``, weighted by advantages), ``gradient_norm`` (before clipping),
+        ``clipped`` (the share of tokens whose ratio was clipped), and over the tokens that were computed, in the first
+        epoch: ``logprob_diff_mean`` and ``logprob_diff_max`` (of sampler and trainer, in nats, absolute),
+        ``tis_clip_frac`` (the share whose importance weight was cut off at ``tis_cap``).
 
     Raises:
         FloatingPointError: a gradient is not finite; that update is not made.
@@ -229,8 +213,7 @@ def update(
     seen = torch.zeros(K, 5)  # of each adapter: loss, clipped tokens; of the first epoch: tokens, differences, capped
     largest = torch.zeros(K)
     for epoch in range(s.epochs_per_step):
-        for optimizer in optimizers:
-            optimizer.zero_grad()
+        optimizer.zero_grad()
         for (rows, advantages, denominators), old, ref in zip(parts, olds, references, strict=True):
             logprobs = completion_logprobs(model, rows, s.temperature)
             old = logprobs.detach() if old is None else old
@@ -260,15 +243,16 @@ def update(
                 seen.index_add_(0, whose, counts.float().cpu())
                 if epoch == 0:
                     largest.scatter_reduce_(0, whose, apart.abs().amax(dim=1).cpu(), "amax")
-        for k, (parameters, optimizer) in enumerate(zip(objective.parameters, optimizers, strict=True)):
+        for k, parameters in enumerate(objective.parameters):
             distributed.all_reduce_gradients(parameters, scale)
             norms[k] = torch.nn.utils.clip_grad_norm_(parameters, objective.shared.max_grad_norm).item()
             if not math.isfinite(norms[k]):
                 of = f" of adapter {k}" if K > 1 else ""
                 cure = "lower the learning rate, or load a wider dtype"
                 raise FloatingPointError(f"the loss{of} or its gradient is not finite; {cure}")
-            if norms[k] > 0:  # where every group agrees, Adam's momentum waits for the next step
-                optimizer.step()
+            for parameter in parameters if norms[k] == 0 else []:
+                parameter.grad = None  # where every group agrees, Adam's momentum waits for the next step
+        optimizer.step()
     seen = distributed.all_reduce(seen.to(device)).cpu()
     clipped, loss_sums, compared, differences, capped_tokens = seen.T.tolist()
     return [
@@ -288,8 +272,7 @@ def update(
 def ready_to_train(model: PreTrainedModel, parameters: Sequence[Tensor]) -> Iterator[None]:
     """Inside, ``parameters`` alone take gradients and dropout is off; afterwards flags and modes are as before.
 
-    Where gradient checkpointing is on, dropout that a recomputed block calls as a function of its own stays on (OPT has
-    such blocks); that of the modules inside it is off.
+    Where gradient checkpointing is on, dropout that a recomputed block calls as a function stays on (OPT has such).
     """
     flags, trained = [(p, p.requires_grad) for p in model.parameters()], set(map(id, parameters))
     for parameter, _ in flags:

@@ -1,9 +1,8 @@
 """The two formulas of GRPO: advantages, and the clipped policy-gradient loss.
 
-Deviations from the first GRPO paper (DeepSeekMath, arXiv 2402.03300), each by an argument: advantages without
-the standard deviation and a constant length normaliser (Dr. GRPO, arXiv 2503.20783); asymmetric clipping and a
-mean over tokens (DAPO, arXiv 2503.14476); truncated importance weights for a sampler whose probabilities
-differ from the trainer's (Yao et al. 2025, which the TinyLoRA paper follows).
+GRPO is DeepSeekMath's (arXiv 2402.03300); arguments give Dr. GRPO (arXiv 2503.20783: no standard deviation, a constant
+length normaliser), DAPO (arXiv 2503.14476: asymmetric clipping, a mean over tokens), and truncated importance weights
+for a sampler whose probabilities differ from the trainer's (Yao et al. 2025, which the TinyLoRA paper follows).
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ def grpo_advantages(rewards: Tensor, scale: Scale = "group", eps: float = 1e-4) 
     (GRPO), of the whole batch, or none (Dr. GRPO). A group whose rewards are all equal gets zeros.
 
     Args:
-        rewards: ``[prompts, group_size]``, any real dtype, finite.
+        rewards: ``[prompts, group_size]``, any real dtype.
         scale: which standard deviation divides.
         eps: keeps the division finite; TRL's value.
 
@@ -29,17 +28,14 @@ def grpo_advantages(rewards: Tensor, scale: Scale = "group", eps: float = 1e-4) 
         ``[prompts, group_size]`` float32, each row of mean zero.
 
     Raises:
-        ValueError: a shape other than two axes, fewer than two completions in a group, a reward that is not finite, or
-            an unknown ``scale``.
+        ValueError: another shape, a group of one, a reward that is not finite, or an unknown ``scale``.
 
     >>> grpo_advantages(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), scale="none")
     tensor([[ 0.5000, -0.5000],
             [ 0.0000,  0.0000]])
     """
     if rewards.ndim != 2 or rewards.shape[1] < 2:
-        raise ValueError(
-            f"rewards must be [prompts, group_size] with group_size at least 2, not {tuple(rewards.shape)}"
-        )
+        raise ValueError(f"rewards must be [prompts, group_size of at least 2], not {tuple(rewards.shape)}")
     rewards = rewards.float()
     if not torch.isfinite(rewards).all():
         raise ValueError("a reward is NaN or infinite; the reward function must return finite numbers")
@@ -88,8 +84,7 @@ def grpo_loss(
             over completions (GRPO), ``"constant"`` divides by ``batch · max_tokens`` (Dr. GRPO).
         max_tokens: the longest completion allowed; needed by ``"constant"`` unless ``denominator`` is given.
         denominator: what the sum is divided by in place of this batch's own count, so that the losses of
-            micro-batches add up to the loss of the whole: its tokens, completions, or ``completions · max_tokens``. A
-            tensor ``[batch]`` divides the sum over each completion's tokens, whatever ``normalise`` is.
+            micro-batches add up to the loss of the whole; a tensor ``[batch]`` divides each completion's own sum.
         sampler_logprobs: ``[batch, tokens]`` as the sampler saw them; ``None`` leaves the correction out.
         tis_cap: the largest importance weight.
         ref_logprobs: ``[batch, tokens]`` under the reference policy; needed when ``kl > 0``.
@@ -108,18 +103,13 @@ def grpo_loss(
     >>> grpo_loss(logprobs, logprobs, torch.tensor([1.0, -1.0]), mask)
     tensor(-0.3333)
     """
-    for name, other in (
-        ("old_logprobs", old_logprobs),
-        ("mask", mask),
-        ("sampler_logprobs", sampler_logprobs),
-        ("ref_logprobs", ref_logprobs),
-    ):
+    others = {"old_logprobs": old_logprobs, "sampler_logprobs": sampler_logprobs, "ref_logprobs": ref_logprobs}
+    for name, other in {"mask": mask, **others}.items():
         if other is not None and other.shape != logprobs.shape:
             raise ValueError(f"{name} is {tuple(other.shape)}, but logprobs is {tuple(logprobs.shape)}")
     if advantages.shape != logprobs.shape[:1]:
-        raise ValueError(
-            f"advantages is {tuple(advantages.shape)}, but must be [batch] = [{len(logprobs)}]; flatten() a group's"
-        )
+        wanted = f"[batch] = [{len(logprobs)}]"
+        raise ValueError(f"advantages is {tuple(advantages.shape)}, but must be {wanted}; flatten() a group's")
     mask = mask.bool()
 
     def difference(a: Tensor, b: Tensor) -> Tensor:  # padding may hold infinities, and inf · 0 is NaN

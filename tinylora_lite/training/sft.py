@@ -17,7 +17,7 @@ import torch
 from tinylora_lite.sampling.logprobs import completion_logprobs
 from tinylora_lite.sampling.rollouts import Rollouts, Sampler, check_tokenizer, encode_prompts, padded
 from tinylora_lite.training.batches import Batch, draw_prompts, micro_batches
-from tinylora_lite.training.loop import Objective, fit, only
+from tinylora_lite.training.loop import Objective, fit
 from tinylora_lite.training.settings import GRPOSettings, SFTSettings
 from tinylora_lite.utils import distributed
 
@@ -107,7 +107,7 @@ def train_sft(
         FloatingPointError: see there.
     """
     objective = SFT(model, tokenizer, adapter, task, [settings or SFTSettings()], sampler)
-    return fit(objective, folder=folder, on_step=only(on_step), progress=progress)[0]
+    return fit(objective, folder=folder, on_step=on_step and (lambda runs: on_step(runs[0])), progress=progress)[0]
 
 
 @torch.no_grad()
