@@ -76,20 +76,16 @@ def rollout(
         sampler: what answers, already in step with the policy.
     """
     several = settings if isinstance(settings, Sequence) else [settings]
-    shared, rows = several[0], len(examples) * several[0].group_size
+    shared, seeds = several[0], [seed_of("rollout", own.seed, step) for own in several]
     ids, mask = encode_prompts(tokenizer, task, examples, next(model.parameters()).device)
     ids, mask = (tensor.repeat_interleave(shared.group_size, dim=0) for tensor in (ids, mask))
-    seeds = [seed_of("rollout", own.seed, step) for own in several]
+    first_row, each = distributed.rank() * len(ids), len(ids) // len(several)
     limits: Any = {"max_new_tokens": shared.max_new_tokens, "temperature": shared.temperature}
-    if isinstance(settings, Sequence):
-        each = rows // len(several)
-        streams = [(seed, row) for seed in seeds for row in range(each)]
-        adapters = torch.arange(len(several)).repeat_interleave(each)
-        return sample(model, tokenizer, ids, mask, streams=streams, adapters=adapters, **limits)
-    first_row = distributed.rank() * rows
-    if sampler is None:
-        return sample(model, tokenizer, ids, mask, seed=seeds[0], first_row=first_row, **limits)
-    return sampler.sample(ids, mask, seed=seeds[0], first_row=first_row, **limits)
+    if sampler is not None:
+        return sampler.sample(ids, mask, seed=seeds[0], first_row=first_row, **limits)
+    adapters = torch.arange(len(several)).repeat_interleave(each) if isinstance(settings, Sequence) else None
+    streams = [(seed, first_row + row) for seed in seeds for row in range(each)]
+    return sample(model, tokenizer, ids, mask, streams=streams, adapters=adapters, **limits)
 
 
 def score(rollouts: Rollouts, task: Task, examples: Sequence[Example], settings: GRPOSettings) -> Tensor:
