@@ -206,7 +206,7 @@ def take_off(model: nn.Module | None, hooks: list[Any], trainable: Mapping[str, 
 
 def identity(config: TinyLoraConfig, names: Sequence[str], given: Mapping[str, Factors]) -> dict[str, Any]:
     """What tells one adapter from another, as JSON holds it: settings, hashes of the modules and of given factors."""
-    factors = {name: [short_hash(part.tolist()) for part in _parts(given[name])] for name in given}
+    factors = {name: [short_hash(part.tolist()) for part in given[name].parts] for name in given}
     return {"kind": "tinylora", **config.as_dict(), "modules": len(names), "modules_hash": short_hash(names)} | (
         {"given_factors": short_hash(factors)} if factors else {}
     )
@@ -226,8 +226,7 @@ def _all_factors(
         given[name].check(name, weight_shape(modules[name]), config)
     for index, (name, weight) in enumerate(tqdm(weights.items(), "SVD", disable=hide_progress(large))):
         if name in given:
-            left, right, projection = (part.to(weight.device) for part in _parts(given[name]))
-            found[name] = Factors(left, right, projection)
+            found[name] = Factors(*given[name].parts).to(weight.device)
             continue
         try:
             triplets = cached_decompose(dense_weight(modules[name]), config.rank, config.seed, cache)
@@ -235,7 +234,3 @@ def _all_factors(
             raise ValueError(f"{name}: {error}") from error
         found[name] = factors_of(triplets, config, index, name)
     return found
-
-
-def _parts(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
-    return factors.left, factors.right, factors.projection

@@ -39,6 +39,11 @@ class Factors:
     spectrum: Tensor = field(default_factory=lambda: torch.zeros(2))
     portable: bool = False
 
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Left, right and projection."""
+        return self.left, self.right, self.projection
+
     def mixing(self, v: Tensor) -> Tensor:
         """R of a vector ``[u]``: ``Σᵢ vᵢ Pᵢ``, ``[r, r]`` float32, under autocast too; differentiable in v."""
         with torch.autocast(self.projection.device.type, enabled=False):
@@ -47,20 +52,19 @@ class Factors:
     def to(self, device: torch.device) -> Factors:
         """Moves the factors to a device, in place, and returns them."""
         if self.left.device != device:
-            self.left, self.right = self.left.to(device), self.right.to(device)
-            self.projection = self.projection.to(device)
+            self.left, self.right, self.projection = (part.to(device) for part in self.parts)
         return self
 
     def check(self, name: str, shape: tuple[int, ...], config: TinyLoraConfig) -> None:
         """Raises ``ValueError`` where given factors do not fit a module of a shape, or are not finite float32."""
         r, u = config.rank, config.u
-        for part, wanted in (("left", (shape[0], r)), ("right", (r, shape[1])), ("projection", (u, r, r))):
-            tensor = getattr(self, part)
-            if tuple(tensor.shape) != wanted or tensor.dtype != torch.float32:
-                found = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-                raise ValueError(f"{name}: the given factor {part} is {found}, not torch.float32 of shape {wanted}")
-            if not torch.isfinite(tensor).all():
-                raise ValueError(f"{name}: the given factor {part} holds NaN or infinity")
+        wanted = {"left": (shape[0], r), "right": (r, shape[1]), "projection": (u, r, r)}
+        for (what, of), part in zip(wanted.items(), self.parts, strict=True):
+            if tuple(part.shape) != of or part.dtype != torch.float32:
+                found = f"{part.dtype} of shape {tuple(part.shape)}"
+                raise ValueError(f"{name}: the given factor {what} is {found}, not torch.float32 of shape {of}")
+            if not torch.isfinite(part).all():
+                raise ValueError(f"{name}: the given factor {what} holds NaN or infinity")
 
 
 def factors_of(triplets: Decomposition, config: TinyLoraConfig, index: int, name: str) -> Factors:
