@@ -10,7 +10,7 @@ import copy
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -203,14 +203,12 @@ def update(
         with torch.no_grad():
             return [completion_logprobs(policy, rows, s.temperature) for rows, *_ in parts]
 
-    olds: list[Tensor | None] = [*logprobs_of(model)] if s.epochs_per_step > 1 else [None] * len(parts)
-    references: list[Tensor | None] = [None] * len(parts)
-    if s.kl > 0:
-        with objective.adapter.disabled() if isinstance(objective.adapter, TinyLoraAdapter) else nullcontext():
-            references = [*logprobs_of(reference or model)]
+    olds: Iterable[Tensor | None] = logprobs_of(model) if s.epochs_per_step > 1 else [None] * len(parts)
+    with objective.adapter.disabled() if isinstance(objective.adapter, TinyLoraAdapter) else nullcontext():
+        references: Iterable[Tensor | None] = logprobs_of(reference or model) if s.kl > 0 else [None] * len(parts)
 
     norms = [0.0] * K
-    seen = torch.zeros(K, 5)  # of each adapter: loss, clipped tokens; of the first epoch: tokens, differences, capped
+    seen = torch.zeros(K, 5)  # of each adapter: tokens clipped; in the first epoch: loss, tokens, differences, capped
     largest = torch.zeros(K)
     for epoch in range(s.epochs_per_step):
         optimizer.zero_grad()
