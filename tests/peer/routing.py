@@ -42,10 +42,10 @@ def save_and_route(model: peft.PeftModel, save_directory: str, *args, **settings
     chosen = settings.get("selected_adapters") or model.peft_config
     for name in chosen:
         if model.peft_config[name].peft_type == peft.PeftType.TINYLORA:
-            route(model, Path(save_directory) / ("" if name == "default" else name), model.peft_config[name])
+            route(model, Path(save_directory) / ("" if name == "default" else name))
 
 
-def route(model: peft.PeftModel, folder: Path, config: peft.TinyLoraConfig) -> None:
+def route(model: peft.PeftModel, folder: Path) -> None:
     """Replaces what PEFT wrote by what this library makes of it on a fresh copy of the base."""
     global routed
     twin = copy.deepcopy(model)
@@ -61,7 +61,7 @@ def route(model: peft.PeftModel, folder: Path, config: peft.TinyLoraConfig) -> N
         return
     with torch.no_grad():
         adapter.vectors.mul_(SCALE)
-    tl.export_peft(adapter, folder, projection=config.save_projection)
+    tl.export_peft(adapter, folder)
     routed += 1
 
 
