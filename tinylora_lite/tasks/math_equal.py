@@ -26,6 +26,10 @@ _GRACE = 0.2  # seconds beyond the program's own limit, after which it is not co
 _START = 120.0  # seconds
 _LONGEST = 1000  # characters
 
+_lock = threading.RLock()
+_process: subprocess.Popen[bytes] | None = None
+_ready = False
+
 
 def start() -> None:
     """Starts the process that compares, if it is not running, and does not wait for it.
@@ -33,12 +37,24 @@ def start() -> None:
     Raises:
         ImportError: math-verify is not installed.
     """
-    global _worker
+    global _process, _ready
     with _lock:
-        if _worker is None:
-            if find_spec("math_verify") is None:
-                raise ImportError('comparing mathematics needs math-verify: pip install "tinylora_lite[train]"')
-            _worker = _Worker()
+        if _process is not None:
+            return
+        if find_spec("math_verify") is None:
+            raise ImportError('comparing mathematics needs math-verify: pip install "tinylora_lite[train]"')
+        path = [str(Path(entry).absolute()) for entry in sys.path if entry]
+        _ready = False
+        _process = subprocess.Popen(
+            [sys.executable, "-P", math_worker.__file__],
+            bufsize=0,  # a buffer has a lock, and a fork could inherit it closed
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
+            start_new_session=True,  # keeps Ctrl-C away from it
+            creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
+        )
 
 
 def equal(gold: str, answer: str) -> bool:
@@ -51,16 +67,19 @@ def equal(gold: str, answer: str) -> bool:
         ImportError: math-verify is not installed.
         RuntimeError: the process that compares does not start.
     """
+    global _ready
     if max(len(gold), len(answer)) > _LONGEST:
         return False
     with _lock:
-        if _worker is not None and _worker.process.poll() is not None:  # killed from outside, for memory perhaps
+        if _process is not None and _process.poll() is not None:  # killed from outside, for memory perhaps
             _close()
         start()
-        assert _worker is not None
         reply = None
         try:
-            reply = _worker.ask(gold, answer)
+            if not _ready and _exchange(b"", _START) != b"r":
+                raise RuntimeError("the process that compares answers does not start; see that math-verify imports")
+            _ready = True
+            reply = _exchange(json.dumps([gold, answer]).encode() + b"\n", math_worker.SECONDS + _GRACE)
         finally:
             if reply is None:  # also after an interrupt: a late reply would answer the next question
                 _close()
@@ -69,76 +88,42 @@ def equal(gold: str, answer: str) -> bool:
         return reply == b"1"
 
 
-class _Worker:
-    """The program of :mod:`~tinylora_lite.tasks.math_worker`, at the other end of two pipes."""
+def _exchange(request: bytes, seconds: float) -> bytes | None:
+    """The program's reply; ``None`` where none came in time, after which the program has to be ended."""
+    assert _process is not None
+    stdin, stdout = _process.stdin, _process.stdout
+    assert stdin is not None
+    assert stdout is not None
+    replies: list[bytes] = []
 
-    def __init__(self) -> None:
-        path = [str(Path(entry).absolute()) for entry in sys.path if entry]
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", math_worker.__file__],
-            bufsize=0,  # a buffer has a lock, and a fork could inherit it closed
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
-            start_new_session=True,  # keeps Ctrl-C away from it
-            creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
-        )
-        self._ready = False
+    def talk() -> None:
+        with suppress(OSError, ValueError):
+            stdin.write(request)
+            replies.append(stdout.read(1))
 
-    def ask(self, gold: str, answer: str) -> bytes | None:
-        """The program's reply; ``None`` where none came in time, after which the program has to be ended."""
-        if not self._ready and self._exchange(b"", _START) != b"r":
-            raise RuntimeError("the process that compares answers does not start; see that math-verify imports")
-        self._ready = True
-        return self._exchange(json.dumps([gold, answer]).encode() + b"\n", math_worker.SECONDS + _GRACE)
-
-    def _exchange(self, request: bytes, seconds: float) -> bytes | None:
-        stdin, stdout = self.process.stdin, self.process.stdout
-        assert stdin is not None
-        assert stdout is not None
-        replies: list[bytes] = []
-
-        def talk() -> None:
-            with suppress(OSError, ValueError):
-                stdin.write(request)
-                replies.append(stdout.read(1))
-
-        thread = threading.Thread(target=talk, daemon=True)  # Windows has no other way to wait for a pipe
-        thread.start()
-        thread.join(seconds)
-        return replies[0] if replies and replies[0] else None
-
-    def abandon(self) -> None:
-        """Closes this process's ends of the pipes."""
-        for pipe in (self.process.stdin, self.process.stdout):
-            assert pipe is not None
-            with suppress(OSError):
-                pipe.close()
-
-
-_lock = threading.RLock()
-_worker: _Worker | None = None
+    thread = threading.Thread(target=talk, daemon=True)  # Windows has no other way to wait for a pipe
+    thread.start()
+    thread.join(seconds)
+    return replies[0] if replies and replies[0] else None
 
 
 @atexit.register
 def _close() -> None:
-    global _worker
-    if _worker is not None:
-        _worker.process.kill()
-        _worker.process.wait()
-        _worker.abandon()
-        _worker = None
+    global _process
+    if _process is not None:
+        _process.kill()
+        _process.wait()
+        with _process:  # closes the pipes
+            _process = None
 
 
 def _forget() -> None:
-    """Lets a fork start a worker of its own."""
-    global _lock, _worker
+    """Lets a fork start a process of its own."""
+    global _lock
     _lock = threading.RLock()  # another thread of the parent may have held it
-    if _worker is not None:
-        _worker.abandon()
-        _worker.process.returncode = 0  # the parent's to wait for
-        _worker = None
+    if _process is not None:
+        _process.returncode = 0  # the parent's to end and to wait for
+        _close()
 
 
 if hasattr(os, "register_at_fork"):
