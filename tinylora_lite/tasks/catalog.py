@@ -1,4 +1,4 @@
-"""The problem sets (``problem_sets.yaml`` beside this file) and the prompts."""
+"""The problem sets and the prompts, which ``catalog.yaml`` holds."""
 
 from __future__ import annotations
 
@@ -41,12 +41,6 @@ class ProblemSet:
     validation: int = 0
 
 
-PROBLEM_SETS: dict[str, ProblemSet] = {
-    name: ProblemSet(**fields)
-    for name, fields in YAML(typ="safe").load(Path(__file__).with_name("problem_sets.yaml")).items()
-}
-
-
 @dataclass(frozen=True)
 class Prompt:
     """How a problem is asked.
@@ -58,21 +52,15 @@ class Prompt:
     """
 
     user: str
-    form: Form | None
+    form: Form | None = None
     system: str | None = None
 
 
-_BOXED = r"Please reason step by step, and put your final answer within \boxed{}."
+_CATALOG = YAML(typ="safe").load(Path(__file__).with_name("catalog.yaml"))
 
-PROMPTS: dict[str, Prompt] = {
-    # SimpleRL-Zoo's "qwen-boxed" as its evaluation has it; its training files hold \boxed{{}}, a slip.
-    "boxed": Prompt("{problem}\n" + _BOXED, "boxed", "You are a helpful assistant."),
-    # Qwen2.5-Math's own: the request is the system message.
-    "boxed-system": Prompt("{problem}", "boxed", _BOXED),
-    # verl's prompt for GSM8K.
-    "####": Prompt('{problem} Let\'s think step by step and output the final answer after "####".', "####"),
-    "plain": Prompt("{problem}", None),
-}
+PROBLEM_SETS: dict[str, ProblemSet] = {name: ProblemSet(**fields) for name, fields in _CATALOG["problem_sets"].items()}
+
+PROMPTS: dict[str, Prompt] = {name: Prompt(**fields) for name, fields in _CATALOG["prompts"].items()}
 """The prompts that :func:`~tinylora_lite.load_task` knows; each goes through the model's chat template."""
 
 PLAIN_CHAT_TEMPLATE = (

@@ -99,10 +99,10 @@ def load_task(
 
 
 def find_commit(source: ProblemSet) -> str:
-    """The commit, of 40 digits, that a source is pinned to.
+    """The commit, of 40 digits, that a source is pinned to; looked up in the history, or without network in the cache.
 
     Raises:
-        OSError: it has to be looked up in the history, and the hub cannot be reached; or the history lacks it.
+        OSError: the history lacks it, or the hub cannot be reached.
     """
     if len(source.revision) == 40:
         return source.revision
@@ -111,12 +111,12 @@ def find_commit(source: ProblemSet) -> str:
     is_day = "-" in source.revision
     try:
         history = HfApi().list_repo_commits(source.hub, repo_type="dataset")  # the newest first
-    except Exception as error:
+    except Exception:
         cache = Path(constants.HF_HUB_CACHE) / f"datasets--{source.hub.replace('/', '--')}" / "snapshots"
         cached = [path.name for path in cache.glob("*" if is_day else f"{source.revision}*")]
         if len(cached) == 1:
             return cached[0]
-        raise OSError(_unreachable(source, error)) from error
+        raise
     for commit in history:
         old_enough = is_day and f"{commit.created_at:%Y-%m-%d}" <= source.revision
         if old_enough or commit.commit_id.startswith(source.revision):
@@ -178,16 +178,14 @@ def _download(source: ProblemSet) -> Path:
     from huggingface_hub import snapshot_download
 
     wanted = [pattern for split in source.rows for pattern in _patterns(source, split)]
-    commit = find_commit(source)
     try:
+        commit = find_commit(source)
         return Path(snapshot_download(source.hub, repo_type="dataset", revision=commit, allow_patterns=wanted))
     except Exception as error:
-        raise OSError(_unreachable(source, error)) from error
-
-
-def _unreachable(source: ProblemSet, error: Exception) -> str:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return f"{source.hub} cannot be loaded from the hub ({reason}); pass data=, a folder that holds it"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OSError(
+            f"{source.hub} cannot be loaded from the hub ({reason}); pass data=, a folder that holds it"
+        ) from error
 
 
 def _patterns(source: ProblemSet, split: Split) -> list[str]:

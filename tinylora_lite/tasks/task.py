@@ -12,7 +12,7 @@ Reward = Callable[[str, str], float]
 
 @dataclass(frozen=True)
 class Example:
-    """One problem: the text the user writes, the right answer as a string, and a worked answer where there is one.
+    """One problem.
 
     Attributes:
         prompt: what the user writes, the request for a format included.
@@ -65,14 +65,14 @@ class Task:
         Raises:
             ValueError: the reward function returned something other than a finite number.
         """
-        worth: object = self.reward(completion, gold)  # whatever its annotation says
+        worth = self.reward(completion, gold)
         try:
-            value = math.nan if isinstance(worth, (str, bytes)) else float(worth)  # type: ignore[arg-type]
+            value = float(worth)
         except (TypeError, ValueError):
             value = math.nan
         if not math.isfinite(value):
-            shown = completion if len(completion) <= 60 else f"{completion[:60]}..."
             raise ValueError(
-                f"the reward of task {self.name} returned {worth!r} for {shown!r}; it must return a finite number"
+                f"the reward of task {self.name} returned {worth!r} for {completion[:60]!r}; "
+                "it must return a finite number"
             )
         return value
