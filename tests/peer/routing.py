@@ -25,7 +25,7 @@ COMPARING = ("test_parameters_after_loading_model", "test_save_load_roundtrip", 
 LINEAR = [f"Vanilla MLP {case} TinyLoRA" for case in (1, 2, 3, 4)] + ["Vanilla MLP TinyLoRA weight_tying"]
 """PEFT's tests that compare a loaded adapter with the saved one, and their cases without whole trained modules."""
 
-OURS = ("adapters here take torch.nn.Linear only", "trained weights of the base", "only a pickle")
+OURS = ("adapters here take torch.nn.Linear only", "no adapter here", "only a pickle")
 """What import_peft refuses by design: other layers than linear ones, whole trained modules, pickles."""
 
 routed, refused = 0, Counter()

@@ -1,7 +1,6 @@
 """Adapter files: v, and everything that says which model and which directions it belongs to.
 
-A file is safetensors, never pickle. What only the base can provide (its weights, their SVD) is not stored but checked:
-a v that was trained on one base means nothing on another, and without the checks it would load there without an error.
+A file is safetensors, never pickle. What only the base can provide (its weights, their SVD) is not stored but checked.
 The checks find accidents and careless edits; a file is not signed.
 """
 
@@ -12,7 +11,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +44,7 @@ def save(
     path: str | Path,
     dtype: Precision = "bf16",
     *,
-    factors: bool | Literal["auto"] = "auto",
+    factors: bool = False,
     base_sha256: str | None = None,
 ) -> Path:
     """Writes an adapter; the file appears whole or not at all, and saving the same adapter twice gives equal bytes.
@@ -56,29 +55,25 @@ def save(
 
     The frozen factors are computed from the base again when the file is loaded. Where singular values near the cut
     are equal, machines disagree about the factors, and v would mean something else there: ``save`` then warns and
-    stores the factors of those modules too, 4 bytes for each of their ``r · (in + out) + u r²`` values.
+    stores the factors of those modules too, 4 bytes for each of their ``r · (in + out) + u r²`` values. So it does,
+    without a warning, with factors that were given to the adapter (one from PEFT, for example).
 
     Args:
         adapter: attached or detached; its model must still exist.
-        path: of the file; its folder is made.
+        path: of the file, which is returned; its folder is made.
         dtype: ``"bf16"`` (the paper's, 2 bytes a parameter), ``"fp16"`` or ``"fp32"``.
-        factors: whose factors to store: ``"auto"``, of modules where another machine may compute different ones;
-            ``True``, of all, and loading takes no SVD; ``False``, of none.
-        base_sha256: the base's fingerprint where it is known already: hashing 15 GB takes 20 seconds, and a training
-            run saves often.
-
-    Returns:
-        The path.
+        factors: whether the factors of all modules are stored, so that loading takes no SVD.
+        base_sha256: the base's fingerprint where it is known already: hashing 15 GB takes 20 seconds.
 
     Raises:
-        ValueError: an unknown dtype, a value that is not finite or that ``dtype`` cannot hold, the model is gone, or
-            ``factors=False`` for an adapter whose factors were given to it (one from PEFT, for example).
+        ValueError: an unknown dtype, a value that is not finite or that ``dtype`` cannot hold, or the model is gone.
     """
     model = model_of(adapter)
     tensors = {"vectors": storable(adapter.vectors, dtype, "the file"), "decomposition": decomposition(adapter)}
-    for index in _modules_to_store(adapter, factors):
-        stored = adapter.factors(adapter.names[index])
-        tensors |= {f"{part}.{index}": storable(getattr(stored, part), "fp32", "the file") for part in FACTORS}
+    stored = frozenset(adapter.names) if factors else _modules_to_store(adapter)
+    for index, name in enumerate(adapter.names):
+        for part in FACTORS if name in stored else ():
+            tensors[f"{part}.{index}"] = storable(getattr(adapter.factors(name), part), "fp32", "the file")
     header = {
         "format": FORMAT,
         "settings": adapter.config.as_dict(),
@@ -93,13 +88,11 @@ def save(
 
 
 def load(
-    model: nn.Module,
-    path: str | Path,
-    basis: Basis | str | Path | None = None,
-    *,
-    cache: str | Path | None = None,
+    model: nn.Module, path: str | Path, basis: Basis | str | Path | None = None, *, cache: str | Path | None = None
 ) -> TinyLoraAdapter:
     """Attaches the adapter that :func:`save` wrote, in this version of the library or an earlier one.
+
+    Its ``vectors`` are float32, equal to the stored values. A setting that the file does not name has its default.
 
     Args:
         model: the base it was trained on, in the dtype it was trained in or a wider one.
@@ -107,10 +100,6 @@ def load(
         basis: where the directions of a calibrated adapter are: a :class:`~tinylora_lite.Basis`, its file, or a
             folder that holds its file; ``None`` looks beside the adapter and among those that come with the package.
         cache: of decompositions; see :func:`~tinylora_lite.attach`.
-
-    Returns:
-        The adapter; its ``vectors`` are float32, equal to the stored values. A setting that the file does not name has
-        its default.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -161,23 +150,17 @@ def decomposition(adapter: TinyLoraAdapter) -> Tensor:
     return torch.tensor(rows, dtype=torch.float32)
 
 
-def _modules_to_store(adapter: TinyLoraAdapter, factors: bool | Literal["auto"]) -> list[int]:
-    """The positions in tying order of the modules whose factors are stored."""
-    if factors is False and adapter.given:
-        raise ValueError(
-            f"the factors of {len(adapter.given)} modules were given and cannot be computed from the base; "
-            'leave factors at "auto"'
-        )
+def _modules_to_store(adapter: TinyLoraAdapter) -> frozenset[str]:
+    """The modules whose factors another machine does not compute as they are here."""
     doubtful = [name for name in adapter.names if name not in adapter.given and not adapter.factors(name).portable]
-    if doubtful and factors is not True:
+    if doubtful:
         others = f" (and of {len(doubtful) - 1} others)" if len(doubtful) > 1 else ""
         warnings.warn(
             f"singular values of {doubtful[0]}{others} are too close for the same vectors on every machine; "
-            + ("the file may not load elsewhere" if factors is False else "its factors are stored too"),
+            "its factors are stored too",
             stacklevel=3,
         )
-    wanted = {"auto": adapter.given | set(doubtful), True: set(adapter.names), False: set()}[factors]
-    return [index for index, name in enumerate(adapter.names) if name in wanted]
+    return adapter.given.union(doubtful)
 
 
 def _stored_factors(tensors: Mapping[str, Tensor], names: tuple[str, ...]) -> dict[str, Factors]:

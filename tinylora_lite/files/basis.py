@@ -13,15 +13,10 @@ SHIPPED_BASES = Path(__file__).parents[1] / "nano" / "directions"
 
 
 def save_basis(basis: Basis, path: str | Path) -> Path:
-    """Writes a basis as safetensors with its provenance; the file appears whole or not at all.
+    """Writes a basis as safetensors with its provenance, and returns the path.
 
-    Equal bases give equal bytes.
-
-    Returns:
-        The path.
-
-    Raises:
-        TypeError: the provenance holds something that JSON cannot.
+    The file appears whole or not at all, and equal bases give equal bytes. Raises ``TypeError`` where the provenance
+    holds something that JSON cannot.
     """
     header = {
         "format": FORMAT,
@@ -57,10 +52,10 @@ def load_basis(path: str | Path) -> Basis:
 
 
 def find_basis(wanted: str, given: Basis | str | Path | None, path: Path) -> Basis:
-    """The calibrated basis with the fingerprint ``wanted``, for the adapter file at ``path``; see :func:`load`.
+    """The calibrated basis with the fingerprint ``wanted``, for the adapter file at ``path``.
 
-    Raises:
-        AdapterFileError: it is not there.
+    It is ``given``, or lies in that file or folder; ``None`` looks as :func:`~tinylora_lite.load` says. Raises
+    ``AdapterFileError`` where it is not there.
     """
     if isinstance(given, Basis):
         if given.fingerprint() == wanted:

@@ -35,10 +35,9 @@ def write_safetensors(path: str | Path, header: Mapping[str, Any], tensors: dict
 
 
 def read_safetensors(path: Path, form: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What :func:`write_safetensors` wrote; tensors are read only where the header has the format ``form``.
+    """What :func:`write_safetensors` wrote; raises ``ValueError`` where the file is damaged or of another format.
 
-    Raises:
-        ValueError: the file is damaged or of another format.
+    Other files, which may be checkpoints of many gigabytes, are not read beyond their headers.
     """
     try:
         with safetensors.safe_open(path, "pt") as file:
@@ -52,12 +51,7 @@ def read_safetensors(path: Path, form: str) -> tuple[dict[str, Any], dict[str, T
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The header and the tensors of an adapter file, checked to be what was written.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        AdapterFileError: it is damaged, foreign or edited.
-    """
+    """The header and the tensors of an adapter file; raises ``AdapterFileError`` where it is not what was written."""
     if not path.is_file():
         raise FileNotFoundError(f"no adapter file at {path}; tl.save writes one")
     try:
@@ -70,17 +64,9 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def storable(tensor: Tensor, dtype: Precision, what: str) -> Tensor:
-    """The values of a tensor in the dtype of a file: on the CPU, contiguous, in memory of their own.
+    """The values of a tensor in the dtype of a file, on the CPU; raises ``ValueError`` where it cannot hold them.
 
-    Two modules may share a given factor, and safetensors writes no memory twice.
-
-    Args:
-        tensor: of any shape and floating dtype, on any device.
-        dtype: ``"fp32"``, ``"fp16"`` or ``"bf16"``.
-        what: the tensor's name in an error message.
-
-    Raises:
-        ValueError: an unknown dtype, or a value that is not finite or that ``dtype`` cannot hold.
+    In memory of their own: two modules may share a given factor, and safetensors writes no memory twice.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(get_args(Precision))}, not {dtype!r}")

@@ -39,11 +39,8 @@ def export_lora(adapter: TinyLoraAdapter, folder: str | Path, dtype: Precision =
     Args:
         adapter: attached or detached; its model must still exist.
         folder: made where it is missing, replaced where it holds what this function wrote before; it appears whole or
-            not at all.
+            not at all. It is returned.
         dtype: of the stored matrices: ``"fp32"``, ``"fp16"`` or ``"bf16"``.
-
-    Returns:
-        The folder.
 
     Raises:
         FileExistsError: the folder is a file, or holds anything else. It is untouched then.

@@ -27,11 +27,9 @@ class MergeEffect:
 
     Attributes:
         changed: the share of the entries that differ, 0 to 1.
-        kept: the share of D that the realised update holds along D, ``⟨realised, D⟩ / ‖D‖²``; 1 is all of it.
-        cosine: of the angle between the realised update and D: 0 where nothing of D is realised.
+        kept: the share of D that the realised update holds along D, ``⟨realised, D⟩ / ‖D‖²``; 1 where D is zero.
+        cosine: of the angle between the two: 0 where nothing of D is realised, 1 where D is zero.
         size: ``‖D‖ / ‖W‖`` in Frobenius norms, before any rounding.
-
-    For an update of zero, ``kept`` and ``cosine`` are 1.
     """
 
     changed: float

@@ -1,14 +1,15 @@
 """Adapters to and from PEFT's TinyLoRA format, without PEFT.
 
 PEFT uses A, B and P as the folder holds them and computes none of them again. So any placement of Σ and any P is
-exported exactly, and what PEFT wrote is used unchanged.
+exported exactly, and what PEFT wrote is used unchanged. The rules of tying and of drawing P follow the sources of PEFT
+0.20.0 and 0.21.2, which agree in them.
 """
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -30,7 +31,6 @@ from tinylora_lite.files.peft_format import (
     targets_of,
     write_folder,
 )
-from tinylora_lite.files.peft_rules import groups_of_ratio, peft_projection, ratio_of_groups
 
 
 def export_peft(adapter: TinyLoraAdapter, folder: str | Path) -> Path:
@@ -41,15 +41,12 @@ def export_peft(adapter: TinyLoraAdapter, folder: str | Path) -> Path:
     the rounding of the model's dtype. Load with PEFT's defaults: ``low_cpu_mem_usage=True`` and
     ``autocast_adapter_dtype=False`` round the adapter to the model's dtype as well.
 
-    PEFT ties modules by a ratio only. Groups that no ratio gives are written as finer ones with equal vectors, and a
-    warning says so: the function is the same, but PEFT would train the finer groups apart.
+    PEFT ties modules by a ratio only. Groups that no ratio gives are written as one vector for each module, many of
+    them equal, and a warning says so: the function is the same, but PEFT would train them apart.
 
     Args:
         adapter: attached or detached; its model must still exist.
-        folder: made where it is missing; where it holds a TinyLoRA of PEFT, the two files are replaced.
-
-    Returns:
-        The folder.
+        folder: made where it is missing; where it holds a TinyLoRA of PEFT, the two files are replaced. It is returned.
 
     Raises:
         FileExistsError: the folder is a file, or holds other things than a TinyLoRA of PEFT.
@@ -141,6 +138,33 @@ def import_peft(model: nn.Module, folder: str | Path) -> TinyLoraAdapter:
     return adapter
 
 
+def groups_of_ratio(modules: int, weight_tying: float) -> list[int]:
+    """The vector of every module under PEFT's ``weight_tying``, 0 (none tied) … 1 (all tied).
+
+    Runs of equal length in the order of ``named_modules()``; the remainder is in the last one, which can be far longer.
+
+    >>> groups_of_ratio(7, 0.4)
+    [0, 1, 2, 3, 3, 3, 3]
+    """
+    groups = max(1, round(modules * (1.0 - weight_tying)))
+    size = max(1, modules // groups)
+    return [min(index // size, groups - 1) for index in range(modules)]
+
+
+def ratio_of_groups(groups: Sequence[int]) -> float:
+    """The ``weight_tying`` that gives these groups, up to their numbers; 0, which ties nothing, where none does.
+
+    >>> ratio_of_groups([1, 1, 0, 0, 2, 2]), ratio_of_groups([0, 1, 0, 1])
+    (0.5, 0.0)
+    """
+    modules, count = len(groups), len(set(groups))
+    # The shortest decimal fraction that gives this many groups.
+    shorter = (round(1 - count / modules, digits) for digits in range(18))
+    ratio = next(ratio for ratio in shorter if max(1, round(modules * (1.0 - ratio))) == count)
+    same = len(set(zip(groups_of_ratio(modules, ratio), groups, strict=True))) == count
+    return ratio if same else 0.0
+
+
 def _check_model(model: nn.Module, parts: Mapping[str, Mapping[str, Tensor]], copies: Mapping[str, Tensor]) -> None:
     if hasattr(model, "peft_config"):
         raise ValueError("the model is wrapped by PEFT; give the base itself (model.unload() returns it)")
@@ -160,6 +184,7 @@ def _check_model(model: nn.Module, parts: Mapping[str, Mapping[str, Tensor]], co
 
 
 def _factors(held: Mapping[str, Tensor], index: int, settings: PeftSettings) -> Factors:
+    """The factors of the module at ``index`` in the order of ``named_modules()``; P is drawn where it was left out."""
     if "P" in held:
         return Factors(held["B"], held["A"], held["P"])
     version = settings.peft_version
@@ -170,11 +195,15 @@ def _factors(held: Mapping[str, Tensor], index: int, settings: PeftSettings) -> 
             "before 0.20 PEFT drew P from a seed that was another one in every process (its pull request 3180), so "
             "P is lost. Save it with save_projection=True from the process that trained it, or train it again"
         )
+    generator, size = (
+        torch.Generator().manual_seed(settings.projection_seed + index),
+        (settings.u, settings.r, settings.r),
+    )
+    P = torch.normal(mean=0.0, std=1.0 / settings.r**0.5, size=size, generator=generator)
     # PEFT rounded P and A to the dtype of the base.
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     dtype = next(dtype for dtype in dtypes if torch.equal(held["A"], held["A"].to(dtype).float()))
-    P = peft_projection(settings.projection_seed, index, settings.u, settings.r, dtype)
-    return Factors(held["B"], held["A"], P)
+    return Factors(held["B"], held["A"], P.to(dtype).float())
 
 
 def _is_singular(factors: Factors, weight: Tensor) -> bool:

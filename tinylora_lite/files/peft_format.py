@@ -28,25 +28,19 @@ from tinylora_lite.utils.record import atomic_write
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 IGNORED = {
-    *("auto_mapping", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_v_bound", "init_weights"),
-    *("layers_pattern", "layers_to_transform", "task_type"),
+    *("auto_mapping", "bias", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_v_bound", "init_weights"),
+    *("layers_pattern", "layers_to_transform", "modules_to_save", "task_type"),
 }
 """PEFT's settings that choose modules, which the tensors name as well, or that start a training."""
 
 
 class PeftSettings(BaseModel):
-    """The settings of PEFT's TinyLoRA that are read here, with PEFT's defaults.
-
-    Attributes:
-        weight_tying: the share of vectors that tying saves, 0 (none tied) to 1 (all tied).
-    """
+    """The settings of PEFT's TinyLoRA that are read here, with PEFT's defaults."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
     peft_type: Literal["TINYLORA"]
     base_model_name_or_path: str | None = None
-    bias: str = "none"
-    modules_to_save: list[str] | None = None
     peft_version: Any = None
     projection_seed: int = Field(default=42, gt=-(2**62), lt=2**62)
     r: int = Field(default=2, ge=1)
@@ -74,9 +68,10 @@ def read_settings(folder: Path) -> PeftSettings:
         below = ", ".join(sorted(found.parent.name for found in folder.glob(f"*/{CONFIG_FILE}")))
         advice = f"its subfolders {below} do; give one of them" if below else "PEFT's save_pretrained writes one"
         raise AdapterFileError(f"{folder} holds no {CONFIG_FILE}; {advice}")
-    peft_reads_it = "load it with peft.PeftModel.from_pretrained"
     if isinstance(kind := kind_of(folder), str) and kind != "TINYLORA":
-        raise AdapterFileError(f"{folder} holds a {kind} adapter, not a TINYLORA; {peft_reads_it}")
+        raise AdapterFileError(
+            f"{folder} holds a {kind} adapter, not a TINYLORA; load it with peft.PeftModel.from_pretrained"
+        )
     try:
         settings = PeftSettings.model_validate_json(path.read_bytes())
     except ValidationError as error:
@@ -84,11 +79,6 @@ def read_settings(folder: Path) -> PeftSettings:
         name = str(next(iter(found["loc"]), ""))
         what = f"it names no {name}" if found["type"] == "missing" else f"{name} is {found['input']!r}"
         raise AdapterFileError(f"{path} is damaged: {what if name else found['msg']}") from error
-    if settings.bias != "none" or settings.modules_to_save:
-        what = f"bias={settings.bias!r}, modules_to_save={settings.modules_to_save}"
-        raise AdapterFileError(
-            f"{folder} holds trained weights of the base ({what}), which no adapter here can hold; {peft_reads_it}"
-        )
     extra = settings.model_extra or {}
     if unknown := sorted(name for name in extra.keys() - IGNORED if extra[name]):
         warnings.warn(
@@ -114,11 +104,7 @@ class Tensors(NamedTuple):
 
 
 def read_tensors(folder: Path) -> Tensors:
-    """Reads ``adapter_model.safetensors``.
-
-    Raises:
-        AdapterFileError: the file is missing or damaged, or holds other things than such an adapter.
-    """
+    """Reads ``adapter_model.safetensors``; raises ``AdapterFileError`` where it is not that of such an adapter."""
     path = folder / TENSOR_FILE
     if not path.is_file():
         pickled = (folder / "adapter_model.bin").is_file()
@@ -139,16 +125,14 @@ def read_tensors(folder: Path) -> Tensors:
         elif match := re.fullmatch(r"base_model\.model\.(.+?)(?:\.base_layer)?\.weight", key):
             found.weights[f"{match[1]}.weight"] = tensor.float()
         else:
-            raise AdapterFileError(f"{path} holds {key}, which is no part of a TinyLoRA adapter and cannot be left out")
+            raise AdapterFileError(f"{path} holds {key}, which no adapter here can hold")
     return found
 
 
 def targets_of(model: nn.Module, names: Sequence[str]) -> list[str] | None:
     """The shortest list that means exactly these modules, to PEFT and to ``find_target_modules``, if there is any.
 
-    Args:
-        model: the base.
-        names: of the modules, in the order of ``named_modules()``.
+    The names are in the order of ``named_modules()``.
     """
     for targets in (list(dict.fromkeys(name.rpartition(".")[2] for name in names)), list(names)):
         ends = tuple(f".{target}" for target in targets)

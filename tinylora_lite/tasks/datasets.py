@@ -37,9 +37,9 @@ def load_task(
 ) -> Task:
     """A problem set as a task, from the hub at a pinned commit (through its cache) or from a folder.
 
-    ``Task.reward`` is the strict reward of the prompt's format, and ``Task.lenient`` takes the answer from wherever it
-    is, as :func:`~tinylora_lite.gsm8k_reward` and :func:`~tinylora_lite.math_reward` have it.
-    Problems whose row holds no answer are left out (two of ``math``): no completion could be right.
+    ``Task.reward`` is the strict reward of the prompt's format, ``Task.lenient`` the lenient one; see
+    :func:`~tinylora_lite.gsm8k_reward` and :func:`~tinylora_lite.math_reward`. Problems whose row holds no answer are
+    left out (two of ``math``): no completion could be right.
 
     Args:
         name: ``gsm8k`` and ``math`` (SimpleRL-Zoo's 8,523 hard problems of MATH; its test split is MATH-500) have
@@ -101,8 +101,7 @@ def load_task(
 def find_commit(source: ProblemSet) -> str:
     """The commit, of 40 digits, that a source is pinned to; looked up in the history, or without network in the cache.
 
-    Raises:
-        OSError: the history lacks it, or the hub cannot be reached.
+    Raises ``OSError`` where the history lacks it, and what ``huggingface_hub`` raises without a cache.
     """
     if len(source.revision) == 40:
         return source.revision

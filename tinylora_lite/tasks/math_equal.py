@@ -27,6 +27,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 SECONDS = 0.7
 """The time limit of one comparison; the rest of the second is for the caller."""
@@ -103,22 +104,19 @@ def equal(gold: str, answer: str) -> bool:
 
 
 def _exchange(request: bytes, seconds: float) -> bytes | None:
-    """The program's reply; ``None`` where none came in time, after which the program has to be ended."""
+    """The program's reply; ``None`` where none came in time, and the program was killed."""
     assert _process is not None
-    stdin, stdout = _process.stdin, _process.stdout
-    assert stdin is not None
-    assert stdout is not None
-    replies: list[bytes] = []
-
-    def talk() -> None:
-        with suppress(OSError, ValueError):
-            stdin.write(request)
-            replies.append(stdout.read(1))
-
-    thread = threading.Thread(target=talk, daemon=True)  # Windows has no other way to wait for a pipe
-    thread.start()
-    thread.join(seconds)
-    return replies[0] if replies and replies[0] else None
+    assert _process.stdin is not None
+    assert _process.stdout is not None
+    timer = threading.Timer(seconds, _process.kill)  # Windows has no other way to stop waiting for a pipe
+    timer.start()
+    try:
+        _process.stdin.write(request)
+        return _process.stdout.read(1) or None
+    except OSError:
+        return None
+    finally:
+        timer.cancel()
 
 
 @atexit.register
@@ -155,10 +153,9 @@ def _comparison() -> Callable[[str, str], bool]:
     logging.disable()
     exponent = re.compile(r"(?<=[0-9])[eE]([-+]?[0-9]+)\b")  # math-verify reads 4.5e33 as 4.5 times e times 33
 
-    def read(text: str) -> list[object]:
+    def read(text: str) -> Any:
         boxed = r"\boxed{" + exponent.sub(r"\\times 10^{\1}", text) + "}"
-        found: list[object] = parse(boxed, [LatexExtractionConfig(boxed_match_priority=0)], parsing_timeout=None)
-        return found
+        return parse(boxed, [LatexExtractionConfig(boxed_match_priority=0)], parsing_timeout=None)
 
     def compare(gold: str, answer: str) -> bool:
         try:

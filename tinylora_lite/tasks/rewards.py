@@ -50,9 +50,8 @@ def gsm8k_reward(completion: str, gold: str, *, form: Form = "####", lenient: bo
         answer = answers.marked_answer(completion, form)
         return float(answer is not None and answers.exact_number(answer) == right)
     for answer in answers.likely_answers(completion, form):
-        for number in (answers.exact_number(answer), answers.first_number(answer)):
-            if number is not None:
-                return float(number == right)
+        if (number := answers.first_number(answer)) is not None:
+            return float(number == right)
     return float(answers.last_number(completion) == right)
 
 
@@ -107,7 +106,7 @@ def _same(gold: str, answer: str) -> bool:
         return True
     if one is not None and other is not None and abs(one - other) > abs(one) / 1000:
         return False  # math-verify rounds, but not that far
-    return not _HOPELESS.search(answer[:2000]) and equal(gold, answer)
+    return not _HOPELESS.search(answer[:1000]) and equal(gold, answer)
 
 
 def _bare(answer: str) -> str:

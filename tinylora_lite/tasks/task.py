@@ -31,9 +31,7 @@ class Task:
 
     Attributes:
         name: in records and errors.
-        train: for learning.
-        validation: for choosing (learning rates, bases).
-        test: for the number that is reported.
+        train, validation, test: problems to learn from, to choose settings with, and to report a result on.
         reward: scores a completion; :meth:`score` calls it. Where there is a format to keep, it is the strict one.
         system: the system message of every prompt; ``None`` sends none.
         lenient: the reward that takes the answer from wherever it is; ``None`` where ``reward`` does that.
@@ -60,19 +58,13 @@ class Task:
         return [*system, {"role": "user", "content": example.prompt}]
 
     def score(self, completion: str, gold: str) -> float:
-        """The reward of a completion, as a number that training can use.
-
-        Raises:
-            ValueError: the reward function returned something other than a finite number.
-        """
+        """The reward of a completion; raises ``ValueError`` where the function returned no finite number."""
         worth = self.reward(completion, gold)
         try:
             value = float(worth)
         except (TypeError, ValueError):
             value = math.nan
         if not math.isfinite(value):
-            raise ValueError(
-                f"the reward of task {self.name} returned {worth!r} for {completion[:60]!r}; "
-                "it must return a finite number"
-            )
+            what = f"the reward of task {self.name} returned {worth!r} for {completion[:60]!r}"
+            raise ValueError(f"{what}; it must return a finite number")
         return value
