@@ -21,16 +21,8 @@ from tinylora_lite.adapter.config import TinyLoraConfig
 from tinylora_lite.adapter.layer import Factors
 from tinylora_lite.adapter.tying import find_target_modules
 from tinylora_lite.adapter.weights import dense_weight
+from tinylora_lite.files import peft_format
 from tinylora_lite.files.file_format import AdapterFileError, model_of, storable
-from tinylora_lite.files.peft_format import (
-    PeftSettings,
-    check_free,
-    read_settings,
-    read_tensors,
-    settings_of_base,
-    targets_of,
-    write_folder,
-)
 
 
 def export_peft(adapter: TinyLoraAdapter, folder: str | Path) -> Path:
@@ -64,16 +56,16 @@ def export_peft(adapter: TinyLoraAdapter, folder: str | Path) -> Path:
         "r": config.rank,
         "u": config.u,
         "weight_tying": weight_tying,
-        **settings_of_base(model, names),
+        **peft_format.settings_of_base(model, names),
     }
-    check_free(folder, settings)
+    peft_format.check_free(folder, settings)
     vectors = storable(adapter.vectors, "fp32", "the folder")
     tensors = {f"base_model.tinylora_v.{theirs}": vectors[ours].clone() for theirs, ours in row_of.items()}
     for name in names:
         factors = adapter.factors(name)
         for letter, part in (("A", factors.right), ("B", factors.left), ("P", factors.projection)):
             tensors[f"base_model.model.{name}.tinylora_{letter}"] = storable(part, "fp32", name)
-    write_folder(folder, settings, tensors)
+    peft_format.write_folder(folder, settings, tensors)
     if len(row_of) > len(vectors):
         warnings.warn(
             f"no weight_tying of PEFT ties modules as this adapter does, so {folder} holds its {len(vectors)} vectors "
@@ -101,8 +93,8 @@ def import_peft(model: nn.Module, folder: str | Path) -> TinyLoraAdapter:
             is untouched then.
     """
     folder = Path(folder)
-    settings = read_settings(folder)
-    vectors, parts, copies = read_tensors(folder)
+    settings = peft_format.read_settings(folder)
+    vectors, parts, copies = peft_format.read_tensors(folder)
     names = [name for name, _ in model.named_modules() if name in parts]
     try:
         _check_model(model, parts, copies)
@@ -111,7 +103,7 @@ def import_peft(model: nn.Module, folder: str | Path) -> TinyLoraAdapter:
             shapes = ", ".join(f"{group}: {list(vectors[group].shape)}" for group in sorted(vectors)) or "none"
             wanted = len(set(group_of.values()))
             raise ValueError(f"its settings ask for {wanted} vectors of length {settings.u}; it holds {shapes}")
-        targets = targets_of(model, names)
+        targets = peft_format.targets_of(model, names)
         if targets is None:
             raise ValueError(f"no list of names means exactly its modules {', '.join(names)}")
         config = TinyLoraConfig(
@@ -123,16 +115,12 @@ def import_peft(model: nn.Module, folder: str | Path) -> TinyLoraAdapter:
             arithmetic="float32",
         )
         factors = {name: _factors(parts[name], index, settings) for index, name in enumerate(names)}
+        for name in names:
+            if not _is_singular(factors[name], dense_weight(model.get_submodule(name))):
+                raise ValueError(f"it was made for another base, as its factors are no singular vectors of {name}")
         adapter = attach(model, config, factors=factors)
     except ValueError as error:
         raise AdapterFileError(f"{folder} does not fit this model: {error}") from error
-    for name in names:
-        if not _is_singular(adapter.factors(name), dense_weight(model.get_submodule(name))):
-            adapter.detach()
-            raise AdapterFileError(
-                f"{folder} was made for another base: its factors are no singular vectors of {name} in this one; "
-                "load the base it was trained on"
-            )
     with torch.no_grad():
         adapter.vectors.copy_(torch.stack([vectors[group] for group in sorted(vectors)]))
     return adapter
@@ -157,11 +145,9 @@ def ratio_of_groups(groups: Sequence[int]) -> float:
     >>> ratio_of_groups([1, 1, 0, 0, 2, 2]), ratio_of_groups([0, 1, 0, 1])
     (0.5, 0.0)
     """
-    modules, count = len(groups), len(set(groups))
-    # The shortest decimal fraction that gives this many groups.
-    shorter = (round(1 - count / modules, digits) for digits in range(18))
-    ratio = next(ratio for ratio in shorter if max(1, round(modules * (1.0 - ratio))) == count)
-    same = len(set(zip(groups_of_ratio(modules, ratio), groups, strict=True))) == count
+    count = len(set(groups))
+    ratio = 1.0 - count / len(groups)
+    same = len(set(zip(groups_of_ratio(len(groups), ratio), groups, strict=True))) == count
     return ratio if same else 0.0
 
 
@@ -183,7 +169,7 @@ def _check_model(model: nn.Module, parts: Mapping[str, Mapping[str, Tensor]], co
             raise ValueError(f"it holds a {name} of its own, which differs from the model's; no adapter here holds one")
 
 
-def _factors(held: Mapping[str, Tensor], index: int, settings: PeftSettings) -> Factors:
+def _factors(held: Mapping[str, Tensor], index: int, settings: peft_format.PeftSettings) -> Factors:
     """The factors of the module at ``index`` in the order of ``named_modules()``; P is drawn where it was left out."""
     if "P" in held:
         return Factors(held["B"], held["A"], held["P"])
@@ -195,11 +181,8 @@ def _factors(held: Mapping[str, Tensor], index: int, settings: PeftSettings) -> 
             "before 0.20 PEFT drew P from a seed that was another one in every process (its pull request 3180), so "
             "P is lost. Save it with save_projection=True from the process that trained it, or train it again"
         )
-    generator, size = (
-        torch.Generator().manual_seed(settings.projection_seed + index),
-        (settings.u, settings.r, settings.r),
-    )
-    P = torch.normal(mean=0.0, std=1.0 / settings.r**0.5, size=size, generator=generator)
+    u, r, generator = settings.u, settings.r, torch.Generator().manual_seed(settings.projection_seed + index)
+    P = torch.normal(mean=0.0, std=1.0 / r**0.5, size=(u, r, r), generator=generator)
     # PEFT rounded P and A to the dtype of the base.
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     dtype = next(dtype for dtype in dtypes if torch.equal(held["A"], held["A"].to(dtype).float()))
@@ -208,5 +191,8 @@ def _factors(held: Mapping[str, Tensor], index: int, settings: PeftSettings) -> 
 
 def _is_singular(factors: Factors, weight: Tensor) -> bool:
     """Whether the first pair of factors is one of the weight's: ``W a ∝ b``, true of any placement of Σ."""
-    image, b = F.linear(factors.right[:1].to(weight.dtype), weight)[0].float(), factors.left[:, 0]
+    a, b = factors.right[:1].to(weight), factors.left[:, 0].to(weight.device)
+    if weight.shape != (len(b), a.shape[1]):
+        return False
+    image = F.linear(a, weight)[0].float()
     return bool(image @ b >= 0.5 * image.norm() * b.norm())

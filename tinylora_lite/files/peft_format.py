@@ -52,12 +52,7 @@ class PeftSettings(BaseModel):
 
 
 def read_settings(folder: Path) -> PeftSettings:
-    """``adapter_config.json``, checked to be of an adapter that this library can follow.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        AdapterFileError: the file is missing or damaged, of another kind of adapter, or asks for something unknown.
-    """
+    """``adapter_config.json``; raises ``AdapterFileError`` where it is not that of such an adapter."""
     if not folder.is_dir():
         raise FileNotFoundError(
             f"no folder at {folder}; import_peft reads one on this machine, so download it first "

@@ -1,4 +1,4 @@
-"""The problem sets and the prompts, which ``catalog.yaml`` holds."""
+"""The problem sets, the prompts and a chat template, which ``catalog.yaml`` holds."""
 
 from __future__ import annotations
 
@@ -63,8 +63,5 @@ PROBLEM_SETS: dict[str, ProblemSet] = {name: ProblemSet(**fields) for name, fiel
 PROMPTS: dict[str, Prompt] = {name: Prompt(**fields) for name, fields in _CATALOG["prompts"].items()}
 """The prompts that :func:`~tinylora_lite.load_task` knows; each goes through the model's chat template."""
 
-PLAIN_CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if message.role == 'user' %}Question:\n{% endif %}{{ message.content }}\n"
-    "{% endfor %}{% if add_generation_prompt %}Answer:\n{% endif %}"
-)
+PLAIN_CHAT_TEMPLATE: str = _CATALOG["plain_chat_template"]
 """For base models whose tokenizer has no chat template (Llama's, for one): ``tokenizer.chat_template = ...``."""

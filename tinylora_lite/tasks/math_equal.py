@@ -4,11 +4,10 @@ No time limit inside a process stops ``9^{9^{9^9}}``: the interpreter is in one 
 math-verify's own limit works in the main thread only. So this file is also the program that compares: the library
 starts it once, by its path, and talks to it through two pipes. It imports nothing else of this library.
 
-The program imports math-verify once and builds the parser's tables, which takes a few seconds. Then it forks a child
-that answers the requests. An alarm ends the child where a comparison takes longer than ``SECONDS``, also inside one
-long multiplication, and the next child is a fork away. Windows has no fork: there the program itself answers, and its
-caller ends it. Requests are lines of JSON, ``[gold, answer]``. A reply is one byte: ``r`` once, when the program is
-ready; then ``1`` for equal, ``0`` for different, and ``?`` where the child died of the comparison.
+The program gets ready in a few seconds. Then it forks a child that answers the requests. An alarm ends the child where
+a comparison takes longer than ``SECONDS``, and the next child is a fork away. Windows has no fork: there the program
+itself answers, and its caller ends it. Requests are lines of JSON, ``[gold, answer]``. A reply is one byte: ``r`` once,
+when the program is ready; then ``1`` for equal, ``0`` for different, and ``?`` where the child died of the comparison.
 
 Pebble and multiprocessing do not replace it: their workers run a script that has no ``__main__`` guard again
 (forkserver, spawn), or inherit the threads and the memory of a process that holds a model (fork).
@@ -75,8 +74,7 @@ def start() -> None:
 def equal(gold: str, answer: str) -> bool:
     """Whether math-verify takes ``answer`` for ``gold``; ``False`` also where it does not know within a second.
 
-    Safe in threads (comparisons wait for one another), in forks and under any way of starting Python. The first call
-    in a process waits a few seconds for the process that compares.
+    Safe in threads (comparisons wait for one another), in forks and under any way of starting Python.
 
     Raises:
         ImportError: math-verify is not installed.
