@@ -349,7 +349,7 @@ def test_p_is_rounded_to_the_dtype_that_it_was_trained_in(model, folder):
 
 def test_another_base_is_refused(make_model, folder):
     _refused(make_model(seed=1), folder, "made for another base, .* no singular vectors")
-    _refused(make_model(intermediate_size=40), folder, "made for another base, .* of model.layers.0.mlp.gate_proj")
+    _refused(make_model(hidden_size=64), folder, "made for another base, .* of model.layers.0.self_attn.q_proj")
     _refused(make_model(num_hidden_layers=1), folder, "holds factors of model.layers.1.*, which is no module of this")
 
 

@@ -15,7 +15,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import safetensors
 import safetensors.torch
@@ -84,22 +84,13 @@ def read_settings(folder: Path) -> PeftSettings:
     return settings
 
 
-class Tensors(NamedTuple):
-    """What ``adapter_model.safetensors`` holds, all float32.
+def read_tensors(folder: Path) -> tuple[dict[int, Tensor], dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """What ``adapter_model.safetensors`` holds, as float32; raises ``AdapterFileError`` where it is no TinyLoRA's.
 
-    Attributes:
-        vectors: by group, ``[u]``.
-        parts: of each module, by its name, ``"A"``, ``"B"`` and ``"P"``, as far as the file holds them.
-        weights: copies of the base's own weights, by their names; PEFT adds those of embeddings and heads.
+    Returns:
+        The vectors by group; of each module, by its name, the letters that the file holds; and copies of the base's own
+        weights, by their names, as PEFT adds those of embeddings and heads.
     """
-
-    vectors: dict[int, Tensor]
-    parts: dict[str, dict[str, Tensor]]
-    weights: dict[str, Tensor]
-
-
-def read_tensors(folder: Path) -> Tensors:
-    """Reads ``adapter_model.safetensors``; raises ``AdapterFileError`` where it is not that of such an adapter."""
     path = folder / TENSOR_FILE
     if not path.is_file():
         pickled = (folder / "adapter_model.bin").is_file()
@@ -109,19 +100,19 @@ def read_tensors(folder: Path) -> Tensors:
         tensors = safetensors.torch.load(path.read_bytes())
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
         raise AdapterFileError(f"{path} is damaged ({error})") from error
-    found = Tensors({}, defaultdict(dict), {})
+    vectors, parts, weights = {}, defaultdict[str, dict[str, Tensor]](dict), {}
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise AdapterFileError(f"{path}: {key} holds NaN or infinity; train it again")
         if match := re.fullmatch(r"base_model\.tinylora_v\.(\d{1,9})", key):
-            found.vectors[int(match[1])] = tensor.float()
+            vectors[int(match[1])] = tensor.float()
         elif match := re.fullmatch(r"base_model\.model\.(.+)\.tinylora_([ABP])", key):
-            found.parts[match[1]][match[2]] = tensor.float()
+            parts[match[1]][match[2]] = tensor.float()
         elif match := re.fullmatch(r"base_model\.model\.(.+?)(?:\.base_layer)?\.weight", key):
-            found.weights[f"{match[1]}.weight"] = tensor.float()
+            weights[f"{match[1]}.weight"] = tensor.float()
         else:
             raise AdapterFileError(f"{path} holds {key}, which no adapter here can hold")
-    return found
+    return vectors, parts, weights
 
 
 def targets_of(model: nn.Module, names: Sequence[str]) -> list[str] | None:
