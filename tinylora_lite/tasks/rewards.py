@@ -10,18 +10,11 @@ seconds more, to start the process that compares; :func:`~tinylora_lite.load_tas
 
 from __future__ import annotations
 
-import re
-
 from tinylora_lite.tasks import answers
 from tinylora_lite.tasks.answers import Form
 from tinylora_lite.tasks.math_equal import equal
 
 _LONGEST = 200_000  # characters of a completion
-# Towers of powers, exponents of six digits and factorials of five are no answer of a benchmark. Evaluating one takes
-# until the time limit; refusing it here saves that second.
-_HOPELESS = re.compile(
-    r"[0-9]\s*(?:\^|\*\*)\s*[{(\s]*[0-9.]+[)\s]*(?:\^|\*\*)|(?:\^|\*\*)\s*[{(]?\s*-?[0-9]{6,}|[0-9]{5,}[})\s]*!"
-)
 
 
 def gsm8k_reward(completion: str, gold: str, *, form: Form = "####", lenient: bool = False) -> float:
@@ -59,7 +52,7 @@ def math_reward(completion: str, gold: str, *, form: Form = "boxed", lenient: bo
     r"""1.0 if a completion's answer equals ``gold``, 0.0 otherwise; ``math-verify`` decides what is equal.
 
     Equal strings and equal decimals (27 and 27.0) are decided without it. An answer that it cannot decide on within a
-    second is wrong, and so are towers of powers, exponents of six digits and answers of over 1,000 characters.
+    second is wrong, and so are answers of over 1,000 characters.
 
     Args:
         completion: the text of the answer; its last 200,000 characters are read.
@@ -106,7 +99,7 @@ def _same(gold: str, answer: str) -> bool:
         return True
     if one is not None and other is not None and abs(one - other) > abs(one) / 1000:
         return False  # math-verify rounds, but not that far
-    return not _HOPELESS.search(answer[:1000]) and equal(gold, answer)
+    return equal(gold, answer)
 
 
 def _bare(answer: str) -> str:
