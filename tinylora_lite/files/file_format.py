@@ -37,7 +37,7 @@ def write_safetensors(path: str | Path, header: Mapping[str, Any], tensors: dict
 def read_safetensors(path: Path, form: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What :func:`write_safetensors` wrote; raises ``ValueError`` where the file is damaged or of another format.
 
-    Other files, which may be checkpoints of many gigabytes, are not read beyond their headers.
+    Of other files, which may be checkpoints of many gigabytes, only the header is read.
     """
     try:
         with safetensors.safe_open(path, "pt") as file:

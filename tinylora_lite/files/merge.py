@@ -83,8 +83,9 @@ def merge_report(adapter: TinyLoraAdapter, dtype: torch.dtype = torch.bfloat16) 
     sums = {}
     for name, W, D, merged in _merge(adapter, dtype):
         realised = merged.to(W.dtype) - W.to(dtype).to(W.dtype)
-        values = [realised != 0, realised * D, realised.square(), D.square(), W.square()]
-        sums[name] = torch.stack([torch.tensor(W.numel()), *(v.sum(dtype=torch.float64).cpu() for v in values)])
+        pairs = ((realised, D), (realised, realised), (D, D), (W, W))
+        products = [float((a * b).sum(dtype=torch.float64)) for a, b in pairs]
+        sums[name] = torch.tensor([W.numel(), int((realised != 0).sum()), *products], dtype=torch.float64)
     effects = {name: _effect(row) for name, row in sums.items()}
     return MergeReport(dtype, _effect(torch.stack(list(sums.values())).sum(dim=0)), effects)
 
