@@ -21,7 +21,7 @@ from tinylora_lite.adapter.svd import decompose
 from tinylora_lite.adapter.tying import find_target_modules
 from tinylora_lite.adapter.weights import base_fingerprint
 from tinylora_lite.files import adapter_file as files
-from tinylora_lite.files.adapter_file import load, save, storage_loss
+from tinylora_lite.files.adapter_file import load, save
 from tinylora_lite.files.file_format import KEY, AdapterFileError
 
 RANDOM = tl.TinyLoraConfig(rank=2, u=1, n_tie=2, seed=3)
@@ -275,7 +275,7 @@ def test_foreign_safetensors(model, tmp_path):
 
 def test_a_later_format(model, path):
     rewrite(path, lambda header, tensors: header.update(format="tinylora-adapter-2"))
-    assert_refused(model, path, "has the format .tinylora-adapter-2.*upgrade")
+    assert_refused(model, path, "its format is 'tinylora-adapter-2', not .*; a later tinylora_lite may know it")
 
 
 def test_an_edited_setting(model, path):
@@ -290,13 +290,7 @@ def test_an_edited_setting(model, path):
     [
         (lambda h, t: t.update(vectors=torch.ones(6, 1)), r"ask for \[7, 1\]"),
         (lambda h, t: t.update(vectors=torch.ones(7, 2)), r"ask for \[7, 1\]"),
-        (lambda h, t: t.update(vectors=torch.ones(7)), "no vectors"),
-        (lambda h, t: t.update(vectors=torch.full((7, 1), float("inf"))), "vectors is torch.float32, .* or not finite"),
-        (lambda h, t: t.update(vectors=torch.ones(7, 1).to(torch.float8_e4m3fn)), "vectors is torch.float8"),
-        (lambda h, t: t.update(decomposition=t["decomposition"].bool()), "decomposition is torch.bool"),
-        (lambda h, t: t.update(decomposition=t["decomposition"] * float("nan")), "decomposition is .* not finite"),
-        (lambda h, t: t.update({"left.-1": torch.ones(2, 2)}), "no adapter.s: .*left.-1"),
-        (lambda h, t: t.update(decomposition=t["decomposition"][:3]), r"the shape \[3, 3\], not \[14, 3\]"),
+        (lambda h, t: t.update(vectors=torch.ones(7)), r"ask for \[7, 1\]"),
         (lambda h, t: h["settings"].update(seed=-1), "does not fit"),
         (lambda h, t: h["settings"].update(rank=33), "rank=33"),
         (lambda h, t: h["settings"].update(alpha=1), "it sets alpha, unknown to this version .*; upgrade it"),
@@ -366,9 +360,9 @@ def test_equal_singular_values_are_told_and_their_factors_stored(degenerate, tmp
     with pytest.warns(UserWarning, match=r"of model\.layers\.1\.mlp\.up_proj are too close .* factors are stored too"):
         path = save(adapter, tmp_path / "a.tinylora")
     assert sorted(load_file(path)) == ["decomposition", "left.12", "projection.12", "right.12", "vectors"]
-    with pytest.warns(UserWarning, match="may not load elsewhere"):
-        alone = save(adapter, tmp_path / "alone.tinylora", factors=False)
-    assert sorted(load_file(alone)) == ["decomposition", "vectors"]
+    alone = tmp_path / "alone.tinylora"
+    alone.write_bytes(path.read_bytes())
+    rewrite(alone, lambda header, tensors: [tensors.pop(f"{part}.12") for part in ("left", "right", "projection")])
     adapter.detach()
     monkeypatch.setattr(svd, "decompose", another_plane)
     assert_refused(degenerate, alone, "use its LoRA export")
@@ -378,8 +372,6 @@ def test_equal_singular_values_are_told_and_their_factors_stored(degenerate, tmp
     again = save(loaded, tmp_path / "again.tinylora")
     first, second = load_file(path), load_file(again)
     assert all(torch.equal(first[part], second[part]) for part in ("vectors", "left.12", "right.12", "projection.12"))
-    with pytest.raises(ValueError, match=r'factors of 1 modules were given .* leave factors at "auto"'):
-        save(loaded, again, factors=False)
 
 
 def test_all_factors_in_the_file_take_no_decomposition(model, tmp_path, monkeypatch):
@@ -393,23 +385,6 @@ def test_all_factors_in_the_file_take_no_decomposition(model, tmp_path, monkeypa
     loaded = load(model, path)
     assert loaded.given == set(loaded.names)
     assert all(torch.equal(loaded.delta(name), deltas[name]) for name in deltas)
-
-
-def test_factors_is_a_choice_of_three(model, tmp_path):
-    with pytest.raises(ValueError, match='factors must be True, False or "auto", not 2'):
-        save(tl.attach(model, RANDOM), tmp_path / "a.tinylora", factors=2)
-
-
-def test_what_storage_takes_is_what_is_gone_after_loading(model, tmp_path):
-    adapter = tl.attach(model, RANDOM)
-    assert storage_loss(adapter) == 0
-    torch.nn.init.normal_(adapter.vectors)
-    v = adapter.vectors.detach().double()
-    for dtype, most in (("bf16", 2**-8), ("fp16", 2**-11), ("fp32", 0)):
-        stored = load_file(save(adapter, tmp_path / "a.tinylora", dtype))["vectors"].double()
-        assert storage_loss(adapter, dtype) == pytest.approx(float((stored - v).norm() / v.norm()))
-        assert storage_loss(adapter, dtype) <= most
-    assert storage_loss(adapter, "bf16") > 0
 
 
 # Calibrated adapters

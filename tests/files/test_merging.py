@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-import tinylora_lite.files.merge
 from tinylora_lite import TinyLoraConfig, attach, lora_xs, merge_report, merged_weights
 from tinylora_lite.adapter.layer import Factors
 
@@ -22,6 +21,10 @@ def adapted(model, scale=0.3, config=None):
     with torch.no_grad():
         adapter.vectors.copy_(scale * torch.randn(adapter.vectors.shape, generator=torch.Generator().manual_seed(7)))
     return adapter
+
+
+def all_merged(adapter, dtype=None):
+    return dict(merged_weights(adapter, dtype))
 
 
 def state_of(model):
@@ -140,7 +143,7 @@ def test_a_quantized_base_merges_into_plain_weights(make_model):
 def test_a_shared_weight_is_refused(make_model):
     tied = make_model(tie_word_embeddings=True)
     adapter = adapted(tied, config=TinyLoraConfig(target_modules=["lm_head", "q_proj"]))
-    for merge in (merged_weights, merge_report):
+    for merge in (all_merged, merge_report):
         with pytest.raises(ValueError, match=r"^lm_head shares its weight with model\.embed_tokens, .* export a LoRA"):
             merge(adapter)
     untied = make_model(tie_word_embeddings=False)
@@ -159,12 +162,12 @@ def test_what_cannot_be_merged_is_refused(make_model):
         adapter.vectors[0] = torch.nan
     with pytest.raises(ValueError, match="NaN or infinity; train it again"):
         dict(merged_weights(adapter))
-    for merge in (merged_weights, merge_report):
+    for merge in (all_merged, merge_report):
         with pytest.raises(ValueError, match=r"dtype must be one of .*, not torch.int8"):
             merge(adapter, dtype=torch.int8)
     del model
     gc.collect()
-    for merge in (merged_weights, merge_report):
+    for merge in (all_merged, merge_report):
         with pytest.raises(ValueError, match="model no longer exists"):
             merge(adapter)
 
@@ -197,10 +200,9 @@ def test_an_update_that_is_lost_and_one_that_is_zero():
     ("base_dtype", "dtype"),
     [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)],
 )
-def test_the_report_measures_the_merged_weights(make_model, monkeypatch, base_dtype, dtype):
+def test_the_report_measures_the_merged_weights(make_model, base_dtype, dtype):
     model = make_model().to(base_dtype)
     adapter = adapted(model, scale=0.003)
-    monkeypatch.setattr(tinylora_lite.files.merge, "ENTRIES_AT_ONCE", 100)
     report = merge_report(adapter, dtype=dtype)
     assert list(report.modules) == list(adapter.names)
     rows = {}

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ from pathlib import Path
 import pytest
 
 import tinylora_lite as tl
-from tinylora_lite.tasks import answers, math_equal, math_worker, rewards
+from tinylora_lite.tasks import answers, math_equal, rewards
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 SECONDS = 1.0
@@ -311,15 +312,15 @@ def test_an_ordinary_comparison_takes_milliseconds(worker):
 
 
 def test_the_limit_is_kept_by_killing_and_the_next_comparison_is_quick(worker):
-    process = math_equal._worker
+    process = math_equal._process
     for _ in range(2):
         started = time.perf_counter()
         assert not math_equal.equal("1", r"\binom{10^9}{5\cdot10^8}")
         stopped = time.perf_counter()
-        assert math_worker.SECONDS * 0.9 < stopped - started < SECONDS + SLACK
+        assert math_equal.SECONDS * 0.9 < stopped - started < SECONDS + SLACK
         assert math_equal.equal("0.75", r"\frac{3}{4}")
         assert time.perf_counter() - stopped < 0.5
-        assert math_equal._worker is process, "the program forks; it does not start again"
+        assert math_equal._process is process, "the program forks; it does not start again"
 
 
 def test_threads(worker):
@@ -359,19 +360,16 @@ def test_no_zombies(worker):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="kills a process group")
 def test_a_process_that_was_killed_is_replaced(worker):
-    os.killpg(math_equal._worker.process.pid, 9)
+    os.killpg(math_equal._process.pid, 9)
     time.sleep(0.2)
     assert math_equal.equal("0.25", r"\frac{1}{4}")
 
 
-def test_an_interrupt_leaves_no_stale_verdict(worker, monkeypatch):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(threading.Thread, "join", interrupted)
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a signal to a thread")
+def test_an_interrupt_leaves_no_stale_verdict(worker):
+    threading.Timer(0.2, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
-        math_equal.equal("0.5", "1/2")
-    monkeypatch.undo()
+        math_equal.equal("1", r"\binom{10^9}{5\cdot10^8}")
     assert not math_equal.equal("0.5", "1/3")
     assert math_equal.equal("0.5", "1/2")
 
@@ -382,7 +380,7 @@ import torch  # in this process; not in the one that compares
 from tinylora_lite.tasks.rewards import math_reward
 print(math_reward(r"\\boxed{\\frac{1}{2}}", "0.5"), math_reward(r"\\boxed{\\binom{10^9}{5\\cdot10^8}}", "1"))
 from tinylora_lite.tasks import math_equal
-print(math_equal._worker.process.pid)
+print(math_equal._process.pid)
 if "die" in sys.argv:
     import os, signal
     os.kill(os.getpid(), signal.SIGKILL)
@@ -410,14 +408,14 @@ def test_no_main_guard_is_needed_and_nothing_outlives_the_caller(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc")
 def test_the_process_that_compares_does_without_torch(worker):
-    mapped = Path(f"/proc/{math_equal._worker.process.pid}/maps").read_text(encoding="utf-8")
+    mapped = Path(f"/proc/{math_equal._process.pid}/maps").read_text(encoding="utf-8")
     assert re.search(r"libpython|python3", mapped)
     assert "libtorch" not in mapped
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc")
 def test_the_process_that_compares_has_a_limit_of_memory(worker):
-    limits = Path(f"/proc/{math_equal._worker.process.pid}/limits").read_text(encoding="utf-8")
+    limits = Path(f"/proc/{math_equal._process.pid}/limits").read_text(encoding="utf-8")
     assert re.search(rf"Max address space +{4 << 30} ", limits)
 
 
@@ -431,7 +429,7 @@ def test_a_missing_extra_is_named(monkeypatch):
 
 def test_a_process_that_cannot_start_says_so(worker, monkeypatch, tmp_path):
     math_equal._close()
-    monkeypatch.setattr(math_worker, "__file__", str(tmp_path / "missing.py"))
+    monkeypatch.setattr(math_equal, "__file__", str(tmp_path / "missing.py"))
     with pytest.raises(RuntimeError, match="does not start"):
         math_equal.equal("1/2", "0.5")
     monkeypatch.undo()

@@ -124,11 +124,11 @@ def _folder(folder: Path) -> dict[str, Any]:
 
     from tinylora_lite.files.peft_format import read_settings, read_tensors
 
-    settings, held = read_settings(folder).model_dump(), read_tensors(folder)
-    if not held.vectors:
+    settings, (by_group, parts, _) = read_settings(folder).model_dump(), read_tensors(folder)
+    if not by_group:
         raise tl.AdapterFileError(f"{folder} holds no vectors")
     try:
-        vectors = torch.stack([held.vectors[group] for group in sorted(held.vectors)])
+        vectors = torch.stack([by_group[group] for group in sorted(by_group)])
     except RuntimeError as error:
         raise tl.AdapterFileError(f"{folder} holds vectors of different lengths") from error
     stored = [tensor for key, tensor in _stored(folder).items() if ".tinylora_v." in key]
@@ -139,8 +139,8 @@ def _folder(folder: Path) -> dict[str, Any]:
         "payload_bytes": sum(tensor.nbytes for tensor in stored),
         "vectors": _vectors(vectors),
         "settings": {name: settings[name] for name in PEFT_SETTINGS if settings[name] is not None},
-        "modules": len(held.parts) or None,
-        "stored_factors": [name for name, parts in held.parts.items() if "A" in parts],
+        "modules": len(parts) or None,
+        "stored_factors": [name for name, held in parts.items() if "A" in held],
         "base": {"name": settings["base_model_name_or_path"], "revision": settings["revision"]},
     }
 

@@ -1,21 +1,18 @@
 """Adapter files: v, and everything that says which model and which directions it belongs to.
 
-A file is safetensors, never pickle. What only the base can provide (its weights, their SVD) is not stored but checked:
-a v that was trained on one base means nothing on another, and without the checks it would load there without an error.
+A file is safetensors, never pickle. What only the base can provide (its weights, their SVD) is not stored but checked.
 The checks find accidents and careless edits; a file is not signed.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -27,10 +24,8 @@ from tinylora_lite.adapter.tying import find_target_modules
 from tinylora_lite.adapter.weights import base_fingerprint
 from tinylora_lite.files.basis import find_basis
 from tinylora_lite.files.file_format import (
-    DTYPES,
     FACTORS,
     FORMAT,
-    KEY,
     AdapterFileError,
     Precision,
     base_dtype,
@@ -40,8 +35,8 @@ from tinylora_lite.files.file_format import (
     names_hash,
     read_file,
     storable,
+    write_safetensors,
 )
-from tinylora_lite.utils.record import atomic_write
 
 
 def save(
@@ -49,42 +44,36 @@ def save(
     path: str | Path,
     dtype: Precision = "bf16",
     *,
-    factors: bool | Literal["auto"] = "auto",
+    factors: bool = False,
     base_sha256: str | None = None,
 ) -> Path:
     """Writes an adapter; the file appears whole or not at all, and saving the same adapter twice gives equal bytes.
 
-    The file holds ``vectors``, ``[groups, u]`` in ``dtype`` (the adapter keeps its float32 values), and
-    :func:`decomposition`, by which :func:`load` notices where another machine decomposes a weight differently. The
-    header holds the settings, a hash of the modules' names, the base's name, revision, dtype and fingerprint, the
-    fingerprint of a calibrated basis, and a checksum. 13 parameters take 26 bytes, and their file less than 4 KiB on a
-    model of 7 billion weights.
+    The file holds ``vectors``, ``[groups, u]`` in ``dtype`` (the adapter keeps its float32 values),
+    :func:`decomposition`, and in its header the settings, a checksum, and what identifies the modules, the base and a
+    calibrated basis. 13 parameters take 26 bytes, and their file less than 4 KiB on a model of 7 billion weights.
 
     The frozen factors are computed from the base again when the file is loaded. Where singular values near the cut
     are equal, machines disagree about the factors, and v would mean something else there: ``save`` then warns and
-    stores the factors of those modules too, 4 bytes for each of their ``r · (in + out) + u r²`` values.
+    stores the factors of those modules too, 4 bytes for each of their ``r · (in + out) + u r²`` values. So it does,
+    without a warning, with factors that were given to the adapter (one from PEFT, for example).
 
     Args:
         adapter: attached or detached; its model must still exist.
-        path: of the file; its folder is made.
+        path: of the file, which is returned; its folder is made.
         dtype: ``"bf16"`` (the paper's, 2 bytes a parameter), ``"fp16"`` or ``"fp32"``.
-        factors: whose factors to store: ``"auto"``, of modules where another machine may compute different ones;
-            ``True``, of all, and loading takes no SVD; ``False``, of none.
-        base_sha256: the base's fingerprint where it is known already: hashing 15 GB takes 20 seconds, and a training
-            run saves often.
-
-    Returns:
-        The path.
+        factors: whether the factors of all modules are stored, so that loading takes no SVD.
+        base_sha256: the base's fingerprint where it is known already: hashing 15 GB takes 20 seconds.
 
     Raises:
-        ValueError: an unknown dtype, a value that is not finite or that ``dtype`` cannot hold, the model is gone, or
-            ``factors=False`` for an adapter whose factors were given to it (one from PEFT, for example).
+        ValueError: an unknown dtype, a value that is not finite or that ``dtype`` cannot hold, or the model is gone.
     """
     model = model_of(adapter)
     tensors = {"vectors": storable(adapter.vectors, dtype, "the file"), "decomposition": decomposition(adapter)}
-    for index in _modules_to_store(adapter, factors):
-        stored = adapter.factors(adapter.names[index])
-        tensors |= {f"{part}.{index}": storable(getattr(stored, part), "fp32", "the file") for part in FACTORS}
+    stored = frozenset(adapter.names) if factors else _modules_to_store(adapter)
+    for index, name in enumerate(adapter.names):
+        for part in FACTORS if name in stored else ():
+            tensors[f"{part}.{index}"] = storable(getattr(adapter.factors(name), part), "fp32", "the file")
     header = {
         "format": FORMAT,
         "settings": adapter.config.as_dict(),
@@ -95,18 +84,15 @@ def save(
         "base_dtype": base_dtype(model),
     }
     header["checksum"] = checksum(header, tensors)
-    # One entry, because safetensors writes several in a random order.
-    return atomic_write(path, safetensors.torch.save(tensors, {KEY: json.dumps(header, sort_keys=True)}))
+    return write_safetensors(path, header, tensors)
 
 
 def load(
-    model: nn.Module,
-    path: str | Path,
-    basis: Basis | str | Path | None = None,
-    *,
-    cache: str | Path | None = None,
+    model: nn.Module, path: str | Path, basis: Basis | str | Path | None = None, *, cache: str | Path | None = None
 ) -> TinyLoraAdapter:
     """Attaches the adapter that :func:`save` wrote, in this version of the library or an earlier one.
+
+    Its ``vectors`` are float32, equal to the stored values. A setting that the file does not name has its default.
 
     Args:
         model: the base it was trained on, in the dtype it was trained in or a wider one.
@@ -114,10 +100,6 @@ def load(
         basis: where the directions of a calibrated adapter are: a :class:`~tinylora_lite.Basis`, its file, or a
             folder that holds its file; ``None`` looks beside the adapter and among those that come with the package.
         cache: of decompositions; see :func:`~tinylora_lite.attach`.
-
-    Returns:
-        The adapter; its ``vectors`` are float32, equal to the stored values. A setting that the file does not name has
-        its default.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -137,7 +119,7 @@ def load(
         adapter = attach(model, TinyLoraConfig(**settings), factors=_stored_factors(tensors, names), cache=cache)
     except AdapterFileError:
         raise
-    except (IndexError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise AdapterFileError(f"{path} does not fit this model: {error}") from error
     try:
         _check_tensors(path, adapter, tensors)
@@ -147,13 +129,6 @@ def load(
     with torch.no_grad():
         adapter.vectors.copy_(tensors["vectors"])
     return adapter
-
-
-def storage_loss(adapter: TinyLoraAdapter, dtype: Precision = "bf16") -> float:
-    """The relative error of storing v in a dtype: the norm of the rounding error over the norm of v; 0 for v = 0."""
-    v = adapter.vectors.detach().double().cpu()
-    rounded = v.to(DTYPES[dtype]).double()
-    return float((rounded - v).norm() / v.norm()) if v.any() else 0.0
 
 
 def decomposition(adapter: TinyLoraAdapter) -> Tensor:
@@ -175,32 +150,21 @@ def decomposition(adapter: TinyLoraAdapter) -> Tensor:
     return torch.tensor(rows, dtype=torch.float32)
 
 
-def _modules_to_store(adapter: TinyLoraAdapter, factors: bool | Literal["auto"]) -> list[int]:
-    """The positions in tying order of the modules whose factors are stored."""
-    if factors not in (True, False, "auto"):
-        raise ValueError(f'factors must be True, False or "auto", not {factors!r}')
-    if factors is False and adapter.given:
-        raise ValueError(
-            f"the factors of {len(adapter.given)} modules were given and cannot be computed from the base; "
-            'leave factors at "auto"'
-        )
+def _modules_to_store(adapter: TinyLoraAdapter) -> frozenset[str]:
+    """The modules whose factors another machine does not compute as they are here."""
     doubtful = [name for name in adapter.names if name not in adapter.given and not adapter.factors(name).portable]
-    if doubtful and factors is not True:
+    if doubtful:
         others = f" (and of {len(doubtful) - 1} others)" if len(doubtful) > 1 else ""
         warnings.warn(
             f"singular values of {doubtful[0]}{others} are too close for the same vectors on every machine; "
-            + ("the file may not load elsewhere" if factors is False else "its factors are stored too"),
+            "its factors are stored too",
             stacklevel=3,
         )
-    wanted = {"auto": adapter.given | set(doubtful), True: set(adapter.names), False: set()}[factors]
-    return [index for index, name in enumerate(adapter.names) if name in wanted]
+    return adapter.given.union(doubtful)
 
 
 def _stored_factors(tensors: Mapping[str, Tensor], names: tuple[str, ...]) -> dict[str, Factors]:
-    keys = tensors.keys() - {"vectors", "decomposition"}
-    indices = sorted({int(key.partition(".")[2]) for key in keys})
-    if keys != {f"{part}.{index}" for part in FACTORS for index in indices if index >= 0}:
-        raise ValueError(f"it holds tensors that are no adapter's: {', '.join(sorted(tensors))}")
+    indices = sorted(int(key.partition(".")[2]) for key in tensors if key.startswith("left."))
     return {
         names[index]: Factors(tensors[f"left.{index}"], tensors[f"right.{index}"], tensors[f"projection.{index}"])
         for index in indices
@@ -219,16 +183,12 @@ def _check_base(path: Path, model: nn.Module, names: tuple[str, ...], header: Ma
 
 def _check_tensors(path: Path, adapter: TinyLoraAdapter, tensors: Mapping[str, Tensor]) -> None:
     """Raises where a file's v does not fit its settings, or its weights were decomposed otherwise than here."""
-    vectors, stored, here = tensors["vectors"], tensors["decomposition"], decomposition(adapter)
-    if vectors.shape != adapter.vectors.shape:
-        held, wanted = list(vectors.shape), list(adapter.vectors.shape)
-        raise AdapterFileError(f"{path} holds vectors of shape {held}; its settings ask for {wanted}")
+    stored, here = tensors["decomposition"], decomposition(adapter)
     if stored.shape[1] == 2:  # the first version of the library left the first value beyond the cut out
         stored = torch.stack([stored[:, 0], here[:, 1], stored[:, 1]], dim=1)
-    if stored.shape != here.shape:
-        raise AdapterFileError(
-            f"{path} is damaged: its decomposition has the shape {list(stored.shape)}, not {list(here.shape)}"
-        )
+    if tensors["vectors"].shape != adapter.vectors.shape or stored.shape != here.shape:
+        held, wanted = list(tensors["vectors"].shape), list(adapter.vectors.shape)
+        raise AdapterFileError(f"{path} holds vectors of shape {held}; its settings ask for {wanted}")
     # The bounds are far above what float32 and an early stop of the SVD move, and far below a flipped sign.
     apart = (stored - here).abs()
     # Given factors have no singular values, and were read from this very file.

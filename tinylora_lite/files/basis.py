@@ -2,44 +2,30 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
-
 from tinylora_lite.adapter.basis import Basis
-from tinylora_lite.files.file_format import AdapterFileError
-from tinylora_lite.utils.record import atomic_write
+from tinylora_lite.files.file_format import AdapterFileError, read_safetensors, write_safetensors
 
 FORMAT = "tinylora-basis-1"
-KEY = "tinylora"
-"""All metadata are in one entry, because safetensors writes several in a random order."""
-
 SHIPPED_BASES = Path(__file__).parents[1] / "nano" / "directions"
 """The calibrated bases that come with the package."""
 
 
 def save_basis(basis: Basis, path: str | Path) -> Path:
-    """Writes a basis as safetensors with its provenance; the file appears whole or not at all.
+    """Writes a basis as safetensors with its provenance, and returns the path.
 
-    Equal bases give equal bytes.
-
-    Returns:
-        The path.
-
-    Raises:
-        TypeError: the provenance holds something that JSON cannot.
+    The file appears whole or not at all, and equal bases give equal bytes. Raises ``TypeError`` where the provenance
+    holds something that JSON cannot.
     """
-    metadata = {
+    header = {
         "format": FORMAT,
         "names": basis.names,
         "sigma": basis.sigma,
         "provenance": basis.provenance,
         "fingerprint": basis.fingerprint(),
     }
-    tensors = {"directions": basis.directions.contiguous().cpu()}
-    return atomic_write(path, safetensors.torch.save(tensors, {KEY: json.dumps(metadata, sort_keys=True)}))
+    return write_safetensors(path, header, {"directions": basis.directions.contiguous().cpu()})
 
 
 def load_basis(path: str | Path) -> Basis:
@@ -53,27 +39,23 @@ def load_basis(path: str | Path) -> Basis:
     if not path.is_file():
         raise FileNotFoundError(f"no basis file at {path}; tl.calibrate and tl.save_basis make one")
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            entries = json.loads((file.metadata() or {}).get(KEY, "{}"))
-            if entries.get("format") != FORMAT:
-                raise ValueError(f"its format is {entries.get('format')!r} instead of {FORMAT!r}")
-            settings = {name: entries[name] for name in ("sigma", "provenance") if name in entries}
-            # A clone: the tensor itself is the file's memory, and changes when somebody writes there.
-            basis = Basis(file.get_tensor("directions").clone(), tuple(entries["names"]), **settings)
-            if basis.fingerprint() != entries["fingerprint"]:
-                raise ValueError("its directions are not those that were saved")
-    except (safetensors.SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
+        header, tensors = read_safetensors(path, FORMAT)
+        settings = {name: header[name] for name in ("sigma", "provenance") if name in header}
+        basis = Basis(tensors["directions"], tuple(header["names"]), **settings)
+        if basis.fingerprint() != header["fingerprint"]:
+            raise ValueError("its directions are not those that were saved")
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged or no basis file ({error}); make it again with tl.calibrate") from error
-    if unknown := sorted(entries.keys() - {"format", "names", "sigma", "provenance", "fingerprint"}):
+    if unknown := sorted(header.keys() - {"format", "names", "sigma", "provenance", "fingerprint"}):
         raise ValueError(f"{path} sets {', '.join(unknown)}, unknown to this version of tinylora_lite; upgrade it")
     return basis
 
 
 def find_basis(wanted: str, given: Basis | str | Path | None, path: Path) -> Basis:
-    """The calibrated basis with the fingerprint ``wanted``, for the adapter file at ``path``; see :func:`load`.
+    """The calibrated basis with the fingerprint ``wanted``, for the adapter file at ``path``.
 
-    Raises:
-        AdapterFileError: it is not there.
+    It is ``given``, or lies in that file or folder; ``None`` looks as :func:`~tinylora_lite.load` says. Raises
+    ``AdapterFileError`` where it is not there.
     """
     if isinstance(given, Basis):
         if given.fingerprint() == wanted:

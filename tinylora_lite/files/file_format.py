@@ -1,4 +1,4 @@
-"""The bytes of an adapter file: how values are stored, how a file is checked, and how it names its base."""
+"""The bytes of this library's files: how values are stored and checked, and how an adapter's file names its base."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from tinylora_lite.adapter.adapter import TinyLoraAdapter
 from tinylora_lite.adapter.weights import quantization_of
+from tinylora_lite.utils.record import atomic_write
 
 FORMAT = "tinylora-adapter-1"
 KEY = "tinylora"
+"""The one entry of the metadata, because safetensors writes several in a random order."""
 FACTORS = ("left", "right", "projection")
 
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -27,53 +29,44 @@ class AdapterFileError(ValueError):
     """An adapter file that cannot be used, and why: damaged, foreign, edited, or made for another base."""
 
 
-def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The header and the tensors of an adapter file, checked to be what was written.
+def write_safetensors(path: str | Path, header: Mapping[str, Any], tensors: dict[str, Tensor]) -> Path:
+    """Writes safetensors with a header; the file appears whole or not at all, and equal contents give equal bytes."""
+    return atomic_write(path, safetensors.torch.save(tensors, {KEY: json.dumps(header, sort_keys=True)}))
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        AdapterFileError: it is damaged, foreign or edited.
+
+def read_safetensors(path: Path, form: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What :func:`write_safetensors` wrote; raises ``ValueError`` where the file is damaged or of another format.
+
+    Of other files, which may be checkpoints of many gigabytes, only the header is read.
     """
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {}).get(KEY, "{}"))
+            if (found := header.get("format")) != form:
+                raise ValueError(f"its format is {found!r}, not {form!r}; a later tinylora_lite may know it")
+            # Clones: the tensors themselves are the file's memory, and change when somebody writes there.
+            return header, {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, AttributeError, RuntimeError, TypeError) as error:
+        raise ValueError(str(error)) from error
+
+
+def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The header and the tensors of an adapter file; raises ``AdapterFileError`` where it is not what was written."""
     if not path.is_file():
         raise FileNotFoundError(f"no adapter file at {path}; tl.save writes one")
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {}).get(KEY, "null"))
-            if not isinstance(header, dict):
-                raise AdapterFileError(f"{path} is a safetensors file, but no adapter file of this library")
-            found = header.get("format")
-            if found != FORMAT:
-                raise AdapterFileError(f"{path} has the format {found!r}, not {FORMAT!r}; upgrade tinylora_lite")
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        intact = header.get("checksum") == checksum(header, tensors)
-    except AdapterFileError:
-        raise
-    except (safetensors.SafetensorError, RuntimeError, TypeError, ValueError) as error:
-        raise AdapterFileError(f"{path} is damaged or no adapter file ({error})") from error
-    if not intact:
+        header, tensors = read_safetensors(path, FORMAT)
+    except ValueError as error:
+        raise AdapterFileError(f"{path} is damaged or no adapter file of this library ({error})") from error
+    if header.get("checksum") != checksum(header, tensors):
         raise AdapterFileError(f"{path} is damaged or was edited: its checksum does not fit its content; get it again")
-    ranks = {name: tensor.ndim for name, tensor in tensors.items()}
-    if ranks.get("vectors") != 2 or ranks.get("decomposition") != 2:
-        raise AdapterFileError(f"{path} holds no vectors or no decomposition")
-    for name, tensor in tensors.items():
-        allowed = tuple(DTYPES.values()) if name == "vectors" else (torch.float32,)
-        if tensor.dtype not in allowed or not torch.isfinite(tensor).all():
-            raise AdapterFileError(f"{path}: {name} is {tensor.dtype}, which is not stored there, or not finite")
     return header, tensors
 
 
 def storable(tensor: Tensor, dtype: Precision, what: str) -> Tensor:
-    """The values of a tensor in the dtype of a file: on the CPU, contiguous, in memory of their own.
+    """The values of a tensor in the dtype of a file, on the CPU; raises ``ValueError`` where it cannot hold them.
 
-    Two modules may share a given factor, and safetensors writes no memory twice.
-
-    Args:
-        tensor: of any shape and floating dtype, on any device.
-        dtype: ``"fp32"``, ``"fp16"`` or ``"bf16"``.
-        what: the tensor's name in an error message.
-
-    Raises:
-        ValueError: an unknown dtype, or a value that is not finite or that ``dtype`` cannot hold.
+    In memory of their own: two modules may share a given factor, and safetensors writes no memory twice.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(get_args(Precision))}, not {dtype!r}")
@@ -86,11 +79,7 @@ def storable(tensor: Tensor, dtype: Precision, what: str) -> Tensor:
 
 
 def model_of(adapter: TinyLoraAdapter) -> nn.Module:
-    """The model that an adapter was attached to.
-
-    Raises:
-        ValueError: the model no longer exists.
-    """
+    """The model that an adapter was attached to. Raises ``ValueError`` where it no longer exists."""
     model = adapter._model()
     if model is None:
         raise ValueError("the adapter's model no longer exists; keep the model until the adapter is written or merged")

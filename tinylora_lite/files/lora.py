@@ -13,19 +13,12 @@ from tinylora_lite.files.file_format import Precision, model_of, storable
 from tinylora_lite.files.peft_format import check_free, settings_of_base, write_folder
 
 SETTINGS: dict[str, Any] = {
-    "base_model_name_or_path": None,
+    **dict.fromkeys(("base_model_name_or_path", "lora_alpha", "modules_to_save", "r", "target_modules", "task_type")),
+    **dict.fromkeys(("fan_in_fan_out", "use_dora", "use_rslora"), False),
     "bias": "none",
-    "fan_in_fan_out": False,
     "inference_mode": True,
-    "lora_alpha": None,
     "lora_dropout": 0.0,
-    "modules_to_save": None,
     "peft_type": "LORA",
-    "r": None,
-    "target_modules": None,
-    "task_type": None,
-    "use_dora": False,
-    "use_rslora": False,
 }
 """The configuration: what every reader needs and nothing else, so that each version of PEFT knows every key."""
 
@@ -46,11 +39,8 @@ def export_lora(adapter: TinyLoraAdapter, folder: str | Path, dtype: Precision =
     Args:
         adapter: attached or detached; its model must still exist.
         folder: made where it is missing, replaced where it holds what this function wrote before; it appears whole or
-            not at all.
+            not at all. It is returned.
         dtype: of the stored matrices: ``"fp32"``, ``"fp16"`` or ``"bf16"``.
-
-    Returns:
-        The folder.
 
     Raises:
         FileExistsError: the folder is a file, or holds anything else. It is untouched then.

@@ -10,14 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tinylora_lite.adapter.adapter import TinyLoraAdapter
 from tinylora_lite.adapter.weights import FLOATING, dense_weight
 from tinylora_lite.files.file_format import model_of
-
-ENTRIES_AT_ONCE = 1 << 22
-"""How many entries of a weight the report sums in float64 at a time, to hold no float64 copy of a whole weight."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +27,9 @@ class MergeEffect:
 
     Attributes:
         changed: the share of the entries that differ, 0 to 1.
-        kept: the share of D that the realised update holds along D, ``⟨realised, D⟩ / ‖D‖²``; 1 is all of it.
-        cosine: of the angle between the realised update and D: 0 where nothing of D is realised.
+        kept: the share of D that the realised update holds along D, ``⟨realised, D⟩ / ‖D‖²``; 1 where D is zero.
+        cosine: of the angle between the two: 0 where nothing of D is realised, 1 where D is zero.
         size: ``‖D‖ / ‖W‖`` in Frobenius norms, before any rounding.
-
-    For an update of zero, ``kept`` and ``cosine`` are 1.
     """
 
     changed: float
@@ -79,74 +74,50 @@ def merged_weights(adapter: TinyLoraAdapter, dtype: torch.dtype | None = None) -
         ValueError: the model is gone, an adapted module shares its weight with another module, ``dtype`` is not
             float64, float32, bfloat16 or float16, or a merged weight is not finite in it.
     """
-    modules = _modules(adapter, dtype)
-    return (
-        (f"{name}.weight", _merge(name, dense_weight(modules[name]), adapter.delta(name), dtype))
-        for name in adapter.names
-    )
+    for name, _, _, merged in _merge(adapter, dtype):
+        yield f"{name}.weight", merged
 
 
 def merge_report(adapter: TinyLoraAdapter, dtype: torch.dtype = torch.bfloat16) -> MergeReport:
-    """How much of the update :func:`merged_weights` in ``dtype`` keeps; the base is read and never written.
-
-    Args:
-        adapter: attached or detached, enabled or not; its model must still exist.
-        dtype: of the merged weights.
-
-    Raises:
-        ValueError: as :func:`merged_weights`.
-    """
-    modules = _modules(adapter, dtype)
-    sums = {name: _sums(name, dense_weight(modules[name]), adapter.delta(name), dtype) for name in adapter.names}
+    """How much of the update :func:`merged_weights` in ``dtype`` keeps; arguments and errors are its own."""
+    sums = {}
+    for name, W, D, merged in _merge(adapter, dtype):
+        realised = merged.to(W.dtype) - W.to(dtype).to(W.dtype)
+        pairs = ((realised, D), (realised, realised), (D, D), (W, W))
+        products = [float((a * b).sum(dtype=torch.float64)) for a, b in pairs]
+        sums[name] = torch.tensor([W.numel(), int((realised != 0).sum()), *products], dtype=torch.float64)
     effects = {name: _effect(row) for name, row in sums.items()}
     return MergeReport(dtype, _effect(torch.stack(list(sums.values())).sum(dim=0)), effects)
 
 
-def _modules(adapter: TinyLoraAdapter, dtype: torch.dtype | None) -> dict[str, nn.Module]:
-    """All modules of the adapter's model by name, checked to be mergeable."""
+def _merge(adapter: TinyLoraAdapter, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+    """Of each adapted module its name, W and D in the dtype of their sum, and the sum in ``dtype``."""
     if dtype not in (None, *FLOATING):
         raise ValueError(f"dtype must be one of {', '.join(map(str, FLOATING))}, not {dtype}")
     modules = dict(model_of(adapter).named_modules())
     for name in adapter.names:
-        weight = modules[name].get_parameter("weight")
-        sharing = (other for other, module in modules.items() if any(p is weight for p in module._parameters.values()))
-        if others := [other for other in sharing if other != name]:
+        parameter = modules[name].get_parameter("weight")
+        sharing = [o for o, m in modules.items() if any(p is parameter for p in m._parameters.values()) and o != name]
+        if sharing:
             raise ValueError(
-                f"{name} shares its weight with {', '.join(others)}, which a merge would change too; "
+                f"{name} shares its weight with {', '.join(sharing)}, which a merge would change too; "
                 "export a LoRA, or load the model with tie_word_embeddings=False"
             )
-    return modules
-
-
-def _merge(name: str, weight: Tensor, delta: Tensor, dtype: torch.dtype | None) -> Tensor:
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    merged = (weight.to(wide) + delta.to(weight.device, wide)).to(dtype or weight.dtype)
-    if not torch.isfinite(merged).all():
-        finite = torch.isfinite(delta).all()
-        cure = "merge in float32" if finite else "the adapter holds NaN or infinity; train it again"
-        raise ValueError(f"{name}: the merged weight is not finite in {merged.dtype}; {cure}")
-    return merged
-
-
-def _sums(name: str, weight: Tensor, delta: Tensor, dtype: torch.dtype) -> Tensor:
-    """``[6]`` float64: entries, changed entries, ``⟨realised, D⟩``, ``‖realised‖²``, ``‖D‖²`` and ``‖W‖²``."""
-    total = torch.zeros(6, dtype=torch.float64)
-    rows = max(1, ENTRIES_AT_ONCE // weight.shape[1])
-    for W, D in zip(weight.split(rows), delta.split(rows), strict=True):
-        base, merged = (part.cpu().double() for part in (W.to(dtype), _merge(name, W, D, dtype)))
-        realised, wanted = merged - base, D.cpu().double()
-        values = (
-            (merged != base).sum(),
-            (realised * wanted).sum(),
-            realised.square().sum(),
-            wanted.square().sum(),
-            W.cpu().double().square().sum(),
-        )
-        total += torch.tensor([W.numel(), *map(float, values)], dtype=torch.float64)
-    return total
+    for name in adapter.names:
+        weight = dense_weight(modules[name])
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        W, D = weight.to(wide), adapter.delta(name).to(weight.device, wide)
+        merged = (W + D).to(dtype or weight.dtype)
+        if not torch.isfinite(merged).all():
+            cure = (
+                "merge in float32" if torch.isfinite(D).all() else "the adapter holds NaN or infinity; train it again"
+            )
+            raise ValueError(f"{name}: the merged weight is not finite in {merged.dtype}; {cure}")
+        yield name, W, D, merged
 
 
 def _effect(sums: Tensor) -> MergeEffect:
+    """Of entries, changed entries, ``⟨realised, D⟩``, ``‖realised‖²``, ``‖D‖²`` and ``‖W‖²``."""
     entries, changed, product, realised, wanted, weight = sums.tolist()
     if wanted == 0:
         return MergeEffect(changed=0.0, kept=1.0, cosine=1.0, size=0.0)

@@ -15,28 +15,44 @@ import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import safetensors
 import safetensors.torch
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from tinylora_lite.files.file_format import AdapterFileError, base_name
-from tinylora_lite.files.peft_rules import PeftSettings, targets_of
 from tinylora_lite.utils.record import atomic_write
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
+IGNORED = {
+    *("auto_mapping", "bias", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_v_bound", "init_weights"),
+    *("layers_pattern", "layers_to_transform", "modules_to_save", "task_type"),
+}
+"""PEFT's settings that choose modules, which the tensors name as well, or that start a training."""
+
+
+class PeftSettings(BaseModel):
+    """The settings of PEFT's TinyLoRA that are read here, with PEFT's defaults."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    peft_type: Literal["TINYLORA"]
+    base_model_name_or_path: str | None = None
+    peft_version: Any = None
+    projection_seed: int = Field(default=42, gt=-(2**62), lt=2**62)
+    r: int = Field(default=2, ge=1)
+    revision: str | None = None
+    save_projection: bool = True
+    target_modules: Any = None
+    u: int = Field(default=64, ge=1)
+    weight_tying: float = Field(default=0.0, ge=0, le=1)
 
 
 def read_settings(folder: Path) -> PeftSettings:
-    """``adapter_config.json`` with PEFT's defaults filled in, checked to be one that this library can follow.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        AdapterFileError: the file is missing or damaged, of another kind of adapter, or asks for something unknown.
-    """
+    """``adapter_config.json``; raises ``AdapterFileError`` where it is not that of such an adapter."""
     if not folder.is_dir():
         raise FileNotFoundError(
             f"no folder at {folder}; import_peft reads one on this machine, so download it first "
@@ -49,8 +65,7 @@ def read_settings(folder: Path) -> PeftSettings:
         raise AdapterFileError(f"{folder} holds no {CONFIG_FILE}; {advice}")
     if isinstance(kind := kind_of(folder), str) and kind != "TINYLORA":
         raise AdapterFileError(
-            f"{folder} holds a {kind} adapter, and import_peft reads TINYLORA only; "
-            "load it with peft.PeftModel.from_pretrained"
+            f"{folder} holds a {kind} adapter, not a TINYLORA; load it with peft.PeftModel.from_pretrained"
         )
     try:
         settings = PeftSettings.model_validate_json(path.read_bytes())
@@ -59,46 +74,22 @@ def read_settings(folder: Path) -> PeftSettings:
         name = str(next(iter(found["loc"]), ""))
         what = f"it names no {name}" if found["type"] == "missing" else f"{name} is {found['input']!r}"
         raise AdapterFileError(f"{path} is damaged: {what if name else found['msg']}") from error
-    for name, trained in (("bias", settings.bias != "none"), ("modules_to_save", settings.modules_to_save)):
-        if trained:
-            raise AdapterFileError(
-                f"{folder} holds trained weights of the base ({name}={getattr(settings, name)!r}), "
-                "which no adapter here can hold; load it with peft.PeftModel.from_pretrained"
-            )
-    if settings.tinylora_dropout:
+    extra = settings.model_extra or {}
+    if unknown := sorted(name for name in extra.keys() - IGNORED if extra[name]):
         warnings.warn(
-            f"{folder} was trained with tinylora_dropout={settings.tinylora_dropout}; here no dropout is applied, "
-            "which makes a difference to further training only",
-            stacklevel=3,
-        )
-    if unknown := sorted(name for name, value in (settings.model_extra or {}).items() if value):
-        warnings.warn(
-            f"{path} sets {', '.join(unknown)}, unknown to this version of tinylora_lite and ignored; if it "
-            "changes what PEFT computes, the outputs differ. Compare them, or upgrade tinylora_lite",
+            f"{path} sets {', '.join(unknown)}, which this version of tinylora_lite does not have and ignores; if it "
+            "changes what PEFT computes (tinylora_dropout does so in training alone), the outputs differ",
             stacklevel=3,
         )
     return settings
 
 
-class Tensors(NamedTuple):
-    """What ``adapter_model.safetensors`` holds, all float32.
+def read_tensors(folder: Path) -> tuple[dict[int, Tensor], dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """What ``adapter_model.safetensors`` holds, as float32; raises ``AdapterFileError`` where it is no TinyLoRA's.
 
-    Attributes:
-        vectors: by group, ``[u]``.
-        parts: of each module, by its name, ``"A"``, ``"B"`` and ``"P"``, as far as the file holds them.
-        weights: copies of the base's own weights, by their names; PEFT adds those of embeddings and heads.
-    """
-
-    vectors: dict[int, Tensor]
-    parts: dict[str, dict[str, Tensor]]
-    weights: dict[str, Tensor]
-
-
-def read_tensors(folder: Path) -> Tensors:
-    """Reads ``adapter_model.safetensors``.
-
-    Raises:
-        AdapterFileError: the file is missing or damaged, or holds other things than such an adapter.
+    Returns:
+        The vectors by group; of each module, by its name, the letters that the file holds; and copies of the base's own
+        weights, by their names, as PEFT adds those of embeddings and heads.
     """
     path = folder / TENSOR_FILE
     if not path.is_file():
@@ -109,30 +100,35 @@ def read_tensors(folder: Path) -> Tensors:
         tensors = safetensors.torch.load(path.read_bytes())
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
         raise AdapterFileError(f"{path} is damaged ({error})") from error
-    found = Tensors({}, defaultdict(dict), {})
+    vectors, parts, weights = {}, defaultdict[str, dict[str, Tensor]](dict), {}
     for key, tensor in tensors.items():
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise AdapterFileError(f"{path}: {key} is {tensor.dtype}; float32, bfloat16 and float16 are read")
         if not torch.isfinite(tensor).all():
             raise AdapterFileError(f"{path}: {key} holds NaN or infinity; train it again")
-        if match := re.fullmatch(r"base_model\.tinylora_v\.(0|[1-9]\d{0,8})", key):
-            found.vectors[int(match[1])] = tensor.float()
+        if match := re.fullmatch(r"base_model\.tinylora_v\.(\d{1,9})", key):
+            vectors[int(match[1])] = tensor.float()
         elif match := re.fullmatch(r"base_model\.model\.(.+)\.tinylora_([ABP])", key):
-            found.parts[match[1]][match[2]] = tensor.float()
+            parts[match[1]][match[2]] = tensor.float()
         elif match := re.fullmatch(r"base_model\.model\.(.+?)(?:\.base_layer)?\.weight", key):
-            found.weights[f"{match[1]}.weight"] = tensor.float()
+            weights[f"{match[1]}.weight"] = tensor.float()
         else:
-            raise AdapterFileError(f"{path} holds {key}, which is no part of a TinyLoRA adapter and cannot be left out")
-    return found
+            raise AdapterFileError(f"{path} holds {key}, which no adapter here can hold")
+    return vectors, parts, weights
+
+
+def targets_of(model: nn.Module, names: Sequence[str]) -> list[str] | None:
+    """The shortest list that means exactly these modules, to PEFT and to ``find_target_modules``, if there is any.
+
+    The names are in the order of ``named_modules()``.
+    """
+    for targets in (list(dict.fromkeys(name.rpartition(".")[2] for name in names)), list(names)):
+        ends = tuple(f".{target}" for target in targets)
+        if [name for name, _ in model.named_modules() if f".{name}".endswith(ends)] == list(names):
+            return targets
+    return None
 
 
 def settings_of_base(model: nn.Module, names: Sequence[str]) -> dict[str, Any]:
-    """What every kind of PEFT adapter says of its base: name, kind of model, and which modules are adapted.
-
-    Args:
-        model: the base.
-        names: of the adapted modules, in any order.
-    """
+    """What every kind of PEFT adapter says of its base: name, kind of model, and which modules are adapted."""
     ordered = [name for name, _ in model.named_modules() if name in names]
     return {
         "base_model_name_or_path": base_name(model) or None,

@@ -7,6 +7,7 @@ rewards for finding gaps.
 from __future__ import annotations
 
 import re
+from collections import deque
 from fractions import Fraction
 from typing import Literal
 
@@ -75,21 +76,17 @@ def exact_number(answer: str) -> Fraction | None:
     plain = _plain(answer)
     match = _NUMBER.match(plain)
     # With a second number after it, it is something else: 1,23 or 18 or 19 or 2^10.
-    if match is None or re.search(r"[0-9/^=]", plain[match.end() :]):
-        return None
-    return _value(match)
+    return None if match and re.search(r"[0-9/^=]", plain[match.end() :]) else _value(match)
 
 
 def plain_decimal(answer: str) -> Fraction | None:
     """The number that an answer is if it is written with digits alone, a sign and a point; ``None`` otherwise."""
-    match = re.fullmatch(r"[-+]?(?:[0-9]{1,40}(?:\.[0-9]{0,40})?|\.[0-9]{1,40})", answer)
-    return None if match is None else Fraction(match[0].rstrip("."))
+    return Fraction(answer) if re.fullmatch(r"[-+]?(?:[0-9]{1,40}(?:\.[0-9]{0,40})?|\.[0-9]{1,40})", answer) else None
 
 
 def first_number(text: str) -> Fraction | None:
     """The first number of a text, or the first after its last equals sign; ``None`` where there is none."""
-    match = _NUMBER.search(_plain(text.rpartition("=")[2]))
-    return None if match is None else _value(match)
+    return _value(_NUMBER.search(_plain(text.rpartition("=")[2])))
 
 
 def last_number(text: str) -> Fraction | None:
@@ -98,15 +95,11 @@ def last_number(text: str) -> Fraction | None:
     >>> print(last_number("She sells 9 eggs at $2, so she makes $18."))
     18
     """
-    match = _last(_NUMBER, text.translate(_DASHES))
-    return None if match is None else _value(match)
+    return _value(_last(_NUMBER, text.translate(_DASHES)))
 
 
 def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
-    last = None
-    for match in pattern.finditer(text):
-        last = match
-    return last
+    return next(iter(deque(pattern.finditer(text), maxlen=1)), None)
 
 
 def _line(text: str) -> str | None:
@@ -119,9 +112,8 @@ def _plain(answer: str) -> str:
     return _DECORATION.sub("", answer.lstrip(" $\t\n").rstrip(" $\t\n.")).strip()
 
 
-def _value(match: re.Match[str]) -> Fraction | None:
-    under = int(match["under"] or 1)
-    if under == 0:
+def _value(match: re.Match[str] | None) -> Fraction | None:
+    if match is None or (under := int(match["under"] or 1)) == 0:
         return None
     value = Fraction(match["digits"].replace(",", "")) / under
     return -value if (match["sign"] == "-") != (match["minus"] == "-") else value

@@ -1,4 +1,4 @@
-r"""GSM8K, MATH and the benchmarks beside them as tasks: one call, by name.
+"""GSM8K, MATH and the benchmarks beside them as tasks: one call, by name.
 
 The paper does not publish its GSM8K prompt and its answer parser. Here GSM8K asks for the answer after ``####``, the
 format of its own solutions, and mathematics is asked with SimpleRL's boxed template. The paper trains on all problems
@@ -12,6 +12,7 @@ import json
 import random
 import re
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,14 +35,11 @@ def load_task(
     validation: int | None = None,
     seed: int = 0,
 ) -> Task:
-    """A problem set as a task, from the hub at a pinned commit or from a folder.
+    """A problem set as a task, from the hub at a pinned commit (through its cache) or from a folder.
 
-    ``Task.reward`` is the strict reward of the prompt's format, and ``Task.lenient`` takes the answer from wherever it
-    is, as :func:`~tinylora_lite.gsm8k_reward` and :func:`~tinylora_lite.math_reward` have it.
-    Problems whose row holds no answer are left out (two of ``math``): no completion could be right.
-
-    From the hub, ``huggingface_hub`` fetches the files of the one commit into its cache (``HF_HOME``), from where they
-    are read again without network (``HF_HUB_OFFLINE=1``).
+    ``Task.reward`` is the strict reward of the prompt's format, ``Task.lenient`` the lenient one; see
+    :func:`~tinylora_lite.gsm8k_reward` and :func:`~tinylora_lite.math_reward`. Problems whose row holds no answer are
+    left out (two of ``math``): no completion could be right.
 
     Args:
         name: ``gsm8k`` and ``math`` (SimpleRL-Zoo's 8,523 hard problems of MATH; its test split is MATH-500) have
@@ -74,9 +72,8 @@ def load_task(
     splits: dict[Split, list[Example]] = {"train": [], "test": []}
     for split, rows in _read_problems(name, source, data).items():
         for row in rows:
-            gold = _gold(_column(name, source.answer, row))
+            gold, problem = _gold(_column(name, source.answer, row)), str(_column(name, source.problem, row)).strip()
             worked = next((row[column] for column in source.solution if isinstance(row.get(column), str)), None)
-            problem = str(_column(name, source.problem, row)).strip()
             if gold:
                 solution = None if worked is None else _solution(worked, gold, form)
                 splits[split].append(Example(asked.user.replace("{problem}", problem), gold, solution))
@@ -102,33 +99,31 @@ def load_task(
 
 
 def find_commit(source: ProblemSet) -> str:
-    """The commit, of 40 digits, that a source is pinned to.
+    """The commit, of 40 digits, that a source is pinned to; looked up in the history, or without network in the cache.
 
-    Raises:
-        OSError: it has to be looked up in the history, and the hub cannot be reached; or the history lacks it.
+    Raises ``OSError`` where the history lacks it, and what ``huggingface_hub`` raises without a cache.
     """
-    if re.fullmatch(r"[0-9a-f]{40}", source.revision):
+    if len(source.revision) == 40:
         return source.revision
     from huggingface_hub import HfApi, constants
 
     is_day = "-" in source.revision
     try:
         history = HfApi().list_repo_commits(source.hub, repo_type="dataset")  # the newest first
-    except Exception as error:
+    except Exception:
         cache = Path(constants.HF_HUB_CACHE) / f"datasets--{source.hub.replace('/', '--')}" / "snapshots"
         cached = [path.name for path in cache.glob("*" if is_day else f"{source.revision}*")]
         if len(cached) == 1:
             return cached[0]
-        raise OSError(_unreachable(source, error)) from error
+        raise
     for commit in history:
-        if is_day and f"{commit.created_at:%Y-%m-%d}" <= source.revision:
-            return commit.commit_id
-        if commit.commit_id.startswith(source.revision):
+        old_enough = is_day and f"{commit.created_at:%Y-%m-%d}" <= source.revision
+        if old_enough or commit.commit_id.startswith(source.revision):
             return commit.commit_id
     raise OSError(f"{source.hub} has no commit {source.revision} in its history")
 
 
-def _column(name: str, columns: tuple[str, ...], row: dict[str, Any]) -> Any:
+def _column(name: str, columns: Sequence[str], row: dict[str, Any]) -> Any:
     for column in columns:
         if column in row:
             return row[column]
@@ -160,23 +155,20 @@ def _read_problems(name: str, source: ProblemSet, data: str | Path | None) -> di
     """The rows of each split as the files hold them; a split that a folder lacks is left out."""
     hub_name = source.hub.rpartition("/")[2]
     places = [_download(source)] if data is None else [Path(data) / part for part in (name, source.hub, hub_name, ".")]
-    for folder in places:
-        found = {split: files for split in source.rows if (files := _files(folder, source, split))}
-        if found or data is None:
-            break
-    else:
-        wanted = " or ".join(f"{split}.jsonl" for split in source.rows)
-        looked = ", ".join(str(place) for place in places)
+    by_place = ({split: _files(folder, source, split) for split in source.rows} for folder in places)
+    found = next((files for files in by_place if data is None or any(files.values())), None)
+    if found is None:
+        wanted, looked = " or ".join(f"{split}.jsonl" for split in source.rows), ", ".join(map(str, places))
         raise FileNotFoundError(f"no {wanted} of {name}, and no copy of {source.hub}, in {looked}")
     rows = {split: [row for path in paths for row in _read(path)] for split, paths in found.items()}
     for split, expected in source.rows.items():
-        count = len(rows.get(split, []))
+        count = len(rows[split])
         if data is None and count != expected:
             raise ValueError(
                 f"{source.hub} at {source.revision} has {count} {split} problems where {expected} are expected; "
                 "empty its folder in the hub's cache and try again"
             )
-        if split in rows and count != expected:
+        if count not in (0, expected):
             warnings.warn(f"{found[split][0]} makes {count} problems of {name}, the whole is {expected}", stacklevel=3)
     return rows
 
@@ -185,16 +177,14 @@ def _download(source: ProblemSet) -> Path:
     from huggingface_hub import snapshot_download
 
     wanted = [pattern for split in source.rows for pattern in _patterns(source, split)]
-    commit = find_commit(source)
     try:
+        commit = find_commit(source)
         return Path(snapshot_download(source.hub, repo_type="dataset", revision=commit, allow_patterns=wanted))
     except Exception as error:
-        raise OSError(_unreachable(source, error)) from error
-
-
-def _unreachable(source: ProblemSet, error: Exception) -> str:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return f"{source.hub} cannot be loaded from the hub ({reason}); pass data=, a folder that holds it"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OSError(
+            f"{source.hub} cannot be loaded from the hub ({reason}); pass data=, a folder that holds it"
+        ) from error
 
 
 def _patterns(source: ProblemSet, split: Split) -> list[str]:
@@ -209,22 +199,15 @@ def _files(folder: Path, source: ProblemSet, split: Split) -> list[Path]:
 def _read(path: Path) -> list[dict[str, Any]]:
     try:
         if path.suffix == ".parquet":
-            rows = _read_parquet(path)
-        elif path.suffix == ".json":
-            rows = json.loads(path.read_text(encoding="utf-8"))
-        else:
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+            from pyarrow import parquet
+
+            return list(parquet.read_table(path).to_pylist())
+        text = path.read_text(encoding="utf-8")
+        rows = json.loads(text) if path.suffix == ".json" else [json.loads(x) for x in text.split("\n") if x.strip()]
+    except ModuleNotFoundError as error:
+        raise ImportError('parquet files need datasets: pip install "tinylora_lite[train]"') from error
     except ValueError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path} holds something other than rows of named columns")
-    return rows
-
-
-def _read_parquet(path: Path) -> list[dict[str, Any]]:
-    try:
-        from pyarrow import parquet
-    except ModuleNotFoundError as error:
-        raise ImportError('parquet files need datasets: pip install "tinylora_lite[train]"') from error
-    rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
     return rows

@@ -10,26 +10,11 @@ seconds more, to start the process that compares; :func:`~tinylora_lite.load_tas
 
 from __future__ import annotations
 
-import re
-
-from tinylora_lite.tasks.answers import (
-    Form,
-    exact_number,
-    first_number,
-    last_number,
-    likely_answers,
-    marked_answer,
-    plain_decimal,
-)
+from tinylora_lite.tasks import answers
+from tinylora_lite.tasks.answers import Form
 from tinylora_lite.tasks.math_equal import equal
 
 _LONGEST = 200_000  # characters of a completion
-_DEEPEST = 30  # brackets
-# Towers of powers, exponents of six digits and factorials of five are no answer of a benchmark. Evaluating one takes
-# until the time limit; refusing it here saves that second.
-_HOPELESS = re.compile(
-    r"[0-9]\s*(?:\^|\*\*)\s*[{(\s]*[0-9.]+[)\s]*(?:\^|\*\*)|(?:\^|\*\*)\s*[{(]?\s*-?[0-9]{6,}|[0-9]{5,}[})\s]*!"
-)
 
 
 def gsm8k_reward(completion: str, gold: str, *, form: Form = "####", lenient: bool = False) -> float:
@@ -51,24 +36,23 @@ def gsm8k_reward(completion: str, gold: str, *, form: Form = "####", lenient: bo
     (1.0, 1.0)
     """
     completion = _text(completion)[-_LONGEST:]
-    right = exact_number(_text(gold).rpartition("####")[2])
+    right = answers.exact_number(_text(gold).rpartition("####")[2])
     if right is None:
         return 0.0
     if not lenient:
-        answer = marked_answer(completion, form)
-        return float(answer is not None and exact_number(answer) == right)
-    for answer in likely_answers(completion, form):
-        for number in (exact_number(answer), first_number(answer)):
-            if number is not None:
-                return float(number == right)
-    return float(last_number(completion) == right)
+        answer = answers.marked_answer(completion, form)
+        return float(answer is not None and answers.exact_number(answer) == right)
+    for answer in answers.likely_answers(completion, form):
+        if (number := answers.first_number(answer)) is not None:
+            return float(number == right)
+    return float(answers.last_number(completion) == right)
 
 
 def math_reward(completion: str, gold: str, *, form: Form = "boxed", lenient: bool = False) -> float:
     r"""1.0 if a completion's answer equals ``gold``, 0.0 otherwise; ``math-verify`` decides what is equal.
 
     Equal strings and equal decimals (27 and 27.0) are decided without it. An answer that it cannot decide on within a
-    second is wrong, and so are towers of powers, exponents of six digits and answers of over 1,000 characters.
+    second is wrong, and so are answers of over 1,000 characters.
 
     Args:
         completion: the text of the answer; its last 200,000 characters are read.
@@ -85,21 +69,18 @@ def math_reward(completion: str, gold: str, *, form: Form = "boxed", lenient: bo
     >>> math_reward("so x is 27.", "27.0", lenient=True)
     1.0
     """
-    completion = _text(completion)[-_LONGEST:]
-    if not lenient:
-        answer = marked_answer(completion, form)
-    else:
-        answer = next(iter(likely_answers(completion, form)), None)
-        if answer is None:
-            number = last_number(completion)
-            return float(number is not None and number == exact_number(_text(gold)))
-    return float(answer is not None and _same(_bare(_text(gold)), _bare(answer)))
+    completion, gold = _text(completion)[-_LONGEST:], _text(gold)
+    found = answers.likely_answers(completion, form) if lenient else [answers.marked_answer(completion, form) or ""]
+    if found:
+        return float(_same(_bare(gold), _bare(found[0])))
+    number = answers.last_number(completion)
+    return float(number is not None and number == answers.exact_number(gold))
 
 
 def keeps_format(completion: str, *, form: Form, number: bool = False) -> bool:
     """Whether there is an answer in the format asked for, right or wrong; with ``number``, one that is a number."""
-    answer = marked_answer(_text(completion)[-_LONGEST:], form)
-    return answer is not None and (not number or exact_number(answer) is not None)
+    answer = answers.marked_answer(_text(completion)[-_LONGEST:], form)
+    return answer is not None and (not number or answers.exact_number(answer) is not None)
 
 
 def _text(value: object) -> str:
@@ -113,23 +94,12 @@ def _text(value: object) -> str:
 def _same(gold: str, answer: str) -> bool:
     if not gold or not answer:
         return False
-    if gold == answer:
+    one, other = answers.plain_decimal(gold), answers.plain_decimal(answer)
+    if gold == answer or (one is not None and one == other):
         return True
-    one, other = plain_decimal(gold), plain_decimal(answer)
-    if one is not None and other is not None:
-        if one == other:
-            return True
-        if abs(one - other) > abs(one) / 1000:  # math-verify rounds, but not that far
-            return False
-    return not _hopeless(answer) and equal(gold, answer)
-
-
-def _hopeless(answer: str) -> bool:
-    depth = deepest = 0
-    for character in answer[:2000]:
-        depth += (character in "({[") - (character in ")}]")
-        deepest = max(deepest, depth)
-    return deepest > _DEEPEST or _HOPELESS.search(answer[:2000]) is not None
+    if one is not None and other is not None and abs(one - other) > abs(one) / 1000:
+        return False  # math-verify rounds, but not that far
+    return equal(gold, answer)
 
 
 def _bare(answer: str) -> str:

@@ -12,7 +12,7 @@ Reward = Callable[[str, str], float]
 
 @dataclass(frozen=True)
 class Example:
-    """One problem: the text the user writes, the right answer as a string, and a worked answer where there is one.
+    """One problem.
 
     Attributes:
         prompt: what the user writes, the request for a format included.
@@ -31,9 +31,7 @@ class Task:
 
     Attributes:
         name: in records and errors.
-        train: for learning.
-        validation: for choosing (learning rates, bases).
-        test: for the number that is reported.
+        train, validation, test: problems to learn from, to choose settings with, and to report a result on.
         reward: scores a completion; :meth:`score` calls it. Where there is a format to keep, it is the strict one.
         system: the system message of every prompt; ``None`` sends none.
         lenient: the reward that takes the answer from wherever it is; ``None`` where ``reward`` does that.
@@ -60,19 +58,13 @@ class Task:
         return [*system, {"role": "user", "content": example.prompt}]
 
     def score(self, completion: str, gold: str) -> float:
-        """The reward of a completion, as a number that training can use.
-
-        Raises:
-            ValueError: the reward function returned something other than a finite number.
-        """
-        worth: object = self.reward(completion, gold)  # whatever its annotation says
+        """The reward of a completion; raises ``ValueError`` where the function returned no finite number."""
+        worth = self.reward(completion, gold)
         try:
-            value = math.nan if isinstance(worth, (str, bytes)) else float(worth)  # type: ignore[arg-type]
+            value = float(worth)
         except (TypeError, ValueError):
             value = math.nan
         if not math.isfinite(value):
-            shown = completion if len(completion) <= 60 else f"{completion[:60]}..."
-            raise ValueError(
-                f"the reward of task {self.name} returned {worth!r} for {shown!r}; it must return a finite number"
-            )
+            what = f"the reward of task {self.name} returned {worth!r} for {completion[:60]!r}"
+            raise ValueError(f"{what}; it must return a finite number")
         return value
