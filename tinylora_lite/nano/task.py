@@ -20,8 +20,7 @@ def reward(completion: str, gold: str) -> float:
     >>> reward("3 + 4 = 7. #### 7", "7"), reward("so the answer is 7.", "7")
     (1.0, 0.0)
     """
-    found = re.search(r"#### (\d+)$", completion.strip())
-    return float(found is not None and found.group(1) == gold)
+    return float(completion.strip().endswith(f"#### {gold}"))
 
 
 def lenient_reward(completion: str, gold: str) -> float:
@@ -49,8 +48,7 @@ def make_task(
 ) -> Task:
     """A task of problems that ``draw`` makes and ``writer`` solves, with the nano world's reward and header.
 
-    Whatever is drawn, the splits share no problem by the key of :mod:`tinylora_lite.nano.problems`, and neither do
-    the pretraining text and what is not for training.
+    Whatever is drawn, the splits share no problem, and neither do the pretraining text and what is not for training.
     """
     rng = random.Random(seed)
 
@@ -58,22 +56,11 @@ def make_task(
         found = distinct_problems(split, count, seed, draw)
         return tuple(Example(p.text, str(p.answer), writer(p, rng)) for p in found)
 
-    return Task(
-        name=name,
-        train=examples("train", train),
-        validation=examples("validation", validation),
-        test=examples("test", test),
-        reward=reward,
-        system=ANYONE,
-        lenient=lenient_reward,
-        formatted=formatted,
-    )
+    splits = examples("train", train), examples("validation", validation), examples("test", test)
+    return Task(name, *splits, reward, system=ANYONE, lenient=lenient_reward, formatted=formatted)
 
 
 @cache
 def task(train: int = 8000, validation: int = 1000, test: int = 1000, seed: int = 0) -> Task:
-    """The word problems of :mod:`tinylora_lite.nano.problems`, under the header that lets any writer answer.
-
-    Their worked answers are the careful writer's.
-    """
+    """The plain word problems with the careful writer's answers, under the header that lets any writer answer."""
     return make_task("nano", train=train, validation=validation, test=test, seed=seed)
