@@ -120,13 +120,10 @@ def learning_rate(settings: PretrainSettings, step: int) -> float:
 
 
 def pretrain(settings: PretrainSettings, folder: Path) -> PreTrainedModel:
-    """Trains a base and leaves the half-precision checkpoint, tokenizer, recipe and log in ``folder``.
+    """Trains a base, leaves its half-precision checkpoint, tokenizer, recipe and log in ``folder``, and returns it.
 
     An interrupted run goes on from its last line of the log when called again with the same settings, to the same
     weights; a finished one is left as it is.
-
-    Returns:
-        The base as it is saved, in float32.
 
     Raises:
         ValueError: ``folder`` holds a base, or an unfinished run, of other settings.
@@ -144,15 +141,15 @@ def pretrain(settings: PretrainSettings, folder: Path) -> PreTrainedModel:
         {"params": [p for p in model.parameters() if p.ndim != 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), fused=True)
-    log: list[dict[str, Any]] = []
+    last: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0}
+    log = []
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         _check_same(state["settings"], settings, folder)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        log = state["log"]
+        log, last = state["log"], state["log"][-1]
 
-    last: dict[str, Any] = log[-1] if log else {"step": 0, "tokens": 0, "seconds": 0.0}
     step, tokens, started = last["step"], last["tokens"], time.perf_counter() - last["seconds"]
     losses: list[float] = []
     with tqdm(total=settings.steps, initial=step, desc="pretraining", disable=hide_progress()) as bar:

@@ -59,6 +59,7 @@ class Problem:
 
 
 Draw = Callable[[random.Random], Problem]
+DrawEvent = Callable[[random.Random, int], tuple[str, Step]]
 
 
 def draw_event(rng: random.Random, value: int) -> tuple[str, Step]:
@@ -70,11 +71,7 @@ def draw_event(rng: random.Random, value: int) -> tuple[str, Step]:
     return rng.choice(WORDINGS[op]).format(n=right), Step(value, op, right, OPERATIONS[op](value, right))
 
 
-def draw_problem(
-    rng: random.Random,
-    steps: int | None = None,
-    draw_event: Callable[[random.Random, int], tuple[str, Step]] = draw_event,
-) -> Problem:
+def draw_problem(rng: random.Random, steps: int | None = None, draw_event: DrawEvent = draw_event) -> Problem:
     """One random problem of any split; ``steps`` defaults to 2, 3 or 4 with equal chance."""
     name, things = rng.choice(NAMES), rng.choice(THINGS)
     value = rng.randint(2, 40)

@@ -47,8 +47,7 @@ def longer(steps: tuple[int, ...] = (5, 6)) -> Task:
     """
     if not steps or not all(1 <= n <= MAX_STEPS for n in steps):
         raise ValueError(f"steps must be numbers from 1 to {MAX_STEPS}, not {steps!r}")
-    name = f"nano-longer-{'-'.join(map(str, steps))}"
-    return make_task(name, lambda rng: draw_problem(rng, rng.choice(steps)))
+    return make_task("-".join(map(str, ("nano-longer", *steps))), lambda rng: draw_problem(rng, rng.choice(steps)))
 
 
 @cache

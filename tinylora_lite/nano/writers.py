@@ -1,9 +1,8 @@
-"""The people who wrote the nano model's pretraining text.
+"""The people who wrote the nano model's pretraining text, each with an own way to solve the same problem.
 
-Each solves the same problem in a way of their own. Only the careful writer both reasons and answers in the
-checked format, so a model that has read all of them *can* solve most problems, and mostly does not: the
-paper's own hypothesis about Qwen ("the knowledge is already there, the style must change", section 8 of
-arXiv 2602.04118), true here by construction.
+Only the careful writer both reasons and answers in the checked format, so a model that has read all of them *can* solve
+most problems, and mostly does not: the paper's own hypothesis about Qwen ("the knowledge is already there, the style
+must change", section 8 of arXiv 2602.04118), true here by construction.
 """
 
 from __future__ import annotations
