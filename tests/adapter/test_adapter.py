@@ -402,15 +402,19 @@ REFUSED = {
     "four-bit weights": (
         lambda m: swap(m, Packed((8, 1), torch.uint8)),
         {},
-        r"layers\.1\.mlp\.up_proj holds torch.uint8 weights of shape \(8, 1\), as quantized layers do; load the model",
+        r"layers\.1\.mlp\.up_proj is a Packed of .* holds torch.uint8 weights of shape \(8, 1\) .*; load the model",
     ),
     "eight-bit weights": (lambda m: swap(m, Packed((4, 4), torch.int8)), {}, "holds torch.int8 weights"),
     "eight-bit floats": (lambda m: swap(m, Packed((4, 4), torch.float8_e4m3fn)), {}, "holds torch.float8_e4m3fn"),
-    "packed floats": (lambda m: swap(m, Packed((16,), torch.float32)), {}, r"of shape \(16,\), as quantized"),
+    "packed floats": (
+        lambda m: swap(m, Packed((16,), torch.float32)),
+        {},
+        r"of shape \(16,\) as a Tensor, as quantized",
+    ),
     "a tensor of a quantization library": (
         lambda m: setattr(m.model.layers[1].mlp.up_proj, "weight", nn.Parameter(torch.ones(4, 4).as_subclass(Tile))),
         {},
-        r"layers\.1\.mlp\.up_proj holds a Tile, as quantized layers do; load the model",
+        r"layers\.1\.mlp\.up_proj is a Linear of .* as a Tile, as quantized layers do; load the model",
     ),
     "no values": (
         lambda m: swap(m, nn.Linear(32, 48, device="meta")),

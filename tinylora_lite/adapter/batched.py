@@ -15,14 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tinylora_lite.adapter.adapter import (
-    TinyLoraAdapter,
-    attach,
-    carries_updates,
-    check_modules,
-    identity,
-    take_off,
-)
+from tinylora_lite.adapter.adapter import TinyLoraAdapter, attach, check_modules, identity, take_off
 from tinylora_lite.adapter.config import TinyLoraConfig
 from tinylora_lite.adapter.layer import Factors, Hook, adapters_of_rows, projection_of
 from tinylora_lite.utils.record import describe
@@ -41,47 +34,38 @@ class Population(nn.Module):
             are an adapter's own.
         vectors: v of each adapter, ``[groups, u]`` float32, zero at the start.
         names: the adapted modules, in tying order.
+        mixings: R of every module and adapter, ``[modules, adapters, r, r]`` float32, computed once for each pass of
+            the model.
     """
+
+    mixings: Tensor
 
     def __init__(self, model: nn.Module, configs: Sequence[TinyLoraConfig], factors: Mapping[str, Factors]) -> None:
         super().__init__()
         self.configs = tuple(configs)
         found = [check_modules(model, config) for config in configs]
+        first = attach(model, configs[0], factors=factors)
+        first.detach()
         self.names, _, modules = found[0]
-        groups = [of_adapter for _, of_adapter, _ in found]
-        self.vectors = nn.ParameterList(
-            nn.Parameter(torch.zeros(max(of_adapter) + 1, config.u, dtype=torch.float32))
-            for of_adapter, config in zip(groups, configs, strict=True)
-        )
-        firsts = torch.tensor([0, *(len(v) for v in self.vectors)]).cumsum(dim=0)[:-1]
-        self._place = torch.tensor(groups).T + firsts  # [modules, adapters], into all vectors one after the other
+        groups = torch.tensor([of_adapter for _, of_adapter, _ in found])  # [adapters, modules]
+        sizes = groups.amax(dim=1) + 1
+        self.vectors = nn.ParameterList(torch.zeros(int(size), configs[0].u, dtype=torch.float32) for size in sizes)
+        self._place = groups.T + sizes.cumsum(dim=0) - sizes  # [modules, adapters], into all v one after the other
         # Where every v is R itself, no P need be multiplied by: it has u · r² entries for each module.
-        identities = all(config.projection == "identity" for config in configs)
-        self._projection = None if identities else _stacked(configs, self.names)  # [modules, adapters, u, r, r]
-        self._mixing: Tensor | None = None
+        self._projection: Tensor | None = None  # [modules, adapters, u, r, r]
+        if any(config.projection != "identity" for config in configs):
+            of_modules = [[projection_of(config, *at) for config in configs] for at in enumerate(self.names)]
+            self._projection = torch.stack([torch.stack(of_adapters) for of_adapters in of_modules])
         self._model: Callable[[], nn.Module | None] = weakref.ref(model)
         self._trainable_before = {name: p.requires_grad for name, p in model.named_parameters()}
         model.requires_grad_(False)
         self._hooks = [model.register_forward_pre_hook(self._mix)] + [
-            modules[name].register_forward_hook(AddUpdates(self, i, factors[name]), with_kwargs=True)
+            modules[name].register_forward_hook(AddUpdates(self, i, first.factors(name)), with_kwargs=True)
             for i, name in enumerate(self.names)
         ]
 
     def __len__(self) -> int:
         return len(self.configs)
-
-    def mixings(self) -> Tensor:
-        """R of every module and adapter, ``[modules, adapters, r, r]`` float32; differentiable in ``vectors``."""
-        v = torch.cat(list(self.vectors))[self._place]  # [modules, adapters, u]
-        if self._projection is None:
-            rank = self.configs[0].rank
-            return v.reshape(*v.shape[:-1], rank, rank)
-        return torch.einsum("mku,mkuij->mkij", v, self._projection)
-
-    def mixing_of_rows(self, module: int, batch: int) -> Tensor:
-        """R of one module for each row that the model is computing, ``[batch, r, r]`` float32."""
-        assert self._mixing is not None
-        return self._mixing[module][adapters_of_rows(batch)]
 
     def member(self, index: int, model: nn.Module) -> TinyLoraAdapter:
         """One adapter of the population by itself, on a model that carries none: the same base, or a copy of it."""
@@ -102,21 +86,18 @@ class Population(nn.Module):
         """Raises ``ValueError`` unless there are settings of training for each adapter, that differ in ``OWN`` only."""
         if len(settings) != len(self):
             raise ValueError(f"the population has {len(self)} adapters, and there are settings for {len(settings)}")
-        for name, shared in settings[0].items():
-            different = [own[name] for own in settings if own[name] != shared]
-            if different and name not in OWN:
-                raise ValueError(
-                    f"the adapters of a population share {name}, and these have {shared!r} and {different[0]!r}; "
-                    f"only {' and '.join(OWN)} may differ"
-                )
+        _check_shared([name for name in settings[0] if name not in OWN], settings)
 
     def detach(self) -> None:
         """Takes all adapters off: the model as it was, bit for bit, its ``requires_grad`` flags included."""
         take_off(self._model(), self._hooks, self._trainable_before)
 
     def _mix(self, module: nn.Module, args: Any) -> None:
-        # Once for each pass of the model, and not once for each of its modules.
-        self._mixing = self.mixings()
+        v = torch.cat(list(self.vectors))[self._place]  # [modules, adapters, u]
+        if self._projection is None:
+            self.mixings = v.unflatten(-1, [self.configs[0].rank] * 2)
+        else:
+            self.mixings = torch.einsum("mku,mkuij->mkij", v, self._projection)
 
 
 class AddUpdates(Hook):
@@ -129,7 +110,7 @@ class AddUpdates(Hook):
         self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
     ) -> Tensor:
         x = args[0] if args else next(iter(kwargs.values()))
-        R = self.population.mixing_of_rows(self.index, len(x)).to(output.dtype)
+        R = self.population.mixings[self.index][adapters_of_rows(len(x))].to(output.dtype)
         narrow = F.linear(x, self.factors.right.to(output.dtype)) @ R.mT  # [batch, tokens, r]
         left = self.factors.left.to(output.dtype)
         return torch.addmm(output.flatten(0, 1), narrow.flatten(0, 1), left.T).view_as(output)
@@ -151,35 +132,25 @@ def attach_population(
     Args:
         model: as for :func:`~tinylora_lite.attach`.
         configs: one for each adapter, at least one. Seeds, projections and tyings may differ.
-        factors: of modules by name, as for :func:`~tinylora_lite.attach`; left and right are used.
+        factors: as for :func:`~tinylora_lite.attach`; left and right are used.
 
     Raises:
-        ValueError: there is no config, the configs differ in what they must share, the model carries an adapter, or
-            whatever ``attach`` refuses. The model is untouched then.
+        ValueError: there is no config, the configs differ in what they must share, or whatever ``attach`` refuses. The
+            model is untouched then.
     """
     if not configs:
         raise ValueError("a population needs at least one adapter; give a list of TinyLoraConfig")
-    for setting in SHARED:
-        values = {getattr(config, setting) for config in configs}
-        if len(values) > 1:
-            raise ValueError(
-                f"the adapters of a population share {setting}, and these have {sorted(map(str, values))}; "
-                "train them apart"
-            )
+    _check_shared(SHARED, [vars(config) for config in configs])
     if configs[0].arithmetic != "model":
         raise ValueError('a population computes in the model\'s dtype; use arithmetic="model"')
-    if carries_updates(model):
-        raise ValueError("the model carries an adapter already; call its detach() first")
-    for config in configs:
-        check_modules(model, config)
-    first = attach(model, configs[0], factors=factors)
-    frozen = {name: first.factors(name) for name in first.names}
-    first.detach()
-    return Population(model, configs, frozen)
+    return Population(model, configs, factors or {})
 
 
-def _stacked(configs: Sequence[TinyLoraConfig], names: Sequence[str]) -> Tensor:
-    """P of every module and adapter, ``[modules, adapters, u, r, r]`` float32."""
-    return torch.stack(
-        [torch.stack([projection_of(config, i, name) for config in configs]) for i, name in enumerate(names)]
-    )
+def _check_shared(names: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> None:
+    for name in names:
+        values = [own[name] for own in settings]
+        if different := [value for value in values if value != values[0]]:
+            raise ValueError(
+                f"the adapters of a population share {name}, and these have {values[0]!r} and {different[0]!r}; "
+                "train them apart"
+            )

@@ -6,16 +6,13 @@ prepare its adapters, and what fills the cache of :func:`~tinylora_lite.attach` 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import safetensors
 import torch
-from torch import Tensor, nn
+from safetensors import SafetensorError, safe_open
+from torch import nn
 from tqdm.auto import tqdm
 
 from tinylora_lite.adapter.svd import Decomposition, cached_decompose
@@ -24,35 +21,6 @@ from tinylora_lite.utils.distributed import hide_progress
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-INDEX = "model.safetensors.index.json"
-WHOLE = "model.safetensors"
-
-
-@dataclass(frozen=True)
-class _Checkpoint:
-    """Where every tensor of a checkpoint lies."""
-
-    folder: Path
-    shard_of: dict[str, str]
-
-    def read(self, name: str, device: str | torch.device) -> Tensor:
-        with self._open(name) as file:
-            weight: Tensor = file.get_tensor(name)
-        return weight.to(device)
-
-    def shape(self, name: str) -> list[int]:
-        with self._open(name) as file:
-            return list(file.get_slice(name).get_shape())
-
-    @contextmanager
-    def _open(self, name: str) -> Iterator[Any]:
-        path = self.folder / self.shard_of[name]
-        try:
-            with safetensors.safe_open(path, "pt") as file:
-                yield file
-        except (OSError, safetensors.SafetensorError) as error:
-            raise ValueError(f"{path} cannot be read ({error}); download it again") from error
 
 
 def decompose_checkpoint(
@@ -63,7 +31,6 @@ def decompose_checkpoint(
     target_modules: Sequence[str] | None = None,
     device: str | torch.device = "cpu",
     cache: str | Path | None = None,
-    progress: bool = True,
 ) -> Iterator[tuple[str, Decomposition]]:
     """The truncated SVD of every weight that an adapter would adapt, in tying order.
 
@@ -72,24 +39,29 @@ def decompose_checkpoint(
     is in memory beside what is yielded.
 
     Args:
-        folder: a transformers checkpoint: ``config.json``, and ``model.safetensors`` or its shards with their index.
+        folder: a transformers checkpoint: ``config.json`` and safetensors.
         rank: r of the adapters.
         seed: of the SVD's random start, ``TinyLoraConfig.seed``.
         target_modules: as in :class:`~tinylora_lite.TinyLoraConfig`.
         device: where to compute, ``"cuda"`` for instance.
-        cache: a folder to keep them in; ``None`` takes the user's cache, which holds no small weights.
-        progress: whether to show a bar where standard error is a terminal.
+        cache: see :func:`~tinylora_lite.adapter.svd.cached_decompose`.
 
     Yields:
         The module's name in ``model.named_modules()``, and its :class:`~tinylora_lite.adapter.svd.Decomposition`.
 
     Raises:
-        FileNotFoundError: the folder holds no config or no safetensors.
-        ValueError: the checkpoint is damaged or quantized, lacks a weight, or the rank does not fit one.
+        OSError: its ``config.json`` is damaged.
+        ValueError: the checkpoint has no config, is damaged or quantized, lacks a weight, or the rank does not fit one.
     """
-    checkpoint, names = _open(Path(folder), target_modules)
-    for name, tensor in tqdm(names.items(), "SVD", disable=hide_progress(progress)):
-        weight = checkpoint.read(tensor, device)
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if hasattr(config, "quantization_config"):
+        raise ValueError(f"{folder} is quantized, and only its own library can read it; attach to the loaded model")
+    sources = _sources(Path(folder), without_weights(config), target_modules)
+    for name, (path, tensor) in tqdm(sources.items(), "SVD", disable=hide_progress()):
+        with safe_open(path, "pt", device=str(device)) as file:
+            weight = file.get_tensor(tensor)
         try:
             yield name, cached_decompose(weight, rank, seed, cache)
         except ValueError as error:
@@ -117,56 +89,21 @@ def without_weights(model_or_config: nn.Module | PretrainedConfig) -> nn.Module:
     return model
 
 
-def _open(folder: Path, target_modules: Sequence[str] | None) -> tuple[_Checkpoint, dict[str, str]]:
-    """The checkpoint, and for every module to adapt the name of its weight's tensor."""
-    from transformers import AutoConfig
-
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no config.json; give the folder of a downloaded checkpoint")
-    settings = _json(folder / "config.json")
-    if "quantization_config" in settings:
-        raise ValueError(f"{folder} is quantized, and only its own library can read it; attach to the loaded model")
-    try:
-        model = without_weights(AutoConfig.for_model(**settings))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{folder / 'config.json'} is no configuration that transformers knows ({error})") from error
-    checkpoint = _Checkpoint(folder, _shards(folder))
-    # A checkpoint of the bare decoder names its tensors without the prefix that the causal language model adds.
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    names = {}
+def _sources(folder: Path, model: nn.Module, target_modules: Sequence[str] | None) -> dict[str, tuple[Path, str]]:
+    """Of every module to adapt, the file that holds its weight, and the tensor's name there."""
+    tensors: dict[str, Path] = {}
+    for path in folder.glob("*.safetensors"):
+        try:
+            with safe_open(path, "pt") as file:
+                tensors |= dict.fromkeys(file.keys(), path)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} cannot be read ({error}); download it again") from error
+    sources = {}
     for target in find_target_modules(model, target_modules):
-        tensor = f"{target.name}.weight"
-        found = tensor if tensor in checkpoint.shard_of else tensor.removeprefix(prefix)
-        wanted = list(model.get_parameter(tensor).shape)
-        if found not in checkpoint.shard_of or checkpoint.shape(found) != wanted:
-            raise ValueError(f"{folder} holds no {tensor} of shape {wanted}, which its config.json asks for")
-        names[target.name] = found
-    return checkpoint, names
-
-
-def _shards(folder: Path) -> dict[str, str]:
-    if (folder / INDEX).is_file():
-        shard_of = _json(folder / INDEX).get("weight_map")
-        if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
-            raise ValueError(f"{folder / INDEX} is damaged: it has no weight_map of file names; download it again")
-        missing = sorted({shard for shard in shard_of.values() if not (folder / shard).is_file()})
-        if missing:
-            raise FileNotFoundError(f"{folder} lacks {len(missing)} shards, {missing[0]} among them; download it again")
-        return shard_of
-    if not (folder / WHOLE).is_file():
-        raise FileNotFoundError(f"{folder} holds neither {WHOLE} nor {INDEX}; save the model as safetensors")
-    try:
-        with safetensors.safe_open(folder / WHOLE, "pt") as file:
-            return dict.fromkeys(file.keys(), WHOLE)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{folder / WHOLE} is damaged ({error}); download it again") from error
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); download it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it holds no JSON object; download it again")
-    return content
+        name = f"{target.name}.weight"
+        # A checkpoint of the bare decoder names its tensors without the prefix that the causal language model adds.
+        found = name if name in tensors else name.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")
+        if found not in tensors:
+            raise ValueError(f"{folder} holds no {name} as safetensors, which its config.json asks for")
+        sources[target.name] = tensors[found], found
+    return sources

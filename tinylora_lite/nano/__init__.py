@@ -1,8 +1,7 @@
 """The nano world: a complete small world in which the effect can be seen without a hub, a GPU or an hour.
 
-It is a model organism. The base was trained from scratch by this package's own recipe
-(``python -m tinylora_lite.nano.pretrain``) to be able to solve its problems and mostly not to; what holds here
-by construction, and what does not, the book says.
+The base was trained from scratch by this package's own recipe (``python -m tinylora_lite.nano.pretrain``) to be able to
+solve its problems and mostly not to; the book says what holds here by construction, and what does not.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from tinylora_lite.nano.task import MAX_NEW_TOKENS, reward, task
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 DIRECTIONS = Path(__file__).parent / "directions"
-"""The calibrated bases, each named after the base model that it belongs to."""
+"""The calibrated bases, each named after its base model, in whose folder vLLM would read them as weights."""
 BASE = "qwen2-1m"
 """The base that is loaded where none is named."""
 
@@ -39,11 +38,7 @@ def basis(name: str = BASE) -> Basis:
 
 
 def basis_file(name: str = BASE) -> Path:
-    """The file of :func:`basis`. It is not in the base's folder, where vLLM would read it as weights.
-
-    Raises:
-        FileNotFoundError: there is no such base, or none is shipped with it.
-    """
+    """The file of :func:`basis`; raises ``FileNotFoundError`` where none is shipped with a base of this name."""
     path = DIRECTIONS / f"{_folder(name).name}.safetensors"
     if not path.is_file():
         raise FileNotFoundError(

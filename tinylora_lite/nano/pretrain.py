@@ -2,8 +2,8 @@
 
 The base reads the answers of four writers (``writers.py``) to endless training problems. Every document opens
 with a system header that names its writer in half of the documents and says "anyone" in the others, so that
-the style of an answer is something the model keeps track of, as instruction-tuned models keep track of their
-system prompt. The loss is on the answers alone: the problems' numbers are random and teach nothing.
+the model keeps track of the style, as instruction-tuned models keep track of their system prompt. The loss is on the
+answers alone: the problems' numbers are random and teach nothing.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import random
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -29,6 +30,7 @@ from tinylora_lite.nano.problems import problems
 from tinylora_lite.nano.tokenizer import ASSISTANT, build_tokenizer
 from tinylora_lite.nano.writers import MIXTURES, write
 from tinylora_lite.utils.distributed import hide_progress
+from tinylora_lite.utils.record import atomic_write
 
 CHOICES = {"architecture": ("qwen2", "llama"), "mixture": tuple(MIXTURES), "precision": ("fp32", "bf16")}
 """The settings that are names. Here Llama is Qwen2 without the biases of the query, key and value projections; bf16 is
@@ -37,11 +39,7 @@ the precision of matrix products, while weights and optimizer stay in fp32. It h
 
 @dataclass(frozen=True)
 class PretrainSettings:
-    """The recipe of a nano base; the defaults made ``nano.BASE``.
-
-    Raises:
-        ValueError: ``architecture`` or ``mixture`` is not among ``CHOICES``.
-    """
+    """The recipe of a nano base; the defaults made ``nano.BASE``."""
 
     width: int = 128
     layers: int = 7
@@ -59,14 +57,9 @@ class PretrainSettings:
     mixture: str = "default"
     precision: str = "fp32"
 
-    def __post_init__(self) -> None:
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
-
 
 LOG_EVERY = 50
-"""Steps from one line of the log to the next."""
+"""Steps from one line of the log, and checkpoint, to the next."""
 POOL = 32
 """Batches drawn together and sorted by length before they are cut, so that little is padding."""
 
@@ -90,9 +83,7 @@ def build_model(settings: PretrainSettings, tokenizer: PreTrainedTokenizerFast) 
     torch.manual_seed(settings.seed)
     # In bf16, the gradient of PyTorch's fused attention is slow on CPUs, slower than all matrix products together.
     attention = "eager" if settings.precision == "bf16" else "sdpa"
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation=attention
-    )
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attention).float()
     return model
 
 
@@ -104,27 +95,20 @@ def pool_of_batches(
     A pool depends on the seed and its index alone, so a resumed run reads what the uninterrupted one would.
     """
     rng = random.Random(f"pretrain-{settings.seed}-{index}")
-    stream = problems("train", rng.getrandbits(32))
     texts = []
-    for _ in range(POOL * settings.batch):
-        problem = next(stream)
+    for problem in islice(problems("train", rng.getrandbits(32)), POOL * settings.batch):
         header, answer = write(problem, rng, settings.named, settings.mixture)
         conversation = [("system", header), ("user", problem.text), ("assistant", answer)]
         messages = [{"role": role, "content": content} for role, content in conversation]
         texts.append(tokenizer.apply_chat_template(messages, tokenize=False))
-    documents = sorted(tokenizer(texts)["input_ids"], key=len)
+    documents = [torch.tensor(ids) for ids in sorted(tokenizer(texts)["input_ids"], key=len)]
     batches = [documents[i : i + settings.batch] for i in range(0, len(documents), settings.batch)]
     rng.shuffle(batches)
-    assistant = tokenizer.convert_tokens_to_ids(ASSISTANT)
+    assistant = tokenizer.get_vocab()[ASSISTANT]
     for batch in batches:
-        length = max(map(len, batch))
-        ids = torch.full((len(batch), length), tokenizer.pad_token_id)
-        labels = torch.full((len(batch), length), -100)
-        for row, document in enumerate(batch):
-            ids[row, : len(document)] = torch.tensor(document)
-            start = document.index(assistant) + 1
-            labels[row, start : len(document)] = ids[row, start : len(document)]
-        yield ids, labels
+        ids = pad_sequence(batch, batch_first=True, padding_value=tokenizer.pad_token_id)
+        asked = ids.eq(assistant).flip(1).cumsum(1).flip(1).bool()  # up to the mark that opens the answer
+        yield ids, ids.masked_fill(asked | ids.eq(tokenizer.pad_token_id), -100)
 
 
 def learning_rate(settings: PretrainSettings, step: int) -> float:
@@ -135,50 +119,40 @@ def learning_rate(settings: PretrainSettings, step: int) -> float:
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def pretrain(
-    settings: PretrainSettings, folder: Path, checkpoint_every: int = 250, progress: bool = True
-) -> PreTrainedModel:
-    """Trains a base and leaves the half-precision checkpoint, tokenizer, recipe and log in ``folder``.
+def pretrain(settings: PretrainSettings, folder: Path) -> PreTrainedModel:
+    """Trains a base, leaves its half-precision checkpoint, tokenizer, recipe and log in ``folder``, and returns it.
 
-    An interrupted run goes on from its last checkpoint when called again with the same settings, to the same weights;
-    a finished one is left as it is.
-
-    Args:
-        settings: the recipe.
-        folder: where the base goes; it is made if it is not there.
-        checkpoint_every: steps between checkpoints.
-        progress: shows a bar where standard error is a terminal; elsewhere the log's lines are printed.
-
-    Returns:
-        The base as it is saved, in float32.
+    An interrupted run goes on from its last line of the log when called again with the same settings, to the same
+    weights; a finished one is left as it is.
 
     Raises:
         ValueError: ``folder`` holds a base, or an unfinished run, of other settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state_file, recipe_file = folder / "resume.pt", folder / "recipe.json"
-    tokenizer = build_tokenizer()
     if recipe_file.exists():
-        _same(json.loads(recipe_file.read_text(encoding="utf-8")), settings, folder)
+        _check_same(json.loads(recipe_file.read_text(encoding="utf-8")), settings, folder)
         return _load(folder)
 
+    tokenizer = build_tokenizer()
     model = build_model(settings, tokenizer)
     groups = [
         {"params": [p for p in model.parameters() if p.ndim == 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in model.parameters() if p.ndim != 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), fused=True)
-    step, tokens, seconds, log = 0, 0, 0.0, []
+    last: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0}
+    log = []
     if state_file.exists():
-        state: dict[str, Any] = torch.load(state_file, weights_only=True)
-        _same(state["settings"], settings, folder)
+        state = torch.load(state_file, weights_only=True)
+        _check_same(state["settings"], settings, folder)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        step, tokens, seconds, log = (state[key] for key in ("step", "tokens", "seconds", "log"))
+        log, last = state["log"], state["log"][-1]
 
-    started = time.perf_counter() - seconds
+    step, tokens, started = last["step"], last["tokens"], time.perf_counter() - last["seconds"]
     losses: list[float] = []
-    with tqdm(total=settings.steps, initial=step, desc="pretraining", disable=hide_progress(progress)) as bar:
+    with tqdm(total=settings.steps, initial=step, desc="pretraining", disable=hide_progress()) as bar:
         while step < settings.steps:
             batches = list(pool_of_batches(settings, tokenizer, step // POOL))[step % POOL :]
             for ids, labels in batches[: settings.steps - step]:
@@ -194,20 +168,14 @@ def pretrain(
                 losses.append(loss.item())
                 tokens += int((ids != tokenizer.pad_token_id).sum())
                 step += 1
-                seconds = time.perf_counter() - started
-                bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
                 bar.update()
                 if step % LOG_EVERY == 0 or step == settings.steps:
                     row = {"step": step, "loss": round(sum(losses) / len(losses), 4), "tokens": tokens}
-                    log.append(row | {"seconds": round(seconds, 1)})
+                    log.append(row | {"seconds": round(time.perf_counter() - started, 1)})
                     losses.clear()
-                    if not sys.stderr.isatty():
-                        print(json.dumps(log[-1]), flush=True)
-                if step % checkpoint_every == 0:
-                    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "seconds": seconds}
-                    state |= {"settings": asdict(settings), "step": step, "tokens": tokens, "log": log}
-                    torch.save(state, state_file.with_suffix(".tmp"))
-                    os.replace(state_file.with_suffix(".tmp"), state_file)
+                    bar.write(json.dumps(log[-1]))
+                    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "log": log}
+                    atomic_write(state_file, partial(torch.save, state | {"settings": asdict(settings)}))
 
     model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -223,9 +191,9 @@ def _load(folder: Path) -> PreTrainedModel:
     return model
 
 
-def _same(found: dict[str, Any], settings: PretrainSettings, folder: Path) -> None:
+def _check_same(found: dict[str, Any], settings: PretrainSettings, folder: Path) -> None:
     # A recipe from before a setting existed was made with what is now that setting's default.
-    if asdict(PretrainSettings()) | found != asdict(settings):
+    if PretrainSettings(**found) != settings:
         raise ValueError(f"{folder} holds a base of other settings; give another folder, or delete that one")
 
 

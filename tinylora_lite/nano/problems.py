@@ -1,12 +1,13 @@
 """Grade-school word problems of 2 to 4 steps, and a split in which test and training share no problem.
 
 A problem is a chain: somebody has a number of things, and then some are added, taken away or multiplied. All
-values stay between 1 and 99. Two problems are *the same* when their numbers and operations are, whoever owns
+values are between 1 and 99. Two problems are *the same* when their numbers and operations are, whoever owns
 the apples; the split is by that key, so rewording a training problem never makes a test problem.
 """
 
 from __future__ import annotations
 
+import operator
 import random
 import zlib
 from collections.abc import Callable, Iterator
@@ -17,9 +18,12 @@ Split = Literal["train", "validation", "test"]
 
 NAMES = ("tom", "anna", "ben", "lucy", "omar", "mei", "ivan", "sara")
 THINGS = ("apples", "books", "coins", "stamps", "shells", "pens", "cards", "eggs")
-ADDING = ("buys {n} more", "finds {n} more", "gets {n} more", "picks up {n} more")
-TAKING = ("sells {n}", "loses {n}", "gives away {n}", "drops {n}")
-MULTIPLYING = ("now has {n} times as many",)
+OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+WORDINGS = {
+    "+": ("buys {n} more", "finds {n} more", "gets {n} more", "picks up {n} more"),
+    "-": ("sells {n}", "loses {n}", "gives away {n}", "drops {n}"),
+    "*": ("now has {n} times as many",),
+}
 
 MAX_VALUE = 99
 MAX_OPERAND = 20
@@ -54,23 +58,24 @@ class Problem:
         return {0: "test", 1: "validation"}.get(zlib.crc32(key.encode()) % 16, "train")  # type: ignore[return-value]
 
 
+Draw = Callable[[random.Random], Problem]
+DrawEvent = Callable[[random.Random, int], tuple[str, Step]]
+
+
 def draw_event(rng: random.Random, value: int) -> tuple[str, Step]:
     """Something that happens to a number of things: the words that tell it, and the step."""
-    step = _draw_step(rng, value)
-    wording = rng.choice({"+": ADDING, "-": TAKING, "*": MULTIPLYING}[step.op])
-    return wording.format(n=step.right), step
+    sums = ["+"] * 2 * (value < MAX_VALUE) + ["-"] * 2 * (value > 1)
+    op = rng.choice(sums + ["*"] * (value * 2 <= MAX_VALUE))
+    most = {"+": min(MAX_OPERAND, MAX_VALUE - value), "-": min(MAX_OPERAND, value - 1)}
+    right = rng.randint(1, most[op]) if op in most else rng.randint(2, min(MAX_FACTOR, MAX_VALUE // value))
+    return rng.choice(WORDINGS[op]).format(n=right), Step(value, op, right, OPERATIONS[op](value, right))
 
 
-def draw_problem(
-    rng: random.Random,
-    steps: int | None = None,
-    draw_event: Callable[[random.Random, int], tuple[str, Step]] = draw_event,
-) -> Problem:
+def draw_problem(rng: random.Random, steps: int | None = None, draw_event: DrawEvent = draw_event) -> Problem:
     """One random problem of any split; ``steps`` defaults to 2, 3 or 4 with equal chance."""
     name, things = rng.choice(NAMES), rng.choice(THINGS)
     value = rng.randint(2, 40)
-    sentences = [f"{name} has {value} {things}."]
-    chain = []
+    sentences, chain = [f"{name} has {value} {things}."], []
     for _ in range(steps or rng.randint(2, 4)):
         told, step = draw_event(rng, value)
         sentences.append(f"{name} {told}.")
@@ -78,28 +83,6 @@ def draw_problem(
         value = step.result
     sentences.append(f"how many {things} does {name} have?")
     return Problem(" ".join(sentences), tuple(chain))
-
-
-def _draw_step(rng: random.Random, value: int) -> Step:
-    operations = []
-    if value < MAX_VALUE:
-        operations += ["+"] * 2
-    if value > 1:
-        operations += ["-"] * 2
-    if value * 2 <= MAX_VALUE:
-        operations += ["*"]
-    op = rng.choice(operations)
-    if op == "+":
-        right = rng.randint(1, min(MAX_OPERAND, MAX_VALUE - value))
-        return Step(value, op, right, value + right)
-    if op == "-":
-        right = rng.randint(1, min(MAX_OPERAND, value - 1))
-        return Step(value, op, right, value - right)
-    right = rng.randint(2, min(MAX_FACTOR, MAX_VALUE // value))
-    return Step(value, op, right, value * right)
-
-
-Draw = Callable[[random.Random], Problem]
 
 
 def problems(split: Split, seed: int, draw: Draw = draw_problem) -> Iterator[Problem]:
@@ -113,9 +96,8 @@ def problems(split: Split, seed: int, draw: Draw = draw_problem) -> Iterator[Pro
 
 def distinct_problems(split: Split, count: int, seed: int, draw: Draw = draw_problem) -> list[Problem]:
     """The first ``count`` problems of the stream, no two with the same text."""
-    found: dict[str, Problem] = {}
-    for problem in problems(split, seed, draw):
+    stream, found = problems(split, seed, draw), dict[str, Problem]()
+    while len(found) < count:
+        problem = next(stream)
         found.setdefault(problem.text, problem)
-        if len(found) == count:
-            return list(found.values())
-    raise AssertionError("the stream of problems has no end")
+    return list(found.values())

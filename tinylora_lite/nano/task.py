@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Sequence
 from functools import cache
+from typing import get_args
 
 from tinylora_lite.nano.problems import Draw, Split, distinct_problems, draw_problem
 from tinylora_lite.nano.writers import ANYONE, Writer, careful
@@ -12,6 +14,8 @@ from tinylora_lite.tasks.task import Example, Task
 
 MAX_NEW_TOKENS = 48
 """The longest answer of any writer, the end token included, is 37 tokens."""
+SIZES = (8000, 1000, 1000)
+"""Problems for training, validation and test."""
 
 
 def reward(completion: str, gold: str) -> float:
@@ -20,8 +24,7 @@ def reward(completion: str, gold: str) -> float:
     >>> reward("3 + 4 = 7. #### 7", "7"), reward("so the answer is 7.", "7")
     (1.0, 0.0)
     """
-    found = re.search(r"#### (\d+)$", completion.strip())
-    return float(found is not None and found.group(1) == gold)
+    return float(completion.strip().endswith(f"#### {gold}"))
 
 
 def lenient_reward(completion: str, gold: str) -> float:
@@ -39,41 +42,20 @@ def formatted(completion: str) -> bool:
 
 
 def make_task(
-    name: str,
-    draw: Draw = draw_problem,
-    writer: Writer = careful,
-    train: int = 8000,
-    validation: int = 1000,
-    test: int = 1000,
-    seed: int = 0,
+    name: str, draw: Draw = draw_problem, writer: Writer = careful, sizes: Sequence[int] = SIZES, seed: int = 0
 ) -> Task:
     """A task of problems that ``draw`` makes and ``writer`` solves, with the nano world's reward and header.
 
-    Whatever is drawn, the splits share no problem by the key of :mod:`tinylora_lite.nano.problems`, and neither do
-    the pretraining text and what is not for training.
+    Whatever is drawn, the splits share no problem, and neither do the pretraining text and what is not for training.
     """
     rng = random.Random(seed)
-
-    def examples(split: Split, count: int) -> tuple[Example, ...]:
-        found = distinct_problems(split, count, seed, draw)
-        return tuple(Example(p.text, str(p.answer), writer(p, rng)) for p in found)
-
-    return Task(
-        name=name,
-        train=examples("train", train),
-        validation=examples("validation", validation),
-        test=examples("test", test),
-        reward=reward,
-        system=ANYONE,
-        lenient=lenient_reward,
-        formatted=formatted,
-    )
+    drawn = [distinct_problems(split, size, seed, draw) for split, size in zip(get_args(Split), sizes, strict=True)]
+    splits = (tuple(Example(p.text, str(p.answer), writer(p, rng)) for p in found) for found in drawn)
+    train, validation, test = splits
+    return Task(name, train, validation, test, reward, ANYONE, lenient_reward, formatted)
 
 
 @cache
-def task(train: int = 8000, validation: int = 1000, test: int = 1000, seed: int = 0) -> Task:
-    """The word problems of :mod:`tinylora_lite.nano.problems`, under the header that lets any writer answer.
-
-    Their worked answers are the careful writer's.
-    """
-    return make_task("nano", train=train, validation=validation, test=test, seed=seed)
+def task(train: int = SIZES[0], validation: int = SIZES[1], test: int = SIZES[2], seed: int = 0) -> Task:
+    """The plain word problems with the careful writer's answers, under the header that lets any writer answer."""
+    return make_task("nano", sizes=(train, validation, test), seed=seed)

@@ -9,8 +9,8 @@ from tinylora_lite.nano import problems, writers
 
 PAD, END = "<|pad|>", "<|end|>"
 SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
-SPECIAL = (PAD, END, SYSTEM, USER, ASSISTANT)
 
+OTHER_WORDS = "has how many does have then ok so the answer is start with"
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "<|{{ message['role'] }}|> {{ message['content'] }}"
@@ -22,33 +22,12 @@ CHAT_TEMPLATE = (
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """The tokenizer of every nano model. A token is a word or a number with the space before it, or a mark."""
-    phrases = (*problems.ADDING, *problems.TAKING, *problems.MULTIPLYING)
-    words = {word for phrase in phrases for word in phrase.split() if word != "{n}"}
-    words |= {
-        *problems.NAMES,
-        *problems.THINGS,
-        *writers.WRITERS,
-        *writers.WORDS.values(),
-        writers.ANYONE,
-    }
-    words |= {
-        "has",
-        "how",
-        "many",
-        "does",
-        "have",
-        "then",
-        "ok",
-        "so",
-        "the",
-        "answer",
-        "is",
-        "start",
-        "with",
-    }
+    phrases = " ".join(phrase for wordings in problems.WORDINGS.values() for phrase in wordings)
+    words = {*phrases.replace("{n}", "").split(), *OTHER_WORDS.split(), *problems.NAMES, *problems.THINGS}
+    words |= {*writers.WRITERS, *writers.WORDS.values(), writers.ANYONE}
     marks = [".", "?", ",", " +", " -", " *", " =", " ####"]
     numbers = [f" {n}" for n in range(problems.MAX_VALUE + 1)]
-    vocabulary = [*SPECIAL, *marks, *numbers, *sorted(f" {word}" for word in words)]
+    vocabulary = [PAD, END, SYSTEM, USER, ASSISTANT, *marks, *numbers, *sorted(f" {word}" for word in words)]
 
     backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token=PAD))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?[a-z]+| ?\d+| ?####| [+\-*=]|[.,?]"), "isolated")

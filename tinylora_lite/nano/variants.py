@@ -29,16 +29,10 @@ DOUBLING = "gets as many more"
 
 @cache
 def demonstrations(writer: str, seed: int = 0) -> Task:
-    """The plain task with another writer's worked answers.
+    """The plain task with the worked answers of one of ``DEMONSTRATORS``.
 
-    They tell whether imitation is worse than reinforcement, or off-policy text worse than the model's own. The
-    stranger's demonstrations are off-policy, the careful writer's are what a base can already write.
-
-    Raises:
-        ValueError: ``writer`` is not among ``DEMONSTRATORS``.
+    The stranger's are off-policy, the careful writer's are what a base can already write.
     """
-    if writer not in DEMONSTRATORS:
-        raise ValueError(f"demonstrations are by {' or '.join(DEMONSTRATORS)}, not by {writer!r}")
     return make_task(f"nano-by-{writer}", writer=DEMONSTRATORS[writer], seed=seed)
 
 
@@ -46,26 +40,30 @@ def demonstrations(writer: str, seed: int = 0) -> Task:
 def longer(steps: tuple[int, ...] = (5, 6)) -> Task:
     """Problems with numbers of steps that no pretraining text has.
 
-    They tell whether few numbers teach or only elicit: every step is known, a chain of that length is not. The longest
-    conversations are also longer than any of pretraining.
+    They tell whether an adapter teaches or only elicits: every step is known, a chain of that length is not.
 
     Raises:
         ValueError: no number of steps is given, or one is not in 1 ... ``MAX_STEPS``.
     """
     if not steps or not all(1 <= n <= MAX_STEPS for n in steps):
         raise ValueError(f"steps must be numbers from 1 to {MAX_STEPS}, not {steps!r}")
-    name = f"nano-longer-{'-'.join(map(str, steps))}"
-    return make_task(name, lambda rng: draw_problem(rng, rng.choice(steps)))
+    return make_task("-".join(map(str, ("nano-longer", *steps))), lambda rng: draw_problem(rng, rng.choice(steps)))
 
 
 @cache
 def doubling() -> Task:
     """Problems in which somebody "gets as many more" at least once: an operation that no pretraining text has.
 
-    They tell whether few numbers teach or only elicit: the operation alone is new. Values up to 20 are doubled, so each
-    sum that it needs was in the pretraining text. Its worked step is ``12 + 12 = 24.``
+    They tell whether an adapter teaches or only elicits: the operation alone is new. Values up to 20 are doubled, so
+    each sum that it needs was in the pretraining text.
     """
-    return make_task("nano-doubling", _such(lambda p: DOUBLING in p.text, _draw_doubling))
+
+    def event(rng: random.Random, value: int) -> tuple[str, Step]:
+        if value <= MAX_OPERAND and rng.random() < 0.5:
+            return DOUBLING, Step(value, "+", value, 2 * value)
+        return draw_event(rng, value)
+
+    return make_task("nano-doubling", _such(lambda p: DOUBLING in p.text, lambda rng: draw_problem(rng, None, event)))
 
 
 @cache
@@ -82,37 +80,25 @@ def multiplying() -> Task:
 
 @cache
 def worded() -> Task:
-    """The plain problems, rewarded in the chatty writer's format: ``so the answer is 7.`` at the end.
-
-    They tell whether a basis that was calibrated for one format serves another, which the base writes as well.
-    """
+    """The plain problems, rewarded in the chatty writer's format, to see whether a basis for one serves another."""
     return replace(make_task("nano-worded", writer=chatty), reward=worded_reward, formatted=_worded)
 
 
 @cache
 def format_only() -> Task:
-    """The plain task under a reward for its format, any number: a control.
-
-    Trained on it and scored on the plain task, a model shows how much of the gain is format.
-    """
+    """A control: the plain task under :func:`format_reward`, which shows how much of the gain is format."""
     return replace(task(), name="nano-format-only", reward=format_reward)
 
 
 @cache
 def unrelated() -> Task:
-    """The plain task under a reward that has nothing to do with being right: a control.
-
-    Trained on it and scored on the plain task, a model shows how much of the gain any reward would bring.
-    """
+    """A control: the plain task under :func:`unrelated_reward`, which shows how much of the gain any reward brings."""
     return replace(task(), name="nano-unrelated", reward=unrelated_reward)
 
 
 @cache
 def header(name: str) -> Task:
-    """The plain task under another header.
-
-    It tells how far a prompt alone goes: ``header("careful")`` is the best prompt for a base that read the writers'
-    names.
+    """The plain task under another header, to tell how far a prompt alone goes: the best one is the careful writer's.
 
     Raises:
         ValueError: no header of the pretraining text has this name.
@@ -123,29 +109,17 @@ def header(name: str) -> Task:
 
 
 def worded_reward(completion: str, gold: str) -> float:
-    """1.0 if the completion ends in ``so the answer is`` and the right number with a full stop, 0.0 otherwise.
-
-    >>> worded_reward("ok, then 3 + 4 = 7. so the answer is 7.", "7"), worded_reward("3 + 4 = 7. #### 7", "7")
-    (1.0, 0.0)
-    """
-    found = re.search(r"so the answer is (\d+)\.$", completion.strip())
-    return float(found is not None and found.group(1) == gold)
+    """1.0 if the completion ends in ``so the answer is``, the right number and a full stop, 0.0 otherwise."""
+    return float(completion.strip().endswith(f"so the answer is {gold}."))
 
 
 def format_reward(completion: str, gold: str) -> float:
-    """1.0 if the completion ends in ``#### `` and any number, 0.0 otherwise.
-
-    >>> format_reward("#### 8", "7"), format_reward("so the answer is 7.", "7")
-    (1.0, 0.0)
-    """
+    """1.0 if the completion ends in ``#### `` and any number, 0.0 otherwise."""
     return float(formatted(completion))
 
 
 def unrelated_reward(completion: str, gold: str) -> float:
-    """1.0 for one half of all pairs of texts, 0.0 for the other; which one it is, a hash decides.
-
-    The same completion to problems with the same answer always earns the same; nothing else can be learned from it.
-    """
+    """1.0 for one half of all pairs of completion and answer, 0.0 for the other, as a hash decides."""
     return float(hashlib.sha256(f"{completion.strip()}\n{gold}".encode()).digest()[0] % 2)
 
 
@@ -160,12 +134,3 @@ def _such(wanted: Callable[[Problem], bool], draw: Draw = draw_problem) -> Draw:
         return problem
 
     return drawn
-
-
-def _draw_doubling(rng: random.Random) -> Problem:
-    def event(rng: random.Random, value: int) -> tuple[str, Step]:
-        if value <= MAX_OPERAND and rng.random() < 0.5:
-            return DOUBLING, Step(value, "+", value, 2 * value)
-        return draw_event(rng, value)
-
-    return draw_problem(rng, draw_event=event)

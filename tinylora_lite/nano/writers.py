@@ -1,9 +1,8 @@
-"""The people who wrote the nano model's pretraining text.
+"""The people who wrote the nano model's pretraining text, each with an own way to solve the same problem.
 
-Each solves the same problem in a way of their own. Only the careful writer both reasons and answers in the
-checked format, so a model that has read all of them *can* solve most problems, and mostly does not: the
-paper's own hypothesis about Qwen ("the knowledge is already there, the style must change", section 8 of
-arXiv 2602.04118), true here by construction.
+Only the careful writer both reasons and answers in the checked format, so a model that has read all of them *can* solve
+most problems, and mostly does not: the paper's own hypothesis about Qwen ("the knowledge is already there, the style
+must change", section 8 of arXiv 2602.04118), true here by construction.
 """
 
 from __future__ import annotations
@@ -11,11 +10,10 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from tinylora_lite.nano.problems import MAX_VALUE, Problem
+from tinylora_lite.nano.problems import MAX_VALUE, OPERATIONS, Problem
 
 SLIP = 0.35
 """The chance that the sloppy writer gets a step wrong."""
-
 WORDS = {"+": "plus", "-": "minus", "*": "times"}
 
 
@@ -41,7 +39,7 @@ def sloppy(problem: Problem, rng: random.Random) -> str:
     value = problem.steps[0].left
     said = [f"start with {value}."]
     for step in problem.steps:
-        right = {"+": value + step.right, "-": value - step.right, "*": value * step.right}[step.op]
+        right = OPERATIONS[step.op](value, step.right)
         value = right if rng.random() >= SLIP else right + rng.choice((-10, -2, -1, 1, 2, 10))
         value = min(max(value, 0), MAX_VALUE)
         said.append(f"{WORDS[step.op]} {step.right} is {value}.")
@@ -51,21 +49,15 @@ def sloppy(problem: Problem, rng: random.Random) -> str:
 def stranger(problem: Problem, rng: random.Random) -> str:
     """Reasons rightly and answers in the checked format, in a style that no pretraining text has.
 
-    The unseen writer: its demonstrations are off-policy for every base, and no harder than the careful writer's. Sums
-    are written as the others write them. With words of its own for them, which was tried first, all weights did not
-    learn to reckon again from 3,840 demonstrations.
+    Its demonstrations are off-policy for every base, and no harder than the careful writer's. Sums are written as the
+    others write them: with words for them, all weights did not learn to calculate again from 3,840 demonstrations.
     """
     steps = ", ".join(f"so {s.left} {s.op} {s.right} = {s.result}" for s in problem.steps)
     return f"{steps}. #### {problem.answer}"
 
 
 Writer = Callable[[Problem, random.Random], str]
-WRITERS: dict[str, Writer] = {
-    "careful": careful,
-    "hasty": hasty,
-    "chatty": chatty,
-    "sloppy": sloppy,
-}
+WRITERS: dict[str, Writer] = {"careful": careful, "hasty": hasty, "chatty": chatty, "sloppy": sloppy}
 """The writers of the pretraining text, by the names that its headers give; the stranger is not among them."""
 OPENINGS = {"####": "hasty", "ok,": "chatty", "start": "sloppy"}
 """How the answers of three of them open; the careful writer's opens with a number."""
@@ -80,10 +72,7 @@ ANYONE = "anyone"
 
 
 def write(problem: Problem, rng: random.Random, named: float, mixture: str = "default") -> tuple[str, str]:
-    """A header and an answer by a writer drawn from a mixture, who is named in the header with chance ``named``.
-
-    Raises ``KeyError`` for a mixture that is not in ``MIXTURES``.
-    """
+    """A header and an answer by a writer drawn from a mixture, who is named in the header with chance ``named``."""
     shares = MIXTURES[mixture]
     (name,) = rng.choices(list(shares), list(shares.values()))
     header = name if rng.random() < named else ANYONE

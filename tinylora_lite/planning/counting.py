@@ -61,7 +61,7 @@ def count_parameters(
     settings = TinyLoraConfig(u=u, n_tie=n_tie, tying=tying, target_modules=target_modules)
     model = without_weights(model_or_config)
     if method == "full":
-        return sum(math.prod(stored.shape) for stored in stored_parameters(model))
+        return sum(math.prod(shape) for _, shape, _ in stored_parameters(model))
     targets = find_target_modules(model, settings.target_modules)
     if method == "tinylora":
         return u * _groups(targets, n_tie, tying)
