@@ -62,11 +62,11 @@ def together():
     model, tokenizer = nano.load()
     population = tl.attach_population(model, [config for config, _ in MEMBERS])
     runs = fit(GRPO(model, tokenizer, population, TASK, [own for _, own in MEMBERS]), progress=False)
-    scores = tl.evaluate(
+    scores = tl.evaluate_population(
         model,
         tokenizer,
         TASK,
-        population=population,
+        population,
         problems=40,
         batch_size=16,
         max_new_tokens=nano.MAX_NEW_TOKENS,

@@ -6,13 +6,12 @@ Paired, because most problems are easy or hard for both systems, and what they s
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 
 from tinylora_lite.evaluation.score import Score, bootstrap_interval, paired_interval
-
-RESAMPLES = 9999
 
 
 @dataclass(frozen=True)
@@ -80,18 +79,13 @@ def compare(base: Score, adapted: Score, *, seed: int = 0) -> Comparison:
         seed: of the resampling, where there is any.
 
     Raises:
-        ValueError: the two are of different problems, or of none.
+        ValueError: the two are of different problems.
     """
-    ours, theirs = _problems(base), _problems(adapted)
-    if not ours or not theirs:
-        raise ValueError("a score without completions cannot be compared; evaluate anew, or use Score.load")
-    if ours != theirs:
-        place = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
-        if place is None:
-            how = f"there are {len(ours)} in the one and {len(theirs)} in the other"
-        else:
-            how = f"number {place + 1} is {_short(*ours[place])} in the one and {_short(*theirs[place])} in the other"
-        raise ValueError(f"the scores are of different problems: {how}; evaluate both on the same task and split")
+    ours, theirs = ([(c.prompt, c.gold) for c in s.completions[:: s.samples]] for s in (base, adapted))
+    for place, (one, other) in enumerate(zip_longest(ours, theirs), 1):
+        if one != other:
+            how = f"number {place} is {_short(one)} in the one and {_short(other)} in the other"
+            raise ValueError(f"the scores are of different problems: {how}; evaluate both on the same task and split")
     lenient = base.lenient_rewards, adapted.lenient_rewards
     return Comparison(
         len(ours),
@@ -108,33 +102,30 @@ def _difference(base: np.ndarray, adapted: np.ndarray, seed: int) -> Difference:
     mean, better, worse = float(gaps.mean()), int((gaps > 0).sum()), int((gaps < 0).sum())
     once = base.shape[1] == adapted.shape[1] == 1 and set(np.unique([base, adapted])) <= {0.0, 1.0}
     if once:
+        test, disagree = "McNemar, exact", better + worse
+        p_value = stats.binomtest(better, disagree).pvalue if disagree else 1.0
         low, high = paired_interval(better, worse, n)
-        disagree = better + worse
-        p_value = float(stats.binomtest(better, disagree).pvalue) if disagree else 1.0
     else:
+        test = "sign flips"
+        p_value = stats.permutation_test(
+            (gaps,),
+            lambda values, axis: values.mean(axis=axis),
+            permutation_type="samples",
+            vectorized=True,
+            batch=max(1, 4_000_000 // n),
+            random_state=np.random.default_rng(seed),
+        ).pvalue
         if np.ptp(gaps) > 0:
             low, high = bootstrap_interval(gaps, seed)
         elif abs(mean) <= 1:  # nothing to resample, and yet no certainty: as if each problem were answered once
             low, high = paired_interval(n * max(mean, 0.0), n * max(-mean, 0.0), n)
         else:
             low, high = mean, mean
-        flips = stats.permutation_test(
-            (gaps,),
-            lambda values, axis: values.mean(axis=axis),
-            permutation_type="samples",
-            vectorized=True,
-            n_resamples=RESAMPLES,
-            batch=max(1, 4_000_000 // n),
-            random_state=np.random.default_rng(seed),
-        )
-        p_value = float(flips.pvalue)
-    test = "McNemar, exact" if once else "sign flips"
-    return Difference(float(base.mean()), float(adapted.mean()), mean, low, high, p_value, test, better, worse)
+    return Difference(float(base.mean()), float(adapted.mean()), mean, low, high, float(p_value), test, better, worse)
 
 
-def _problems(score: Score) -> list[tuple[str, str]]:
-    return [(c.prompt, c.gold) for c in score.completions[:: score.samples]]
-
-
-def _short(prompt: str, gold: str) -> str:
+def _short(problem: tuple[str, str] | None) -> str:
+    if problem is None:
+        return "not there"
+    prompt, gold = problem
     return f"{prompt if len(prompt) <= 40 else f'{prompt[:40]}...'!r} (answer {gold!r})"

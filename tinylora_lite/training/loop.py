@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from tinylora_lite.adapter.adapter import TinyLoraAdapter, adapter_of, carries_updates
 from tinylora_lite.adapter.config import TinyLoraConfig
 from tinylora_lite.adapter.weights import base_fingerprint
-from tinylora_lite.evaluation.evaluate import evaluate
+from tinylora_lite.evaluation.evaluate import evaluate, evaluate_population
 from tinylora_lite.sampling.logprobs import completion_logprobs, recomputes
 from tinylora_lite.sampling.rollouts import Sampler
 from tinylora_lite.sampling.sampler import modes_kept
@@ -106,12 +106,10 @@ class Objective(Generic[S]):
         """Each adapter's score on the validation split; of a population, with the seed that each has alone."""
         options |= {"split": "validation", "problems": self.shared.evaluate_problems}
         options |= {"temperature": self.shared.temperature, "max_new_tokens": self.shared.max_new_tokens}
-        if self.population:
-            options |= {"population": self.adapter, "seed": [own.seed for own in self.settings]}
-        else:
-            options |= {"sampler": self.sampler, "seed": self.shared.seed}
-        found: Any = evaluate(self.model, self.tokenizer, self.task, **options)
-        return found if isinstance(found, list) else [found]
+        model, tokenizer, task, adapter = self.model, self.tokenizer, self.task, self.adapter
+        if isinstance(adapter, TinyLoraAdapter | None):
+            return [evaluate(model, tokenizer, task, sampler=self.sampler, seed=self.shared.seed, **options)]
+        return evaluate_population(model, tokenizer, task, adapter, seed=[own.seed for own in self.settings], **options)
 
 
 def fit(
