@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -86,21 +87,18 @@ def compare(base: Score, adapted: Score, *, seed: int = 0) -> Comparison:
         if one != other:
             how = f"number {place} is {_short(one)} in the one and {_short(other)} in the other"
             raise ValueError(f"the scores are of different problems: {how}; evaluate both on the same task and split")
-    lenient = base.lenient_rewards, adapted.lenient_rewards
-    return Comparison(
-        len(ours),
-        _difference(base.rewards, adapted.rewards, seed),
-        None if lenient[0] is None or lenient[1] is None else _difference(lenient[0], lenient[1], seed),
-    )
+    both = base.lenient, adapted.lenient
+    lenient = None if both[0] is None or both[1] is None else _difference(both[0], both[1], seed)
+    return Comparison(len(ours), _difference(base, adapted, seed), lenient)
 
 
-def _difference(base: np.ndarray, adapted: np.ndarray, seed: int) -> Difference:
+def _difference(base: Score, adapted: Score, seed: int) -> Difference:
     from scipy import stats  # takes a second to import, which import tinylora_lite should not
 
-    n = len(base)
-    gaps = adapted.mean(axis=1) - base.mean(axis=1)
+    gaps, n = adapted.rewards.mean(axis=1) - base.rewards.mean(axis=1), base.n
     mean, better, worse = float(gaps.mean()), int((gaps > 0).sum()), int((gaps < 0).sum())
-    once = base.shape[1] == adapted.shape[1] == 1 and set(np.unique([base, adapted])) <= {0.0, 1.0}
+    rewards = {c.reward for score in (base, adapted) for c in score.completions}
+    once = base.samples == adapted.samples == 1 and rewards <= {0.0, 1.0}
     if once:
         test, disagree = "McNemar, exact", better + worse
         p_value = stats.binomtest(better, disagree).pvalue if disagree else 1.0
@@ -121,11 +119,10 @@ def _difference(base: np.ndarray, adapted: np.ndarray, seed: int) -> Difference:
             low, high = paired_interval(n * max(mean, 0.0), n * max(-mean, 0.0), n)
         else:
             low, high = mean, mean
-    return Difference(float(base.mean()), float(adapted.mean()), mean, low, high, float(p_value), test, better, worse)
+    return Difference(base.accuracy, adapted.accuracy, mean, low, high, float(p_value), test, better, worse)
 
 
 def _short(problem: tuple[str, str] | None) -> str:
     if problem is None:
         return "not there"
-    prompt, gold = problem
-    return f"{prompt if len(prompt) <= 40 else f'{prompt[:40]}...'!r} (answer {gold!r})"
+    return f"{shorten(problem[0], 43, placeholder='...')!r} (answer {problem[1]!r})"

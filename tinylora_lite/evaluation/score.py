@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from math import comb
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -47,14 +47,6 @@ class Completion:
     truncated: bool
     lenient: float | None = None
     formatted: bool | None = None
-
-
-class Accuracy(NamedTuple):
-    """A mean reward and its 95 % interval."""
-
-    accuracy: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -110,16 +102,10 @@ class Score:
         return np.array([c.reward for c in self.completions], dtype=float).reshape(-1, self.samples)
 
     @property
-    def lenient_rewards(self) -> np.ndarray | None:
-        """``[problems, samples]`` float64; ``None`` where the task has no lenient reward."""
-        values = [c.lenient for c in self.completions]
-        return None if not values or None in values else np.array(values, dtype=float).reshape(-1, self.samples)
-
-    @property
-    def lenient(self) -> Accuracy | None:
-        """The mean lenient reward with its interval; ``None`` where the task has no lenient reward."""
-        rewards = self.lenient_rewards
-        return None if rewards is None else Accuracy(float(rewards.mean()), *interval(rewards))
+    def lenient(self) -> Score | None:
+        """The score by the lenient reward; ``None`` where the task has none."""
+        rewarded = [replace(c, reward=c.lenient) for c in self.completions if c.lenient is not None]
+        return Score.of(rewarded, self.samples) if rewarded else None
 
     @property
     def formatted(self) -> float | None:
@@ -177,12 +163,9 @@ def interval(rewards: np.ndarray) -> tuple[float, float]:
     """The 95 % interval of the mean of rewards, ``[problems, samples]`` float.
 
     Of rewards from 0 to 1, Wilson's interval at the effective number of observations (Dean and Pagano, "Evaluating
-    confidence interval methods for binomial proportions in clustered surveys", 2015): the number of independent
-    observations that would have the variance found between problems. It is the number of problems with one sample each,
-    and between that and the number of completions with more, since the samples of one problem resemble one another. The
-    interval never leaves 0..1 and has a width even where all are right.
-
-    Of others, Student's interval over the problems' means; of one problem alone it is infinite.
+    confidence interval methods for binomial proportions in clustered surveys", 2015): as many independent observations
+    as would have the variance found between problems, at least the problems and at most the completions. It never
+    leaves 0..1 and has a width even where all are right. Of others, Student's interval over the problems' means.
 
     >>> low, high = interval(np.array([[1.0], [1.0], [1.0], [0.0]]))
     >>> f"{low:.3f} {high:.3f}"
