@@ -56,6 +56,7 @@ class RunTime:
 
     Attributes:
         steps: of training.
+        length: mean tokens of a completion.
         tokens: of prompts and completions that one step trains on, in all processes.
         flops: of the training half of one step, in all processes.
         sampling, training: seconds of one step.
@@ -64,6 +65,7 @@ class RunTime:
     """
 
     steps: int
+    length: float
     tokens: float
     flops: float
     sampling: Range
@@ -86,24 +88,20 @@ def run_time(
     length: float | None = None,
     problems: int | None = None,
 ) -> RunTime:
-    """Estimates the seconds of a run.
+    """Estimates the seconds of a run; arguments as in :func:`~tinylora_lite.planning.plan.plan_run`.
 
-    Args:
-        settings: of the run.
-        shape: of its model.
-        gpu: of every process.
-        processes: GPUs that train.
-        length: mean tokens of a completion; ``None`` takes :data:`LENGTHS`, or half the limit.
-        problems: of the training split; ``None`` counts those of the task's problem set, or takes 8,000.
+    ``length=None`` takes :data:`LENGTHS`, or half the limit; ``problems=None`` counts those of the task's problem set, or
+    takes 8,000.
     """
     training = settings.training_settings(problems or _problems_of(settings.task, "train"))
     adapter, evaluation, nothing = settings.adapter, settings.evaluation, Range(0.0, 0.0)
-    speed = _Speed(settings, shape, gpu, mean_length(settings, length))
+    limit = training.max_new_tokens
+    speed = _Speed(settings, shape, gpu, min(length or LENGTHS.get(settings.task, limit / 2), limit))
     each = speed.prompt + speed.length
     rows, flops, sampling, calibrating = training.prompts_per_step, speed.step, nothing, nothing
     if isinstance(training, GRPOSettings):
         rows *= training.group_size
-        sampling = speed.sampling(math.ceil(rows / processes), training.max_new_tokens)
+        sampling = speed.sampling(math.ceil(rows / processes), limit)
         several = training.epochs_per_step > 1  # then the old log-probabilities are computed first
         flops = speed.step * training.epochs_per_step + speed.forward * ((training.kl > 0) + several)
     if adapter.calibrated and adapter.projection == "calibrated":
@@ -115,6 +113,7 @@ def run_time(
     scored = 2 * sum(min(evaluation.problems or there, there) for there in tests) * evaluation.samples
     return RunTime(
         steps=training.steps,
+        length=speed.length,
         tokens=rows * each,
         flops=rows * each * flops,
         sampling=sampling,
@@ -124,10 +123,18 @@ def run_time(
     )
 
 
-def mean_length(settings: RunSettings, length: float | None = None) -> float:
-    """Mean tokens of a completion: ``length``, or what :data:`LENGTHS` assumes, within the limit."""
-    limit = settings.training_settings(1).max_new_tokens
-    return min(length or LENGTHS.get(settings.task, limit / 2), limit)
+def assumptions(settings: RunSettings, gpu: GPU, length: float) -> list[str]:
+    """What the time supposes, in words."""
+    said = [
+        f"completions of {length:,.0f} tokens and prompts of {PROMPT_LENGTH} on average",
+        f"training at {MATRIX_USE[1]:.0%} to {MATRIX_USE[0]:.0%} of {gpu.matrix_rate / 1e12:,.0f} TFLOPS",
+        f"decoding at {BANDWIDTH_USE[1]:.0%} to {BANDWIDTH_USE[0]:.0%} of {gpu.bandwidth / 1e9:,.0f} GB/s",
+        f"the longest completion of a batch {TAIL[0]:.0f} to {TAIL[1]:.0f} times the mean",
+    ]
+    if settings.sampler.engine == "transformers":
+        low, high = (1000 * seconds for seconds in LAYER_SECONDS)
+        said.append(f"{low:g} to {high:g} ms for a layer in a decoding step of transformers, however few the rows")
+    return [*said, "every group of answers counts; loading and the SVD are left out"]
 
 
 def _problems_of(task: str, split: Literal["train", "test"]) -> int:
