@@ -5,10 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 GIB = 2**30
-SPARE = 0.05
-"""The share of a GPU that is left to CUDA's own needs and to memory in pieces too small to use."""
-CONTEXT = 0.6 * GIB
-"""Bytes of CUDA's context and libraries."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +28,8 @@ class GPU:
 
     @property
     def usable(self) -> float:
-        """Bytes that a run may take."""
-        return self.memory * (1 - SPARE) - CONTEXT
+        """Bytes that a run may take, without CUDA's context and libraries and what is in pieces too small to use."""
+        return 0.95 * self.memory - 0.6 * GIB
 
 
 GPUS: dict[str, GPU] = {
@@ -49,11 +45,3 @@ GPUS: dict[str, GPU] = {
 }
 """By the name that a command line takes. Rates are those of NVIDIA's data sheets, without sparsity; memory is what
 PyTorch's own out-of-memory messages name as a GPU's total capacity."""
-
-
-def gpu_named(name: str) -> GPU:
-    """A GPU by its short name; ``ValueError`` where there is none of that name."""
-    found = {"a100": "a100-80gb", "h100-80gb": "h100", "rtx4090": "4090"}.get(name.lower(), name.lower())
-    if found not in GPUS:
-        raise ValueError(f"no GPU named {name}; there are: {', '.join(GPUS)}")
-    return GPUS[found]

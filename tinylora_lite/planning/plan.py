@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinylora_lite.experiment.settings import RunSettings
 from tinylora_lite.experiment.settings_file import SettingsError
-from tinylora_lite.planning.gpus import GPU, GPUS, gpu_named
+from tinylora_lite.planning.gpus import GPU, GPUS
 from tinylora_lite.planning.memory import Phase, Term, memory_terms, peak, trained_parameters, vllm_cache, weight_bytes
 from tinylora_lite.planning.run_time import RunTime, run_time
 from tinylora_lite.planning.shapes import ModelShape, model_config
@@ -104,7 +104,10 @@ def plan_run(
     Raises:
         ValueError: an unknown GPU or model, or ``gpus`` cannot share a step's prompts.
     """
-    gpu = gpu_named(gpu) if isinstance(gpu, str) else gpu
+    if isinstance(gpu, str):
+        if gpu not in GPUS:
+            raise ValueError(f"no GPU named {gpu}; there are: {', '.join(GPUS)}")
+        gpu = GPUS[gpu]
     prompts = settings.training_settings(1).prompts_per_step
     if gpus < 1 or prompts % gpus:
         raise ValueError(f"prompts_per_step={prompts} cannot be shared by {gpus} GPUs")

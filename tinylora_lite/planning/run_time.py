@@ -90,8 +90,8 @@ def run_time(
 ) -> RunTime:
     """Estimates the seconds of a run; arguments as in :func:`~tinylora_lite.planning.plan.plan_run`.
 
-    ``length=None`` takes :data:`LENGTHS`, or half the limit; ``problems=None`` counts those of the task's problem set, or
-    takes 8,000.
+    ``length=None`` takes :data:`LENGTHS`, or half of the limit; ``problems=None`` takes those of the task's problem
+    set, or 8,000.
     """
     training = settings.training_settings(problems or _problems_of(settings.task, "train"))
     adapter, evaluation, nothing = settings.adapter, settings.evaluation, Range(0.0, 0.0)

@@ -77,8 +77,8 @@ class ModelShape:
     @property
     def attention(self) -> int:
         """The width of all heads together."""
-        heads: int = self.config.num_attention_heads
-        return heads * (getattr(self.config, "head_dim", None) or self.config.hidden_size // heads)
+        heads = self.config.num_attention_heads
+        return int(heads * (getattr(self.config, "head_dim", None) or self.config.hidden_size // heads))
 
     def cache_per_token(self, element: int) -> int:
         """Bytes of the keys and values of one token, at ``element`` bytes each."""
