@@ -203,14 +203,14 @@ def update(
     # In float16 the gradient of one token among 100,000 is below the smallest number: on its way back the loss is
     # multiplied by the smallest divisor (more may exceed the largest number), and v's gradient divided in float32.
     half = model.dtype == torch.float16
-    scale = -distributed.max_of_all(-float(batch.denominators.min()), device) if half else 1.0
+    scale = min(distributed.all_gather_object(float(batch.denominators.min()))) if half else 1.0
     live = batch.counted & (batch.advantages != 0) if s.kl == 0 else batch.counted
     chunks = list(micro_batches(batch.rollouts.lengths, live, objective.shared.micro_batch))
     parts = [(batch.rollouts.rows(i), batch.advantages[i], batch.denominators[i]) for i in chunks]
     if distributed.is_sharded(model):  # every process makes as many passes as the one with the most rows
         nothing = batch.rollouts.rows(torch.zeros(1, dtype=torch.long, device=device))
         nothing = replace(nothing, completion_mask=torch.zeros_like(nothing.completion_mask))
-        missing = int(distributed.max_of_all(len(parts), device)) - len(parts)
+        missing = max(distributed.all_gather_object(len(parts))) - len(parts)
         parts += [(nothing, batch.advantages[:1], batch.denominators[:1])] * missing
 
     def logprobs_of(policy: PreTrainedModel) -> list[Tensor]:
@@ -275,7 +275,7 @@ def update(
             "gradient_norm": norms[k],
             "clipped": clipped[k] / max(1, int(batch.tokens[k])) / s.epochs_per_step,
             "logprob_diff_mean": differences[k] / max(1, compared[k]),
-            "logprob_diff_max": distributed.max_of_all(float(largest[k]), device),
+            "logprob_diff_max": max(distributed.all_gather_object(float(largest[k]))),
             "tis_clip_frac": capped_tokens[k] / max(1, compared[k]),
         }
         for k in range(K)
