@@ -1,7 +1,4 @@
-"""Two scores on the same problems: how far apart, how sure of that we are, and whether it could be chance.
-
-Paired, because most problems are easy or hard for both systems, and what they share says nothing about which is better.
-"""
+"""Two scores on the same problems: how far apart, how sure of that we are, and whether it could be chance."""
 
 from __future__ import annotations
 
@@ -22,11 +19,10 @@ class Difference:
     Attributes:
         base, adapted: the two.
         difference: ``adapted - base``.
-        low, high: its 95 % interval over problems: Tango's where both answered every problem once and rewards are 0 or
-            1, the bootstrap of the problems' differences otherwise.
+        low, high: its 95 % interval over problems: Tango's where the test is McNemar's, else the bootstrap's.
         p_value: the chance of a difference at least as large, in either direction, were the two equally good.
-        test: what computed it: ``"McNemar, exact"`` (where the interval is Tango's) or ``"sign flips"``, which swaps
-            the two at random within problems.
+        test: ``"McNemar, exact"`` where both answered every problem once and rewards are 0 or 1, else ``"sign flips"``,
+            which swaps the two at random within problems.
         better, worse: problems on which the adapted model's mean is above the base's, and below it.
     """
 

@@ -1,8 +1,7 @@
 """Scores a model on a task, and keeps every completion, so that an evaluation that was stopped goes on.
 
-A folder holds one evaluation: ``evaluation.json``, which says of what it is and ends with the scores, and
-``completions.jsonl``, one completion a line. Until the last completion is there, the lines are in
-``completions.jsonl.part``, to which every batch is appended; a line that was cut off is dropped when it is read.
+A folder holds one evaluation: ``evaluation.json``, which says of what it is and ends with the score, and
+``completions.jsonl``, one completion a line; ``completions.jsonl.part``, to which every batch is appended, until then.
 """
 
 from __future__ import annotations

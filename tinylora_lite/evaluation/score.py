@@ -32,11 +32,9 @@ class Completion:
     Attributes:
         prompt, gold: the problem, and its right answer.
         text: what was answered, without special tokens.
-        reward: the task's, the strict one where it has two.
+        reward, lenient, formatted: by the task's functions of these names; ``None`` where it has none.
         tokens: of the answer, the end token included.
         truncated: whether it was cut off at the length limit.
-        lenient: the reward wherever in the text the answer is; ``None`` where the task has no such reward.
-        formatted: whether the text keeps the task's format; ``None`` where the task has none.
     """
 
     prompt: str

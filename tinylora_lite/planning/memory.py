@@ -1,9 +1,8 @@
 """What a run takes of a GPU's memory, from shapes alone.
 
-The formulas of weights, caches and logits count tensors; those of activations add up what PyTorch keeps for the
-backward pass of one block of Qwen2 or Llama under ``scaled_dot_product_attention``, with a frozen base: the inputs of
-frozen linear layers are not kept, which is why a frozen model trains in less. ``benchmarks/memory_checks.py`` counts
-real tensors and holds the formulas against them.
+The formulas count tensors; those of activations count what PyTorch keeps for the backward pass of a block of Qwen2 or
+Llama under ``scaled_dot_product_attention``. The inputs of frozen linear layers are not kept, which is why a frozen
+model trains in less. ``benchmarks/memory_checks.py`` holds the formulas against real tensors.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """How long a run takes, from what it computes and what a GPU can do at best.
 
 A frozen base costs 2 FLOPs per weight and token forward and 2 backward, because no weight has a gradient; gradient
-checkpointing adds 2. Decoding is bound by the memory's bandwidth: every step reads all weights, and the keys and values
-of every sequence. No GPU reaches its data sheet's figures; the constants below say what share is assumed.
+checkpointing adds 2. Each decoding step reads all weights, and the keys and values of every sequence.
 """
 
 from __future__ import annotations
@@ -24,8 +23,7 @@ with a wall time falls inside: Qwen2.5-7B on GSM8K, 3 epochs in 4 to 5 hours on 
 BANDWIDTH_USE = (0.8, 0.4)
 """The share of the memory's bandwidth that decoding reaches."""
 LAYER_SECONDS = (0.5e-3, 1.5e-3)
-"""What one layer costs in one decoding step of transformers at least, however small the batch: Python, and kernels that
-are started one by one."""
+"""What one layer costs in one decoding step of transformers at least: Python, and kernels started one by one."""
 TAIL = (2.0, 6.0)
 """The longest completion of a batch, in mean lengths."""
 LINE_SEARCH = 7 * 32
@@ -57,8 +55,7 @@ class RunTime:
     Attributes:
         steps: of training.
         length: mean tokens of a completion.
-        tokens: of prompts and completions that one step trains on, in all processes.
-        flops: of the training half of one step, in all processes.
+        tokens, flops: of one step, in all processes; tokens of prompts and completions, FLOPs of the training half.
         sampling, training: seconds of one step.
         evaluating: seconds of scoring the base and the trained model.
         calibrating: seconds of making a basis.

@@ -1,8 +1,4 @@
-"""What makes work repeatable and what of it is kept: seeds, records, checkpoints, a cache, files written whole.
-
-Everything random in a run depends on its seed and the step alone, so a run that goes on from a checkpoint computes what
-the uninterrupted one computes.
-"""
+"""What makes work repeatable and what of it is kept: seeds, records, checkpoints, a cache, files written whole."""
 
 from __future__ import annotations
 
@@ -23,8 +19,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-CACHE = "TINYLORA_CACHE"
-"""The environment variable that names another folder than ``~/.cache/tinylora_lite``; ``off`` keeps no cache."""
 RENAMED = {
     "silent_groups": "frac_reward_zero_std",
     "gap": "logprob_diff_mean",
@@ -53,10 +47,10 @@ def atomic_write(path: str | Path, content: str | bytes | Callable[[BinaryIO], N
 
 
 def seed_of(*parts: str | int) -> int:
-    """A seed for each purpose: ``seed_of("rollout", seed, step)``, the same on every machine.
+    """A seed for each purpose: ``seed_of("rollout", seed, step)``, from 0 to 2⁶³ - 1, the same on every machine.
 
     A hash instead of arithmetic, because sums coincide: ``seed * 1000 + step`` gives run 0 at step 1000 and run 1 at
-    step 0 the same stream. The result is an integer from 0 to 2⁶³ - 1, as :class:`torch.Generator` takes it.
+    step 0 the same stream.
 
     >>> seed_of("rollout", 0, 1) == seed_of("rollout", 0, 1), seed_of("rollout", 0, 1) == seed_of("rollout", 1, 0)
     (True, False)
@@ -66,8 +60,11 @@ def seed_of(*parts: str | int) -> int:
 
 
 def cache_folder(name: str) -> Path | None:
-    """The folder of that name in the user's cache; ``None`` where ``TINYLORA_CACHE=off`` keeps none, or no home is."""
-    root, home = os.environ.get(CACHE), os.environ.get("XDG_CACHE_HOME")
+    """The folder of that name in the user's cache, ``~/.cache/tinylora_lite`` or what ``TINYLORA_CACHE`` names.
+
+    ``None`` where ``TINYLORA_CACHE=off`` keeps none, or there is no home.
+    """
+    root, home = os.environ.get("TINYLORA_CACHE"), os.environ.get("XDG_CACHE_HOME")
     home = home or os.path.expanduser("~/.cache")  # noqa: PTH111  # for a user without a home, Path's raises
     if root == "off" or (not root and home.startswith("~")):
         return None
@@ -80,13 +77,10 @@ def cached(
     compute: Callable[[], dict[str, Tensor]],
     folder: str | Path | None = None,
 ) -> dict[str, Tensor]:
-    """Tensors from a cache where they are there, and computed and put into it where they are not.
+    """Float32 tensors from a cache where they are there, and computed and put into it where they are not.
 
-    Args:
-        name: of the entry.
-        shapes: of the tensors, float32; an entry of others, and a damaged one, is computed again.
-        compute: gives the tensors.
-        folder: ``None`` takes ``svd`` in the user's cache; where that cannot be written, nothing is kept.
+    An entry of other shapes or with other numbers than finite ones is computed again. A ``folder`` of ``None`` takes
+    ``svd`` in the user's cache; where that cannot be written, nothing is kept.
 
     Raises:
         OSError: ``folder`` was given and cannot be written.
@@ -146,8 +140,8 @@ class Run:
     Attributes:
         method: ``"grpo"``, ``"sft"`` or ``"es"``.
         settings: the settings of training.
-        adapter: what trains: the adapter's settings and a hash of its modules, or ``{"kind": "all weights"}``. Records
-            of version 0.1.0 before this was a dictionary hold a sentence.
+        adapter: what trains: the adapter's settings and a hash of its modules, or ``{"kind": "all weights"}``; a
+            sentence in the first records of version 0.1.0.
         parameters: how many parameters train.
         task: the task's name.
         base: SHA-256 of the base before training (:mod:`tinylora_lite.adapter.weights`).
@@ -183,12 +177,7 @@ class Run:
 
     @classmethod
     def load(cls, path: str | Path) -> Run:
-        """Reads what :meth:`save` wrote.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is damaged, or is the record of something else.
-        """
+        """Reads what :meth:`save` wrote. Raises ``ValueError`` where it is damaged, or the record of something else."""
         try:
             return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
         except (AttributeError, TypeError, ValueError) as error:  # of json, of the encoding, of the fields
@@ -282,8 +271,6 @@ def resume(
     except Exception as error:  # pickle, zip and tensor formats each raise their own
         raise ValueError(f"{path} is damaged ({type(error).__name__}); delete it to start the run again") from error
     check_same_run(folder, saved, run, defaults)
-    if [v.shape for v in values] != [p.shape for p in parameters]:
-        raise ValueError(f"{folder} holds a run of a model of another shape; give another folder, or delete that one")
     if len(saved.steps) > run.settings["steps"]:
         raise ValueError(f"{folder} holds a run of {len(saved.steps)} steps, more than steps={run.settings['steps']}")
     with torch.no_grad():
