@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
         if plan.advice:
             words.append(Text(f"It fits with: {' '.join(plan.advice)}", "bold"))
         else:
-            fitting = ", ".join(gpus_that_fit(settings, gpus=arguments.gpus)) or "no GPU that is known"
+            fitting = ", ".join(gpus_that_fit(plan)) or "no GPU that is known"
             words.append(Text(f"No change makes it fit. As it is, it fits: {fitting}."))
     shared.show(arguments, plan.to_dict(), _memory(plan), *words)
 

@@ -100,16 +100,6 @@ def memory_terms(settings: RunSettings, shape: ModelShape, gpu_memory: float, pr
     return terms
 
 
-def peak(terms: list[Term]) -> dict[Phase, float]:
-    """Bytes in each phase, what is always there included; the largest of them has to fit."""
-    always = sum(term.bytes for term in terms if term.phase == "always")
-    phases: dict[Phase, float] = {}
-    for term in terms:
-        if term.phase != "always":
-            phases[term.phase] = phases.get(term.phase, always) + term.bytes
-    return phases
-
-
 def weight_bytes(settings: RunSettings, shape: ModelShape) -> float:
     """Bytes of the base's weights; quantization shrinks the linear layers of the blocks alone."""
     element = ELEMENT[settings.dtype]

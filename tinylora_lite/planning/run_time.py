@@ -77,19 +77,9 @@ class RunTime:
 
 
 def run_time(
-    settings: RunSettings,
-    shape: ModelShape,
-    gpu: GPU,
-    *,
-    processes: int = 1,
-    length: float | None = None,
-    problems: int | None = None,
+    settings: RunSettings, shape: ModelShape, gpu: GPU, processes: int, length: float | None, problems: int | None
 ) -> RunTime:
-    """Estimates the seconds of a run; arguments as in :func:`~tinylora_lite.planning.plan.plan_run`.
-
-    ``length=None`` takes :data:`LENGTHS`, or half of the limit; ``problems=None`` takes those of the task's problem
-    set, or 8,000.
-    """
+    """Estimates the seconds of a run; the arguments are those of :func:`~tinylora_lite.planning.plan.plan_run`."""
     training = settings.training_settings(problems or _problems_of(settings.task, "train"))
     adapter, evaluation, nothing = settings.adapter, settings.evaluation, Range(0.0, 0.0)
     limit = training.max_new_tokens
