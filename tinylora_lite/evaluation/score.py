@@ -15,12 +15,8 @@ import numpy as np
 if TYPE_CHECKING:
     from tinylora_lite.tasks.task import Example, Task
 
-RECORD = "evaluation.json"
-"""What an evaluation is of; with its scores once it is finished."""
-FILE = "completions.jsonl"
-"""The completions of a finished evaluation, one a line."""
-PART = "completions.jsonl.part"
-"""Those of one that is under way."""
+RECORD, FILE, PART = "evaluation.json", "completions.jsonl", "completions.jsonl.part"
+"""The files of an evaluation; see :mod:`tinylora_lite.evaluation.evaluate`."""
 Z = 1.959963984540054
 """The normal quantile of a two-sided 95 % interval."""
 

@@ -35,12 +35,10 @@ def hide_progress(show: bool = True) -> bool | None:
 
 def shard(total: int, what: str) -> slice:
     """The places of ``total`` that are this process's own, as many as any other's, or else ``ValueError``."""
-    if total % world_size():
-        raise ValueError(
-            f"{what}={total} cannot be shared by {world_size()} processes; make it a multiple of {world_size()}"
-        )
-    each = total // world_size()
-    return slice(rank() * each, (rank() + 1) * each)
+    n = world_size()
+    if total % n:
+        raise ValueError(f"{what}={total} cannot be shared by {n} processes; make it a multiple of {n}")
+    return slice(rank() * total // n, (rank() + 1) * total // n)
 
 
 def all_reduce(tensor: Tensor) -> Tensor:
