@@ -95,6 +95,12 @@ def test_members_are_scored_as_they_are_alone(alone, together):
     assert len({tuple(c.text for c in score.completions) for score in scores}) == len(scores)
 
 
+def test_each_has_a_seed_or_all_have_one(together):
+    model, population, *_ = together
+    with pytest.raises(ValueError, match=f"{len(MEMBERS)} adapters, and there are 1 seeds"):
+        tl.evaluate_population(model, nano.load()[1], TASK, population, seed=[3])
+
+
 @pytest.mark.parametrize("normalise", ["token", "sequence", "constant"])
 def test_the_gradient_is_the_one_alone_to_float64(base, normalise):
     """One step without Adam's divisions: gradients from the same v in float64, where rounding leaves 1e-12."""

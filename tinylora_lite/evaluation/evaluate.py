@@ -159,6 +159,8 @@ def evaluate_population(
     queue = _queue(tokenizer, task, split, problems, samples, batch_size)
     K, device = len(population), next(model.parameters()).device
     seeds = [seed] * K if isinstance(seed, int) else seed
+    if len(seeds) != K:
+        raise ValueError(f"the population has {K} adapters, and there are {len(seeds)} seeds")
     completions: list[list[Completion]] = [[] for _ in range(K)]
     for start in range(0, len(queue), batch_size):
         chunk = queue[start : start + batch_size]
