@@ -11,6 +11,7 @@ from .adapter.svd import truncated_svd as truncated_svd
 from .evaluation.compare import Comparison as Comparison
 from .evaluation.compare import compare as compare
 from .evaluation.evaluate import evaluate as evaluate
+from .evaluation.evaluate import evaluate_population as evaluate_population
 from .evaluation.score import Score as Score
 from .files.adapter_file import load as load
 from .files.adapter_file import save as save

@@ -62,11 +62,11 @@ def together():
     model, tokenizer = nano.load()
     population = tl.attach_population(model, [config for config, _ in MEMBERS])
     runs = fit(GRPO(model, tokenizer, population, TASK, [own for _, own in MEMBERS]), progress=False)
-    scores = tl.evaluate(
+    scores = tl.evaluate_population(
         model,
         tokenizer,
         TASK,
-        population=population,
+        population,
         problems=40,
         batch_size=16,
         max_new_tokens=nano.MAX_NEW_TOKENS,
@@ -93,6 +93,12 @@ def test_members_are_scored_as_they_are_alone(alone, together):
         assert [c.text for c in member.completions] == [c.text for c in score.completions]
         assert member.summary() == score.summary()
     assert len({tuple(c.text for c in score.completions) for score in scores}) == len(scores)
+
+
+def test_each_has_a_seed_or_all_have_one(together):
+    model, population, *_ = together
+    with pytest.raises(ValueError, match=f"{len(MEMBERS)} adapters, and there are 1 seeds"):
+        tl.evaluate_population(model, nano.load()[1], TASK, population, seed=[3])
 
 
 @pytest.mark.parametrize("normalise", ["token", "sequence", "constant"])

@@ -85,7 +85,7 @@ def test_a_model_of_ones_own(capsys, tmp_path):
         (["plan", "nano"], 2, "required: --budget"),
         (["plan", "nano", "--budget", "few"], 2, "--budget"),
         (["plan", "nano", "--budget", "13", "--seed", "-1"], 2, "a seed is an integer"),
-        (["count", "gpt-9"], 1, "no model named gpt-9"),
+        (["count", "gpt-9"], 1, "no configuration of gpt-9"),
         (["count", "nano", "--u", "3"], 1, "--u belongs to one method"),
         (["count", "nano", "--u", "0"], 1, "--u belongs to one method"),
         (["count", "nano", "--method", "lora"], 1, "lora needs --rank"),

@@ -185,9 +185,9 @@ class TestLenient:
 @pytest.mark.parametrize(
     ("other", "match"),
     [
-        (score([0, 1]), "there are 3 in the one and 2 in the other"),
+        (score([0, 1]), r"number 3 is 'p2' \(answer '2'\) in the one and not there in the other"),
         (score([0, 1, 1], prompt="q"), r"number 1 is 'p0' \(answer '0'\) in the one and 'q0' \(answer '0'\)"),
-        (Score(0.5, 0.2, 0.8, 3, 1, ()), "without completions"),
+        (Score(0.5, 0.2, 0.8, 3, 1, ()), "not there"),
     ],
 )
 def test_other_problems_are_refused(other, match):

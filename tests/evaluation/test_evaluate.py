@@ -13,7 +13,7 @@ from scipy import stats
 
 import tinylora_lite as tl
 from tinylora_lite import Example, Task, evaluate
-from tinylora_lite.evaluation.score import Completion, Score, interval, read_rows
+from tinylora_lite.evaluation.score import Completion, Score, interval
 from tinylora_lite.sampling.rollouts import Rollouts
 from tinylora_lite.sampling.sampler import ModelSampler
 
@@ -350,7 +350,7 @@ class TestFolder:
         assert evaluate(model, tokenizer, task, folder=tmp_path, **self.OPTIONS) == evaluate(
             model, tokenizer, task, **self.OPTIONS
         )
-        assert len(read_rows(tmp_path)) == 18
+        assert len(Score.load(tmp_path).completions) == 18
 
     def test_a_finished_one_is_scored_anew_and_not_sampled(self, model, tokenizer, task, tmp_path):
         score = evaluate(model, tokenizer, task, folder=tmp_path, **self.OPTIONS)

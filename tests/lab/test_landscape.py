@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tinylora_lite import TinyLoraConfig, attach, evaluate, nano
+from tinylora_lite import TinyLoraConfig, attach, evaluate, evaluate_population, nano
 from tinylora_lite.lab import landscape, landscape_figures
 from tinylora_lite.lab.landscape import View, paths, surface, walk
 from tinylora_lite.lab.tasks import task_of
@@ -60,8 +60,8 @@ def test_a_surface_goes_on_where_it_was_interrupted(found, tmp_path, monkeypatch
     path = tmp_path / "landscape-small.json"
     cut = dict(found, **{key: found[key][:2] for key in ("reward", "low", "high", *landscape.WRITERS)})
     path.write_text(json.dumps(landscape.rounded(cut)))
-    batches = []
-    monkeypatch.setattr(landscape, "evaluate", lambda *a, **k: (batches.append(1), evaluate(*a, **k))[1])
+    batches, scored = [], evaluate_population
+    monkeypatch.setattr(landscape, "evaluate_population", lambda *a, **k: (batches.append(1), scored(*a, **k))[1])
     again = surface(BASE, CONFIG, AXES, 8, path)
     assert len(batches) == 2
     for key in ("reward", *landscape.WRITERS):

@@ -125,7 +125,7 @@ def attach_population(
     """Puts several adapters on one model and freezes it.
 
     ``fit(GRPO(model, tokenizer, population, task, [settings, ...]))`` trains them, ``fit(SFT(...))`` too, and
-    ``tl.evaluate(..., population=population)`` scores them; these set the adapter of each row. Other callers of the
+    ``tl.evaluate_population`` scores them; these set the adapter of each row. Other callers of the
     model do so with :func:`~tinylora_lite.adapter.layer.rows_of`. It is made for models on one device whose layers are
     called as ``[batch, tokens, width]``, without gradient checkpointing.
 

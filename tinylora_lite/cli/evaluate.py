@@ -182,15 +182,15 @@ def _table(scores: dict[str, dict[str, tl.Score]]) -> Table:
             name = ", base" if which == "base" else ", adapted" if "base" in found else ""
             table.add_row(
                 task + name,
-                _percents(score.accuracy, score.low, score.high),
-                "" if score.lenient is None else _percents(*score.lenient),
+                _percents(score),
+                "" if score.lenient is None else _percents(score.lenient),
                 "" if score.formatted is None else f"{100 * score.formatted:.1f}",
-                "" if score.truncated is None else f"{100 * score.truncated:.1f}",
-                "" if score.tokens is None else f"{score.tokens:.0f}",
+                f"{100 * score.truncated:.1f}",
+                f"{score.tokens:.0f}",
                 f"{score.n}" if score.samples == 1 else f"{score.n} x {score.samples}",
             )
     return table
 
 
-def _percents(accuracy: float, low: float, high: float) -> str:
-    return f"{100 * accuracy:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+def _percents(score: tl.Score) -> str:
+    return f"{100 * score.accuracy:.1f} [{100 * score.low:.1f}, {100 * score.high:.1f}]"

@@ -37,7 +37,8 @@ def run(arguments: argparse.Namespace) -> None:
     from rich.text import Text
 
     from tinylora_lite.experiment import presets
-    from tinylora_lite.planning.plan import assumptions, gpus_that_fit, plan_run
+    from tinylora_lite.planning.plan import gpus_that_fit, plan_run
+    from tinylora_lite.planning.run_time import assumptions
 
     gpu = arguments.gpu.lower()
     # A preset is made for one of three GPUs; for another one, the preset of the largest is planned.
@@ -47,14 +48,14 @@ def run(arguments: argparse.Namespace) -> None:
     plan = plan_run(settings, gpu, **options)
     words: list[RenderableType]
     if plan.fits:
-        supposed = Text("The time supposes: " + "; ".join(assumptions(plan)) + ".", "dim")
-        words = [_time(plan), Text("It fits.", "bold"), supposed]
+        supposed = "; ".join(assumptions(settings, plan.gpu, plan.time.length))
+        words = [_time(plan), Text("It fits.", "bold"), Text(f"The time supposes: {supposed}.", "dim")]
     else:
         words = [Text(f"It does not fit: {problem}.", "red") for problem in plan.problems]
         if plan.advice:
             words.append(Text(f"It fits with: {' '.join(plan.advice)}", "bold"))
         else:
-            fitting = ", ".join(gpus_that_fit(settings, gpus=arguments.gpus)) or "no GPU that is known"
+            fitting = ", ".join(gpus_that_fit(plan)) or "no GPU that is known"
             words.append(Text(f"No change makes it fit. As it is, it fits: {fitting}."))
     shared.show(arguments, plan.to_dict(), _memory(plan), *words)
 

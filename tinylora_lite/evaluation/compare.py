@@ -1,18 +1,15 @@
-"""Two scores on the same problems: how far apart, how sure of that we are, and whether it could be chance.
-
-Paired, because most problems are easy or hard for both systems, and what they share says nothing about which is better.
-"""
+"""Two scores on the same problems: how far apart, how sure of that we are, and whether it could be chance."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
 
 from tinylora_lite.evaluation.score import Score, bootstrap_interval, paired_interval
-
-RESAMPLES = 9999
 
 
 @dataclass(frozen=True)
@@ -22,11 +19,10 @@ class Difference:
     Attributes:
         base, adapted: the two.
         difference: ``adapted - base``.
-        low, high: its 95 % interval over problems: Tango's where both answered every problem once and rewards are 0 or
-            1, the bootstrap of the problems' differences otherwise.
+        low, high: its 95 % interval over problems: Tango's where the test is McNemar's, else the bootstrap's.
         p_value: the chance of a difference at least as large, in either direction, were the two equally good.
-        test: what computed it: ``"McNemar, exact"`` (where the interval is Tango's) or ``"sign flips"``, which swaps
-            the two at random within problems.
+        test: ``"McNemar, exact"`` where both answered every problem once and rewards are 0 or 1, else ``"sign flips"``,
+            which swaps the two at random within problems.
         better, worse: problems on which the adapted model's mean is above the base's, and below it.
     """
 
@@ -80,61 +76,49 @@ def compare(base: Score, adapted: Score, *, seed: int = 0) -> Comparison:
         seed: of the resampling, where there is any.
 
     Raises:
-        ValueError: the two are of different problems, or of none.
+        ValueError: the two are of different problems.
     """
-    ours, theirs = _problems(base), _problems(adapted)
-    if not ours or not theirs:
-        raise ValueError("a score without completions cannot be compared; evaluate anew, or use Score.load")
-    if ours != theirs:
-        place = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
-        if place is None:
-            how = f"there are {len(ours)} in the one and {len(theirs)} in the other"
-        else:
-            how = f"number {place + 1} is {_short(*ours[place])} in the one and {_short(*theirs[place])} in the other"
-        raise ValueError(f"the scores are of different problems: {how}; evaluate both on the same task and split")
-    lenient = base.lenient_rewards, adapted.lenient_rewards
-    return Comparison(
-        len(ours),
-        _difference(base.rewards, adapted.rewards, seed),
-        None if lenient[0] is None or lenient[1] is None else _difference(lenient[0], lenient[1], seed),
-    )
+    ours, theirs = ([(c.prompt, c.gold) for c in s.completions[:: s.samples]] for s in (base, adapted))
+    for place, (one, other) in enumerate(zip_longest(ours, theirs), 1):
+        if one != other:
+            how = f"number {place} is {_short(one)} in the one and {_short(other)} in the other"
+            raise ValueError(f"the scores are of different problems: {how}; evaluate both on the same task and split")
+    both = base.lenient, adapted.lenient
+    lenient = None if both[0] is None or both[1] is None else _difference(both[0], both[1], seed)
+    return Comparison(len(ours), _difference(base, adapted, seed), lenient)
 
 
-def _difference(base: np.ndarray, adapted: np.ndarray, seed: int) -> Difference:
+def _difference(base: Score, adapted: Score, seed: int) -> Difference:
     from scipy import stats  # takes a second to import, which import tinylora_lite should not
 
-    n = len(base)
-    gaps = adapted.mean(axis=1) - base.mean(axis=1)
+    gaps, n = adapted.rewards.mean(axis=1) - base.rewards.mean(axis=1), base.n
     mean, better, worse = float(gaps.mean()), int((gaps > 0).sum()), int((gaps < 0).sum())
-    once = base.shape[1] == adapted.shape[1] == 1 and set(np.unique([base, adapted])) <= {0.0, 1.0}
+    rewards = {c.reward for score in (base, adapted) for c in score.completions}
+    once = base.samples == adapted.samples == 1 and rewards <= {0.0, 1.0}
     if once:
+        test, disagree = "McNemar, exact", better + worse
+        p_value = stats.binomtest(better, disagree).pvalue if disagree else 1.0
         low, high = paired_interval(better, worse, n)
-        disagree = better + worse
-        p_value = float(stats.binomtest(better, disagree).pvalue) if disagree else 1.0
     else:
+        test = "sign flips"
+        p_value = stats.permutation_test(
+            (gaps,),
+            lambda values, axis: values.mean(axis=axis),
+            permutation_type="samples",
+            vectorized=True,
+            batch=max(1, 4_000_000 // n),
+            random_state=np.random.default_rng(seed),
+        ).pvalue
         if np.ptp(gaps) > 0:
             low, high = bootstrap_interval(gaps, seed)
         elif abs(mean) <= 1:  # nothing to resample, and yet no certainty: as if each problem were answered once
             low, high = paired_interval(n * max(mean, 0.0), n * max(-mean, 0.0), n)
         else:
             low, high = mean, mean
-        flips = stats.permutation_test(
-            (gaps,),
-            lambda values, axis: values.mean(axis=axis),
-            permutation_type="samples",
-            vectorized=True,
-            n_resamples=RESAMPLES,
-            batch=max(1, 4_000_000 // n),
-            random_state=np.random.default_rng(seed),
-        )
-        p_value = float(flips.pvalue)
-    test = "McNemar, exact" if once else "sign flips"
-    return Difference(float(base.mean()), float(adapted.mean()), mean, low, high, p_value, test, better, worse)
+    return Difference(base.accuracy, adapted.accuracy, mean, low, high, float(p_value), test, better, worse)
 
 
-def _problems(score: Score) -> list[tuple[str, str]]:
-    return [(c.prompt, c.gold) for c in score.completions[:: score.samples]]
-
-
-def _short(prompt: str, gold: str) -> str:
-    return f"{prompt if len(prompt) <= 40 else f'{prompt[:40]}...'!r} (answer {gold!r})"
+def _short(problem: tuple[str, str] | None) -> str:
+    if problem is None:
+        return "not there"
+    return f"{shorten(problem[0], 43, placeholder='...')!r} (answer {problem[1]!r})"

@@ -1,29 +1,25 @@
 """Scores a model on a task, and keeps every completion, so that an evaluation that was stopped goes on.
 
-A folder holds one evaluation: ``evaluation.json``, which says of what it is and ends with the scores, and
-``completions.jsonl``, one completion a line. Until the last completion is there the lines are in
-``completions.jsonl.part``, to which every batch is appended; a line that was cut off is dropped when it is read.
+A folder holds one evaluation: ``evaluation.json``, which says of what it is and ends with the score, and
+``completions.jsonl``, one completion a line; ``completions.jsonl.part``, to which every batch is appended, until then.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from tinylora_lite.adapter.adapter import adapter_of
 from tinylora_lite.adapter.weights import base_fingerprint
-from tinylora_lite.evaluation.score import FILE, PART, Completion, Score, judge, read_rows, whole_lines
+from tinylora_lite.evaluation.score import FILE, PART, RECORD, Completion, Score, judge, read_completions
 from tinylora_lite.sampling.rollouts import Rollouts, Sampler, check_tokenizer, encode_prompts
 from tinylora_lite.sampling.sampler import ModelSampler, sample
-from tinylora_lite.utils import distributed
 from tinylora_lite.utils.record import atomic_write, check_same, environment, seed_of
 
 if TYPE_CHECKING:
@@ -34,29 +30,7 @@ if TYPE_CHECKING:
     from tinylora_lite.adapter.batched import Population
     from tinylora_lite.tasks.task import Example, Task
 
-RECORD = "evaluation.json"
 
-
-@overload
-def evaluate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    *,
-    population: Population,
-    split: str = "test",
-    problems: int | None = None,
-    samples: int = 1,
-    temperature: float = 1.0,
-    max_new_tokens: int = 256,
-    batch_size: int = 256,
-    seed: int | Sequence[int] = 0,
-    truncated: Literal["zero", "score"] = "zero",
-    progress: Callable[[int, int], None] | None = None,
-) -> list[Score]: ...
-
-
-@overload
 def evaluate(
     model: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
@@ -74,29 +48,7 @@ def evaluate(
     sampler: Sampler | None = None,
     folder: str | Path | None = None,
     subject: Mapping[str, str] | None = None,
-    population: None = None,
-) -> Score: ...
-
-
-def evaluate(
-    model: PreTrainedModel | None,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    *,
-    split: str = "test",
-    problems: int | None = None,
-    samples: int = 1,
-    temperature: float = 1.0,
-    max_new_tokens: int = 256,
-    batch_size: int = 256,
-    seed: int | Sequence[int] = 0,
-    truncated: Literal["zero", "score"] = "zero",
-    progress: Callable[[int, int], None] | None = None,
-    sampler: Sampler | None = None,
-    folder: str | Path | None = None,
-    subject: Mapping[str, str] | None = None,
-    population: Population | None = None,
-) -> Score | list[Score]:
+) -> Score:
     """Scores a model on a split of a task.
 
     Args:
@@ -108,8 +60,8 @@ def evaluate(
         samples: completions for each problem; with ``temperature=0`` one is enough.
         temperature: of sampling; 0 is greedy.
         max_new_tokens: the length limit.
-        batch_size: completions decoded together (of each adapter); another size draws other samples.
-        seed: of the sampling; of a population, one for all adapters or one for each.
+        batch_size: completions decoded together; another size draws other samples.
+        seed: of the sampling.
         truncated: what a completion cut off at the limit is worth, to both rewards: ``"zero"``, or ``"score"``, its
             text is scored like any other.
         progress: called with completions done and completions in all.
@@ -119,47 +71,31 @@ def evaluate(
             complete batch. The rewards are computed anew from the texts.
         subject: what is evaluated, in words that tell it from others, for the record in ``folder``; by default the
             fingerprints of the model's weights and of its adapter's parameters.
-        population: what the model carries, if it is one: every adapter answers the same problems with the same random
-            numbers, as it does alone, and the result is a list. ``sampler`` and ``folder`` are not for it.
 
     Raises:
         ValueError: the split is empty or unknown, a number is below 1, the tokenizer lacks a pad token, an end token or
             a chat template, the reward is no finite number, there is neither model nor sampler, or ``folder`` holds
             an evaluation of something else.
     """
-    check_tokenizer(tokenizer)
-    if split not in ("test", "validation", "train"):
-        raise ValueError(f"split must be test, validation or train, not {split!r}")
-    if min(samples, batch_size, 1 if problems is None else problems) < 1:
-        raise ValueError(
-            f"problems, samples and batch_size must be at least 1, not {problems}, {samples}, {batch_size}"
-        )
+    queue = _queue(tokenizer, task, split, problems, samples, batch_size)
     if truncated not in ("zero", "score"):
         raise ValueError(f"truncated must be zero or score, not {truncated!r}")
-    examples: Sequence[Example] = getattr(task, split)[:problems]
-    if not examples:
-        raise ValueError(f"task {task.name} has no {split} problems to evaluate on")
-    task.score("", examples[0].gold)  # a reward that fails should do so before an hour of sampling
-    if sampler is None and model is None:
-        raise ValueError("give a model, or the sampler that answers in its place")
-    if population is not None and (model is None or sampler is not None or folder is not None):
-        raise ValueError("a population answers by its model; leave sampler and folder out")
-    if not isinstance(seed, int) and (population is None or len(seed) != len(population)):
-        raise ValueError("several seeds are for a population, one for each adapter")
     adapter = None if model is None else adapter_of(model)
     adapter = adapter if adapter is not None and adapter.enabled else None
-    queue = [example for example in examples for _ in range(samples)]
-    rows: list[dict[str, Any]] = []
-    if folder is not None:
+    settings: dict[str, Any] = {}
+    completions: list[Completion] = []
+    part = None if folder is None else Path(folder) / PART
+    if part is not None:
         if subject is None:
             if model is None:
                 raise ValueError("a folder must say what was evaluated, and a sampler alone does not; give subject=")
-            subject = subject_of(model, adapter)
+            subject = _subject(model, adapter)
+        asked = [task.system, *([example.prompt, example.gold] for example in queue[::samples])]
         settings = {
             "task": task.name,
             "split": split,
-            "problems": len(examples),
-            "problems_sha256": problems_hash(task, examples),
+            "problems": len(queue) // samples,
+            "problems_sha256": hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
             "samples": samples,
             "temperature": float(temperature),
             "max_new_tokens": max_new_tokens,
@@ -167,113 +103,129 @@ def evaluate(
             "seed": seed,
             "truncated": truncated,
             "sampler": ModelSampler.__name__ if sampler is None else type(sampler).__name__,
+            **subject,
         }
-        rows = open_evaluation(folder, settings | dict(subject), batch_size)
-
-    def judged(problems: Iterable[Example], rollouts: Rollouts) -> list[Completion]:
-        answers = zip(problems, rollouts.texts, rollouts.lengths.tolist(), rollouts.truncated.tolist(), strict=True)
-        return [judge(task, truncated, *answer) for answer in answers]
-
-    completions = [
-        judge(task, truncated, example, row["text"], row["tokens"], row["truncated"])
-        for example, row in zip(queue, rows, strict=False)
-    ]
-    K = 1 if population is None else len(population)
-    seeds = [seed] * K if isinstance(seed, int) else list(seed)
-    of_adapters: list[list[Completion]] = [completions, *([] for _ in range(K - 1))]
-    if sampler is None and model is not None:
+        kept = zip(queue, _open(part.parent, settings), strict=False)
+        completions = [judge(task, truncated, example, c.text, c.tokens, c.truncated) for example, c in kept]
+        atomic_write(part, _lines(completions, samples))
+    if sampler is None:
+        if model is None:
+            raise ValueError("give a model, or the sampler that answers in its place")
         sampler = ModelSampler(model, tokenizer)
-    assert sampler is not None
-    # Where several processes share a server, all of them are there when it is given an adapter.
-    if model is not None and (len(rows) < len(queue) or distributed.world_size() > 1):
+    if model is not None:
         sampler.sync(adapter)
     device = "cpu" if model is None else next(model.parameters()).device
-    if progress and rows:
-        progress(len(rows), len(queue))
-    options: Any = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-    for start in range(len(rows), len(queue), batch_size):
+    if progress and completions:
+        progress(len(completions), len(queue))
+    for start in range(len(completions), len(queue), batch_size):
         chunk = queue[start : start + batch_size]
-        streams = [seed_of("evaluate", one, start) for one in seeds]
         ids, mask = encode_prompts(tokenizer, task, chunk, device)
-        if population is None:
-            completions += judged(chunk, sampler.sample(ids, mask, seed=streams[0], **options))
-        else:
-            assert model is not None
-            whose, of_rows = torch.arange(K).repeat_interleave(len(chunk)), product(streams, range(len(chunk)))
-            rollouts = sample(
-                model, tokenizer, ids.repeat(K, 1), mask.repeat(K, 1), adapters=whose, streams=list(of_rows), **options
-            )
-            answers = judged(chunk * K, rollouts)
-            for k, own in enumerate(of_adapters):
-                own += answers[k * len(chunk) : (k + 1) * len(chunk)]
-        if folder is not None:
-            append_rows(folder, _rows(completions[start:], start, samples))
+        stream = seed_of("evaluate", seed, start)
+        rollouts = sampler.sample(ids, mask, max_new_tokens=max_new_tokens, temperature=temperature, seed=stream)
+        completions += _judged(task, truncated, chunk, rollouts)
+        if part is not None:
+            with part.open("a", encoding="ascii") as file:
+                file.write(_lines(completions[start:], samples, start))
         if progress:
             progress(len(completions), len(queue))
-    scores = [Score.of(own, samples) for own in of_adapters]
-    if folder is not None:
-        result = {"score": scores[0].details(), "environment": environment()}
-        close_evaluation(folder, _rows(completions, 0, samples), result)
-    return scores[0] if population is None else scores
+    score = Score.of(completions, samples)
+    if part is not None:
+        part.replace(part.with_name(FILE))
+        record = {"settings": settings, "score": score.details(), "environment": environment()}
+        atomic_write(part.with_name(RECORD), json.dumps(record, indent=1) + "\n")
+    return score
 
 
-def open_evaluation(folder: str | Path, settings: Mapping[str, Any], batch_size: int = 1) -> list[dict[str, Any]]:
-    """The completions that an evaluation with these settings has left in ``folder``, none where it is new.
+def evaluate_population(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    population: Population,
+    *,
+    split: str = "test",
+    problems: int | None = None,
+    samples: int = 1,
+    temperature: float = 1.0,
+    max_new_tokens: int = 256,
+    batch_size: int = 256,
+    seed: int | Sequence[int] = 0,
+    truncated: Literal["zero", "score"] = "zero",
+) -> list[Score]:
+    """The score of each adapter of the population that a model carries: the one it has alone.
 
-    Args:
-        folder: made where it is missing.
-        settings: everything that a completion depends on, as JSON can hold it.
-        batch_size: completions drawn together; of a batch that is not complete none is taken.
-
-    Raises:
-        ValueError: the folder holds the evaluation of another model or other settings, or a damaged one.
+    The arguments and errors are those of :func:`evaluate`; ``batch_size`` counts the completions of each adapter.
+    ``seed`` is one for all adapters, which then answer with the same random numbers, or one for each.
     """
-    folder = Path(folder)
-    if not (folder / RECORD).exists():
+    queue = _queue(tokenizer, task, split, problems, samples, batch_size)
+    K, device = len(population), next(model.parameters()).device
+    seeds = [seed] * K if isinstance(seed, int) else seed
+    if len(seeds) != K:
+        raise ValueError(f"the population has {K} adapters, and there are {len(seeds)} seeds")
+    completions: list[list[Completion]] = [[] for _ in range(K)]
+    for start in range(0, len(queue), batch_size):
+        chunk = queue[start : start + batch_size]
+        ids, mask = encode_prompts(tokenizer, task, chunk, device)
+        rollouts = sample(
+            model,
+            tokenizer,
+            ids.repeat(K, 1),
+            mask.repeat(K, 1),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            adapters=torch.arange(K).repeat_interleave(len(chunk)),
+            streams=[(seed_of("evaluate", own, start), row) for own in seeds for row in range(len(chunk))],
+        )
+        judged = _judged(task, truncated, chunk * K, rollouts)
+        for k, own in enumerate(completions):
+            own += judged[k * len(chunk) : (k + 1) * len(chunk)]
+    return [Score.of(own, samples) for own in completions]
+
+
+def _queue(
+    tokenizer: PreTrainedTokenizerBase, task: Task, split: str, problems: int | None, samples: int, batch_size: int
+) -> list[Example]:
+    """The problems to answer, each as often as it has samples."""
+    check_tokenizer(tokenizer)
+    if split not in ("test", "validation", "train"):
+        raise ValueError(f"split must be test, validation or train, not {split!r}")
+    if min(samples, batch_size, 1 if problems is None else problems) < 1:
+        raise ValueError(
+            f"problems, samples and batch_size must be at least 1, not {problems}, {samples}, {batch_size}"
+        )
+    examples: Sequence[Example] = getattr(task, split)[:problems]
+    if not examples:
+        raise ValueError(f"task {task.name} has no {split} problems to evaluate on")
+    task.score("", examples[0].gold)  # a reward that fails should do so before an hour of sampling
+    return [example for example in examples for _ in range(samples)]
+
+
+def _judged(task: Task, truncated: str, examples: Iterable[Example], rollouts: Rollouts) -> list[Completion]:
+    answers = zip(examples, rollouts.texts, rollouts.lengths.tolist(), rollouts.truncated.tolist(), strict=True)
+    return [judge(task, truncated, *answer) for answer in answers]
+
+
+def _open(folder: Path, settings: dict[str, Any]) -> Sequence[Completion]:
+    """The completions in complete batches that an evaluation with these settings has left, none where it is new."""
+    record = folder / RECORD
+    if not record.exists():
         for stray in (folder / FILE, folder / PART):
             if stray.exists():
                 raise ValueError(f"{stray} is there without its {RECORD}; give another folder, or delete it")
-        atomic_write(folder / RECORD, json.dumps({"settings": dict(settings)}, indent=1) + "\n")
+        atomic_write(record, json.dumps({"settings": settings}, indent=1) + "\n")
         return []
-    check_same(folder, "an evaluation", read_record(folder)["settings"], settings)
-    if (folder / FILE).exists():
-        return read_rows(folder)
-    rows = whole_lines(folder / PART) if (folder / PART).exists() else []
-    del rows[len(rows) // batch_size * batch_size :]
-    atomic_write(folder / PART, _lines(rows))  # without a line that was cut off, after which nothing could be appended
-    return rows
-
-
-def append_rows(folder: str | Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Adds a batch to an evaluation that is under way; it is on the disk when this returns."""
-    with (Path(folder) / PART).open("a", encoding="ascii") as file:
-        file.write(_lines(rows))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def close_evaluation(folder: str | Path, rows: Iterable[dict[str, Any]], result: Mapping[str, Any]) -> None:
-    """Writes all completions to their file and adds ``result`` to the record; each appears whole or not at all."""
-    folder = Path(folder)
-    atomic_write(folder / FILE, _lines(rows))
-    (folder / PART).unlink(missing_ok=True)
-    atomic_write(folder / RECORD, json.dumps({"settings": read_record(folder)["settings"], **result}, indent=1) + "\n")
-
-
-def read_record(folder: str | Path) -> dict[str, Any]:
-    """What ``evaluation.json`` holds. Raises ``ValueError`` where it is damaged."""
-    path = Path(folder) / RECORD
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(record["settings"], dict):
-            raise TypeError("its settings are no table")
+        saved = dict(json.loads(record.read_text(encoding="utf-8"))["settings"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete its folder to evaluate again") from error
-    return dict(record)
+        raise ValueError(f"{record} is damaged ({error}); delete its folder to evaluate again") from error
+    check_same(folder, "an evaluation", saved, settings)
+    if (folder / FILE).exists():
+        return Score.load(folder).completions
+    found = read_completions(folder / PART) if (folder / PART).exists() else []
+    return found[: len(found) // settings["batch_size"] * settings["batch_size"]]
 
 
-def subject_of(model: nn.Module, adapter: TinyLoraAdapter | None) -> dict[str, Any]:
-    """What is evaluated: the fingerprint of the weights, and the adapter's settings and the hash of its v."""
+def _subject(model: nn.Module, adapter: TinyLoraAdapter | None) -> dict[str, str]:
+    """The fingerprint of the weights, and the adapter's settings and the hash of its v."""
     base = {"base": base_fingerprint(model)}
     if adapter is None:
         return base | {"adapter": "none"}
@@ -281,21 +233,11 @@ def subject_of(model: nn.Module, adapter: TinyLoraAdapter | None) -> dict[str, A
     return base | {"adapter": f"{adapter.extra_repr()}; SHA-256 of v {v}"}
 
 
-def problems_hash(task: Task, examples: Sequence[Example]) -> str:
-    """SHA-256 of what is asked, in hexadecimal: the system message, the prompts and the right answers."""
-    asked = [task.system, *([example.prompt, example.gold] for example in examples)]
-    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
-
-
-def _rows(completions: Sequence[Completion], first: int, samples: int) -> list[dict[str, Any]]:
-    """Completions as they are written, the place of the problem and of the sample before them."""
-    places = (divmod(place, samples) for place in range(first, first + len(completions)))
-    return [
-        {"problem": problem, "sample": sample} | asdict(completion)
-        for (problem, sample), completion in zip(places, completions, strict=True)
-    ]
-
-
-def _lines(rows: Iterable[dict[str, Any]]) -> str:
+def _lines(completions: Iterable[Completion], samples: int, first: int = 0) -> str:
+    """Completions as they are written, with the places of problem and sample; ``first`` is the first one's place."""
+    rows = (
+        {"problem": place // samples, "sample": place % samples} | asdict(completion)
+        for place, completion in enumerate(completions, first)
+    )
     # Escaped to ASCII: no text, whatever a model wrote, breaks a line or cannot be encoded.
     return "".join(json.dumps(row) + "\n" for row in rows)

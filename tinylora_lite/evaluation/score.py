@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from math import comb
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
     from tinylora_lite.tasks.task import Example, Task
 
-FILE = "completions.jsonl"
-"""The completions of a finished evaluation, one a line."""
-PART = "completions.jsonl.part"
-"""Those of one that is under way."""
+RECORD, FILE, PART = "evaluation.json", "completions.jsonl", "completions.jsonl.part"
+"""The files of an evaluation; see :mod:`tinylora_lite.evaluation.evaluate`."""
 Z = 1.959963984540054
 """The normal quantile of a two-sided 95 % interval."""
 
@@ -30,11 +28,9 @@ class Completion:
     Attributes:
         prompt, gold: the problem, and its right answer.
         text: what was answered, without special tokens.
-        reward: the task's, the strict one where it has two.
+        reward, lenient, formatted: by the task's functions of these names; ``None`` where it has none.
         tokens: of the answer, the end token included.
         truncated: whether it was cut off at the length limit.
-        lenient: the reward wherever in the text the answer is; ``None`` where the task has no such reward.
-        formatted: whether the text keeps the task's format; ``None`` where the task has none.
     """
 
     prompt: str
@@ -47,14 +43,6 @@ class Completion:
     formatted: bool | None = None
 
 
-class Accuracy(NamedTuple):
-    """A mean reward and its 95 % interval."""
-
-    accuracy: float
-    low: float
-    high: float
-
-
 @dataclass(frozen=True)
 class Score:
     """The mean reward (pass@1, where rewards are 0 or 1) with its 95 % interval.
@@ -64,7 +52,7 @@ class Score:
         low, high: the interval; see :func:`interval`.
         n: problems.
         samples: completions of each problem.
-        completions: all of them, those of one problem in consecutive places, problems in the order of the task.
+        completions: all of them, those of one problem together, problems in the order of the task.
     """
 
     accuracy: float
@@ -87,14 +75,20 @@ class Score:
 
         Raises:
             FileNotFoundError: there is none, or it is not finished.
-            ValueError: the file is damaged.
+            ValueError: a file is damaged.
         """
-        rows = read_rows(folder)
+        folder = Path(folder)
+        if not (folder / FILE).exists():
+            state = "not finished" if (folder / PART).exists() else "not there"
+            raise FileNotFoundError(f"the evaluation in {folder} is {state}; run it with this folder")
+        completions = read_completions(folder / FILE)
         try:
-            samples = 1 + max(row["sample"] for row in rows)
-            return cls.of([_completion(row) for row in rows], samples)
+            settings = json.loads((folder / RECORD).read_text(encoding="utf-8"))["settings"]
+            if len(completions) != settings["problems"] * settings["samples"]:
+                raise ValueError(f"{len(completions)} completions can be read")
+            return cls.of(completions, settings["samples"])
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{folder} holds a damaged evaluation ({error!r}); delete it to evaluate again") from error
+            raise ValueError(f"{folder} holds a damaged evaluation ({error}); delete it to evaluate again") from error
 
     @property
     def rewards(self) -> np.ndarray:
@@ -102,32 +96,26 @@ class Score:
         return np.array([c.reward for c in self.completions], dtype=float).reshape(-1, self.samples)
 
     @property
-    def lenient_rewards(self) -> np.ndarray | None:
-        """``[problems, samples]`` float64; ``None`` where the task has no lenient reward."""
-        values = [c.lenient for c in self.completions if c.lenient is not None]
-        complete = bool(values) and len(values) == len(self.completions)
-        return np.array(values, dtype=float).reshape(-1, self.samples) if complete else None
-
-    @property
-    def lenient(self) -> Accuracy | None:
-        """The mean lenient reward with its interval; ``None`` where the task has no lenient reward."""
-        rewards = self.lenient_rewards
-        return None if rewards is None else Accuracy(float(rewards.mean()), *interval(rewards))
+    def lenient(self) -> Score | None:
+        """The score by the lenient reward; ``None`` where the task has none."""
+        rewarded = [replace(c, reward=c.lenient) for c in self.completions if c.lenient is not None]
+        return Score.of(rewarded, self.samples) if rewarded else None
 
     @property
     def formatted(self) -> float | None:
         """The share of completions that keep the format; ``None`` where the task has none."""
-        return _mean([c.formatted for c in self.completions])
+        values = [c.formatted for c in self.completions if c.formatted is not None]
+        return float(np.mean(values)) if values else None
 
     @property
-    def truncated(self) -> float | None:
-        """The share of completions that were cut off at the length limit; ``None`` without completions."""
-        return _mean([c.truncated for c in self.completions])
+    def truncated(self) -> float:
+        """The share of completions that were cut off at the length limit."""
+        return float(np.mean([c.truncated for c in self.completions]))
 
     @property
-    def tokens(self) -> float | None:
-        """The mean length of a completion in tokens; ``None`` without completions."""
-        return _mean([c.tokens for c in self.completions])
+    def tokens(self) -> float:
+        """The mean length of a completion in tokens."""
+        return float(np.mean([c.tokens for c in self.completions]))
 
     def pass_at(self, k: int) -> float:
         """The chance that one of ``k`` samples earns a reward above 0, without bias (Chen et al., arXiv 2107.03374).
@@ -141,43 +129,37 @@ class Score:
         return float(np.mean([1 - comb(self.samples - int(c), k) / comb(self.samples, k) for c in right]))
 
     def bootstrap(self, seed: int = 0) -> tuple[float, float]:
-        """The 95 % interval of the accuracy from resampled problems.
-
-        Where every problem has the same mean there is nothing to resample, and it is :func:`interval`'s.
-        """
+        """The 95 % interval of the accuracy from resampled problems; the score's own where all have the same mean."""
         means = self.rewards.mean(axis=1)
-        return interval(self.rewards) if np.ptp(means) == 0 else bootstrap_interval(means, seed)
+        return (self.low, self.high) if np.ptp(means) == 0 else bootstrap_interval(means, seed)
 
     def summary(self) -> dict[str, float | int]:
         """What a record keeps: accuracy, low, high, n, samples."""
         return {key: getattr(self, key) for key in ("accuracy", "low", "high", "n", "samples")}
 
     def details(self) -> dict[str, float | int]:
-        """The :meth:`summary` and, where they are not ``None``, truncated, tokens, formatted and lenient.
+        """The :meth:`summary`, ``truncated`` and ``tokens``, and what there is of ``formatted`` and ``lenient``.
 
         The interval of ``lenient`` is ``lenient_low`` to ``lenient_high``.
         """
-        rates = {key: getattr(self, key) for key in ("truncated", "tokens", "formatted")}
-        lenient = self.lenient
-        if lenient is not None:
-            rates |= {"lenient": lenient.accuracy, "lenient_low": lenient.low, "lenient_high": lenient.high}
-        return self.summary() | {key: value for key, value in rates.items() if value is not None}
+        found = self.summary() | {"truncated": self.truncated, "tokens": self.tokens}
+        if self.formatted is not None:
+            found["formatted"] = self.formatted
+        if (lenient := self.lenient) is not None:
+            found |= {"lenient": lenient.accuracy, "lenient_low": lenient.low, "lenient_high": lenient.high}
+        return found
 
     def __str__(self) -> str:
         return f"{self.accuracy:.1%} [{self.low:.1%}, {self.high:.1%}], n = {self.n}"
 
 
 def interval(rewards: np.ndarray) -> tuple[float, float]:
-    """The 95 % interval of the mean of rewards from 0 to 1, ``[problems, samples]`` float.
+    """The 95 % interval of the mean of rewards, ``[problems, samples]`` float.
 
-    Wilson's interval at the effective number of observations (Dean and Pagano, "Evaluating confidence interval
-    methods for binomial proportions in clustered surveys", 2015): the number of independent observations that would
-    have the variance found between problems. It is the number of problems with one sample each, and between that and
-    the number of completions with more, since the samples of one problem resemble one another. It never leaves 0..1
-    and has a width even where all are right.
-
-    Rewards outside 0..1 get Student's interval over the problems' means, which one problem alone does not have:
-    infinite then.
+    Of rewards from 0 to 1, Wilson's interval at the effective number of observations (Dean and Pagano, "Evaluating
+    confidence interval methods for binomial proportions in clustered surveys", 2015): as many independent observations
+    as would have the variance found between problems, at least the problems and at most the completions. It never
+    leaves 0..1 and has a width even where all are right. Of others, Student's interval over the problems' means.
 
     >>> low, high = interval(np.array([[1.0], [1.0], [1.0], [0.0]]))
     >>> f"{low:.3f} {high:.3f}"
@@ -187,11 +169,9 @@ def interval(rewards: np.ndarray) -> tuple[float, float]:
     means = rewards.mean(axis=1)
     p, variance = float(means.mean()), float(means.var(ddof=1)) / n if n > 1 else 0.0
     if rewards.min() < 0 or rewards.max() > 1:
-        if n == 1:
-            return -math.inf, math.inf
         from scipy import stats  # takes a second to import, which import tinylora_lite should not
 
-        half = float(stats.t.ppf(0.975, n - 1)) * math.sqrt(variance)
+        half = float(stats.t.ppf(0.975, n - 1)) * math.sqrt(variance) if n > 1 else math.inf
         return p - half, p + half
     effective = n if samples == 1 or variance == 0 else min(max(n, p * (1 - p) / variance), n * samples)
     centre = (p + Z**2 / (2 * effective)) / (1 + Z**2 / effective)
@@ -205,7 +185,7 @@ def bootstrap_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]
     The bias-corrected and accelerated bootstrap (Efron, "Better bootstrap confidence intervals", 1987), from 9,999
     resamples.
     """
-    from scipy import stats  # takes a second to import, which import tinylora_lite should not
+    from scipy import stats
 
     batch = max(1, 4_000_000 // len(values))  # 32 MB at a time, whatever the number of problems
     found = stats.bootstrap((values,), np.mean, batch=batch, method="BCa", random_state=np.random.default_rng(seed))
@@ -232,21 +212,19 @@ def paired_interval(better: float, worse: float, n: int) -> tuple[float, float]:
 
     estimate = (better - worse) / n
 
-    def score(difference: float) -> float:
+    def unlike(difference: float, z: float) -> float:
         # The most likely chance of "worse" where the true difference is this one: the root of a quadratic.
         linear = -better - worse + (2 * n - better + worse) * difference
         constant = -worse * difference * (1 - difference)
         q = (math.sqrt(max(linear**2 - 8 * n * constant, 0.0)) - linear) / (4 * n)
         variance = n * max(2 * q + difference * (1 - difference), 0.0)
-        gap = better - worse - n * difference
-        return gap / math.sqrt(variance) if variance > 0 else math.copysign(math.inf, gap) if gap else 0.0
+        return better - worse - n * difference - z * math.sqrt(variance)
 
     def bound(end: float, z: float) -> float:
-        # At either end of the scale the variance is nothing, so the score there is beyond every quantile.
-        inner = end * (1 - 1e-12)
-        if estimate == end or (score(inner) - z) * (score(estimate) - z) > 0:
+        inner = estimate + 1e-12 * (end - estimate)  # at the estimate the variance may be 0
+        if unlike(inner, z) * unlike(end, z) > 0:
             return end
-        return float(brentq(lambda difference: score(difference) - z, *sorted((inner, estimate)), xtol=1e-12))
+        return float(brentq(unlike, inner, end, (z,), xtol=1e-12))
 
     return bound(-1.0, Z), bound(1.0, -Z)
 
@@ -262,41 +240,13 @@ def judge(task: Task, truncated: str, example: Example, text: str, tokens: int, 
     return Completion(example.prompt, example.gold, text, reward, tokens, cut, lenient, formatted)
 
 
-def read_rows(folder: str | Path) -> list[dict[str, Any]]:
-    """The completions of a finished evaluation.
-
-    Raises:
-        FileNotFoundError: there is none in ``folder``.
-        ValueError: the file is damaged.
-    """
-    path = Path(folder) / FILE
-    if not path.exists():
-        state = "not finished" if (Path(folder) / PART).exists() else "not there"
-        raise FileNotFoundError(f"the evaluation in {folder} is {state}; run it with this folder")
-    rows = whole_lines(path)
-    if path.read_bytes().count(b"\n") != len(rows):
-        raise ValueError(f"{path} is damaged; delete it to evaluate again")
-    return rows
-
-
-def whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file of completions, up to the first line that is damaged or was cut off."""
-    rows: list[dict[str, Any]] = []
+def read_completions(path: Path) -> list[Completion]:
+    """The completions in a file, up to the first line that is damaged or was cut off."""
+    found: list[Completion] = []
     for line in path.read_bytes().split(b"\n")[:-1]:  # after the last line break there is nothing, or a cut-off line
         try:
             row = json.loads(line)
-        except ValueError:
+            found.append(Completion(**{own.name: row[own.name] for own in fields(Completion)}))
+        except (ValueError, KeyError, TypeError):
             break
-        if not (isinstance(row, dict) and {"text", "tokens", "truncated"} <= row.keys()):
-            break
-        rows.append(row)
-    return rows
-
-
-def _completion(row: Mapping[str, Any]) -> Completion:
-    return Completion(**{name: row[name] for name in (f.name for f in fields(Completion))})
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known and len(known) == len(values) else None
+    return found

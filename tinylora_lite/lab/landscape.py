@@ -28,7 +28,7 @@ from tinylora_lite import nano
 from tinylora_lite.adapter.batched import Population, attach_population
 from tinylora_lite.adapter.config import TinyLoraConfig
 from tinylora_lite.adapter.weights import base_fingerprint
-from tinylora_lite.evaluation.evaluate import evaluate
+from tinylora_lite.evaluation.evaluate import evaluate_population
 from tinylora_lite.lab.settings import config_of, es_settings, grpo_settings, sft_settings
 from tinylora_lite.lab.store import RESULTS, rounded
 from tinylora_lite.lab.tasks import task_of
@@ -148,7 +148,7 @@ def surface(
         with torch.no_grad():
             for v, point in zip(population.vectors, chunk, strict=False):
                 v.copy_(torch.tensor(point).view(shape))
-        scores = evaluate(model, tokenizer, tasks["careful"], population=population, **options)[: len(chunk)]
+        scores = evaluate_population(model, tokenizer, tasks["careful"], population, **options)[: len(chunk)]
         for key, name in (("reward", "accuracy"), ("low", "low"), ("high", "high")):
             found[key] += [getattr(score, name) for score in scores]
         for writer, task in tasks.items():

@@ -23,7 +23,7 @@ from tinylora_lite import nano
 from tinylora_lite.adapter.adapter import attach
 from tinylora_lite.adapter.batched import Population, attach_population
 from tinylora_lite.adapter.weights import base_fingerprint
-from tinylora_lite.evaluation.evaluate import evaluate
+from tinylora_lite.evaluation.evaluate import evaluate, evaluate_population
 from tinylora_lite.evaluation.score import Score
 from tinylora_lite.lab.claim import Claim
 from tinylora_lite.lab.directions import factors_along
@@ -184,7 +184,7 @@ def _together(trials: Sequence[Trial], bases: Path | None) -> list[Record]:
             runs = fit(SFT(model, tokenizer, population, task, shown), on_step=after, progress=False)
         # All answer with the same random numbers: a score must not depend on which other trials are in the batch.
         scored = _scored(replace(first, seed=0))
-        scores = {n: evaluate(model, tokenizer, population=population, **how) for n, how in scored}
+        scores = {n: evaluate_population(model, tokenizer, population=population, **how) for n, how in scored}
     except FloatingPointError:
         # The parameters of one trial diverged; the others are run again without it.
         return [_diverged(first, bases)] if len(trials) == 1 else [_together([t], bases)[0] for t in trials]

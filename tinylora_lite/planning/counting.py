@@ -47,9 +47,9 @@ def count_parameters(
             weights.
         method: one of the table's.
         rank: of ``"lora"``, ``"lora_xs"`` and ``"vera"``.
-        u: of ``"tinylora"``; this and the next two are those of :class:`~tinylora_lite.TinyLoraConfig`.
-        n_tie: of ``"tinylora"``.
-        tying: of ``"tinylora"``.
+        u: of ``"tinylora"``, as the next two; see :class:`~tinylora_lite.TinyLoraConfig`.
+        n_tie: see ``u``.
+        tying: see ``u``.
         target_modules: the adapted modules by name, of every method but ``"full"``; ``None`` takes q, k, v, o, gate,
             up and down of every block.
 
@@ -92,16 +92,12 @@ def plan(model_or_config: nn.Module | PretrainedConfig, budget: int = 13, **sett
     Raises:
         ValueError: no ``n_tie`` fits the budget, or a setting is outside its range.
     """
-    if "n_tie" in settings:
-        raise ValueError("plan chooses n_tie itself; leave it out, or make a TinyLoraConfig")
-    if not isinstance(budget, int) or isinstance(budget, bool):
-        raise ValueError(f"budget must be an integer, not {budget!r}")
     config = TinyLoraConfig(**settings)
     targets = find_target_modules(without_weights(model_or_config), config.target_modules)
     for n_tie in range(1, len(targets) + 1):
-        if config.u * _groups(targets, n_tie, config.tying) <= budget:
+        least = config.u * _groups(targets, n_tie, config.tying)
+        if least <= budget:
             return TinyLoraConfig(**settings, n_tie=n_tie)
-    least = config.u * _groups(targets, len(targets), config.tying)
     advice = ' or set tying="tiled"' if config.tying == "structured" else ""
     raise ValueError(
         f"{config.tying} tying with u={config.u} takes at least {least} parameters, budget={budget}; raise it{advice}"

@@ -1,16 +1,15 @@
 """What a run takes of a GPU's memory, from shapes alone.
 
-The formulas of weights, caches and logits count tensors; those of activations add up what PyTorch keeps for the
-backward pass of one block of Qwen2 or Llama under ``scaled_dot_product_attention``, with a frozen base: the inputs of
-frozen linear layers are not kept, which is why a frozen model trains in less. ``benchmarks/memory_checks.py`` counts
-real tensors and holds the formulas against them.
+The formulas count tensors; those of activations count what PyTorch keeps for the backward pass of a block of Qwen2 or
+Llama under ``scaled_dot_product_attention``. The inputs of frozen linear layers are not kept, which is why a frozen
+model trains in less. ``benchmarks/memory_checks.py`` holds the formulas against real tensors.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from tinylora_lite.adapter.tying import groups_of
 from tinylora_lite.experiment.settings import RunSettings
@@ -30,15 +29,8 @@ VLLM_WORKSPACE = 2 * 2**30
 """Bytes that vLLM is left for its activations and graphs, beside weights and cache."""
 
 
-@dataclass(frozen=True)
-class Term:
-    """Something that takes memory.
-
-    Attributes:
-        name: what it is.
-        bytes: how many it takes on each GPU.
-        phase: when it is there; ``"always"``, or only while that happens.
-    """
+class Term(NamedTuple):
+    """So many bytes on each GPU, always or only in one phase of a run."""
 
     name: str
     bytes: float
@@ -65,13 +57,9 @@ class Batch:
 
 
 def memory_terms(settings: RunSettings, shape: ModelShape, gpu_memory: float, processes: int = 1) -> list[Term]:
-    """What a run takes on each GPU, at the limits of its lengths.
+    """What a run takes on each of the GPUs that train, one process each, at the limits of its lengths.
 
-    Args:
-        settings: of the run.
-        shape: of its model.
-        gpu_memory: bytes of a GPU, of which vLLM takes a share.
-        processes: GPUs that train, one process each.
+    ``gpu_memory`` is the bytes of a GPU, of which vLLM takes a share.
     """
     training, adapter, sampler = settings.training_settings(problems=1), settings.adapter, settings.sampler
     element, everything = ELEMENT[settings.dtype], adapter.kind == "all"
@@ -90,17 +78,16 @@ def memory_terms(settings: RunSettings, shape: ModelShape, gpu_memory: float, pr
             Term("v, its gradient and Adam's two moments", 4 * FLOAT * parameters, "always"),
             Term("SVD of the largest weight", 3 * FLOAT * shape.largest, "set-up"),
         ]
-    here = training.prompts_per_step
+    rows = training.prompts_per_step
     if isinstance(training, GRPOSettings):
-        here = math.ceil(here * training.group_size / processes)
+        rows *= training.group_size
         if sampler.engine == "vllm":
             terms.append(Term("vLLM: its weights, cache and LoRA", sampler.gpu_memory * gpu_memory, "always"))
-        if sampler.engine == "transformers":
-            rows = min(sampler.batch_size or here, here)
-            batch = Batch(rows, settings.max_prompt_tokens, training.max_new_tokens)
-            terms += sampling_terms(shape, batch, math.ceil(rows / training.group_size), element)
-    else:
-        here = math.ceil(here / processes)
+    here = math.ceil(rows / processes)
+    if isinstance(training, GRPOSettings) and sampler.engine == "transformers":
+        together = min(sampler.batch_size or here, here)
+        batch = Batch(together, settings.max_prompt_tokens, training.max_new_tokens)
+        terms += sampling_terms(shape, batch, math.ceil(together / training.group_size), element)
     if adapter.calibrated and adapter.projection == "calibrated":
         c = adapter.calibration
         batch = Batch(min(MICRO_BATCH, c.group_size), settings.max_prompt_tokens, c.max_new_tokens)
@@ -111,16 +98,6 @@ def memory_terms(settings: RunSettings, shape: ModelShape, gpu_memory: float, pr
         two_blocks = 2 * (shape.linear // shape.layers) * element
         terms.append(Term("two blocks gathered from all GPUs", two_blocks, "training"))
     return terms
-
-
-def peak(terms: list[Term]) -> dict[Phase, float]:
-    """Bytes in each phase, what is always there included; the largest of them has to fit."""
-    always = sum(term.bytes for term in terms if term.phase == "always")
-    phases: dict[Phase, float] = {}
-    for term in terms:
-        if term.phase != "always":
-            phases[term.phase] = phases.get(term.phase, always) + term.bytes
-    return phases
 
 
 def weight_bytes(settings: RunSettings, shape: ModelShape) -> float:
@@ -154,19 +131,19 @@ def trained_parameters(settings: RunSettings, shape: ModelShape) -> int:
 
 def training_terms(settings: RunSettings, shape: ModelShape, batch: Batch, phase: Phase, rank: int) -> list[Term]:
     """What forward and backward of one micro batch take."""
-    element, everything = ELEMENT[settings.dtype], settings.adapter.kind == "all"
-    block = saved_by_block(shape, batch, element, rank, everything)
+    element, width = ELEMENT[settings.dtype], shape.config.hidden_size
+    block = saved_by_block(shape, batch, element, rank, settings.adapter.kind == "all")
     mask = batch.rows * batch.length**2
-    last_norm = batch.tokens * FLOAT * (shape.width + 1)
+    last_norm = batch.tokens * FLOAT * (width + 1)
     casts = 0.0 if element == FLOAT else element * rank * shape.sides
     # Gradients that exist at once inside a block, at most: two of the MLP's width, a few of the block's.
-    backward = batch.tokens * element * (2 * shape.mlp + 3.5 * shape.width)
+    backward = batch.tokens * element * (2 * shape.config.intermediate_size + 3.5 * width)
     # Logits, their logarithms, the softmax and its gradient; those of few tokens wait for the backward pass.
-    logits = 3 * FLOAT * min(batch.rows * batch.completion * shape.vocabulary, LOGITS_AT_ONCE)
-    logits += element * batch.rows * batch.completion * shape.width
+    predicted = batch.rows * batch.completion
+    logits = 3 * FLOAT * min(predicted * shape.config.vocab_size, LOGITS_AT_ONCE) + element * predicted * width
     if settings.gradient_checkpointing:
         names = ("activations: the inputs of the blocks", "logits in chunks, or one block computed again")
-        kept: float = shape.layers * batch.tokens * shape.width * element
+        kept: float = shape.layers * batch.tokens * width * element
         workspace = max(logits, block + backward)
         casts /= shape.layers
     else:
@@ -181,17 +158,18 @@ def training_terms(settings: RunSettings, shape: ModelShape, batch: Batch, phase
 def saved_by_block(shape: ModelShape, batch: Batch, element: int, rank: int, everything: bool = False) -> float:
     """Bytes that one block keeps for its backward pass.
 
-    Of each token: two norms in float32, their inverse deviations; queries, keys and values as attention read them (a
+    Of each token: two norms in float32, their inverse deviations; queries, keys and values as attention reads them (a
     batch with padding has a mask, and then keys and values are repeated for all heads), its output and the logarithm of
     its sum; the gate before and after its nonlinearity and what it multiplies; r values of each adapted module. Of
     each pair of tokens, the mask, which PyTorch turns into numbers in every block anew.
     """
-    per_token: float = 2 * FLOAT * (shape.width + 1)
-    per_token += element * 4 * shape.attention + FLOAT * shape.heads
-    per_token += element * 3 * shape.mlp
+    width, mlp = shape.config.hidden_size, shape.config.intermediate_size
+    per_token: float = 2 * FLOAT * (width + 1)
+    per_token += element * 4 * shape.attention + FLOAT * shape.config.num_attention_heads
+    per_token += element * 3 * mlp
     per_token += FLOAT * rank * (len(shape.targets) // shape.layers)
     if everything:  # the inputs of all linear layers, and what the norms' weights multiply
-        per_token += element * (4 * shape.width + shape.attention + shape.mlp)
+        per_token += element * (4 * width + shape.attention + mlp)
     return batch.tokens * (per_token + element * batch.length)
 
 
@@ -199,8 +177,9 @@ def sampling_terms(shape: ModelShape, batch: Batch, prompts: int, element: int) 
     """What the transformers sampler takes; it reads each of ``prompts`` once and answers in ``batch.rows`` rows."""
     # One layer's keys and values exist twice while a token is added to them.
     cache = batch.rows * (batch.prompt + batch.completion) * shape.cache_per_token(element) * (1 + 1 / shape.layers)
-    reading = prompts * batch.prompt * (element * (3 * shape.mlp + 2 * shape.width) + batch.prompt * (1 + element))
-    choosing = batch.rows * shape.vocabulary * (element + 3 * FLOAT + 2 * 8)
+    per_token = element * (3 * shape.config.intermediate_size + 2 * shape.config.hidden_size)
+    reading = prompts * batch.prompt * (per_token + batch.prompt * (1 + element))
+    choosing = batch.rows * shape.config.vocab_size * (element + 3 * FLOAT + 2 * 8)
     return [
         Term("keys and values of all completions", cache, "sampling"),
         Term("reading the prompts, or choosing a token", max(reading, choosing), "sampling"),

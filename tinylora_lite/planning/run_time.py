@@ -1,8 +1,7 @@
 """How long a run takes, from what it computes and what a GPU can do at best.
 
 A frozen base costs 2 FLOPs per weight and token forward and 2 backward, because no weight has a gradient; gradient
-checkpointing adds 2. Decoding is bound by the memory's bandwidth: every step reads all weights, and the keys and values
-of every sequence. No GPU reaches its data sheet's figures; the constants below say what share is assumed.
+checkpointing adds 2. Each decoding step reads all weights, and the keys and values of every sequence.
 """
 
 from __future__ import annotations
@@ -24,8 +23,7 @@ with a wall time falls inside: Qwen2.5-7B on GSM8K, 3 epochs in 4 to 5 hours on 
 BANDWIDTH_USE = (0.8, 0.4)
 """The share of the memory's bandwidth that decoding reaches."""
 LAYER_SECONDS = (0.5e-3, 1.5e-3)
-"""What one layer costs in one decoding step of transformers at least, however small the batch: Python, and kernels that
-are started one by one."""
+"""What one layer costs in one decoding step of transformers at least: Python, and kernels started one by one."""
 TAIL = (2.0, 6.0)
 """The longest completion of a batch, in mean lengths."""
 LINE_SEARCH = 7 * 32
@@ -56,14 +54,15 @@ class RunTime:
 
     Attributes:
         steps: of training.
-        tokens: of prompts and completions that one step trains on, in all processes.
-        flops: of the training half of one step, in all processes.
+        length: mean tokens of a completion.
+        tokens, flops: of one step, in all processes; tokens of prompts and completions, FLOPs of the training half.
         sampling, training: seconds of one step.
         evaluating: seconds of scoring the base and the trained model.
         calibrating: seconds of making a basis.
     """
 
     steps: int
+    length: float
     tokens: float
     flops: float
     sampling: Range
@@ -78,32 +77,18 @@ class RunTime:
 
 
 def run_time(
-    settings: RunSettings,
-    shape: ModelShape,
-    gpu: GPU,
-    *,
-    processes: int = 1,
-    length: float | None = None,
-    problems: int | None = None,
+    settings: RunSettings, shape: ModelShape, gpu: GPU, processes: int, length: float | None, problems: int | None
 ) -> RunTime:
-    """Estimates the seconds of a run.
-
-    Args:
-        settings: of the run.
-        shape: of its model.
-        gpu: of every process.
-        processes: GPUs that train.
-        length: mean tokens of a completion; ``None`` takes :data:`LENGTHS`, or half the limit.
-        problems: of the training split; ``None`` counts those of the task's problem set, or takes 8,000.
-    """
+    """Estimates the seconds of a run; the arguments are those of :func:`~tinylora_lite.planning.plan.plan_run`."""
     training = settings.training_settings(problems or _problems_of(settings.task, "train"))
     adapter, evaluation, nothing = settings.adapter, settings.evaluation, Range(0.0, 0.0)
-    speed = _Speed(settings, shape, gpu, mean_length(settings, length))
+    limit = training.max_new_tokens
+    speed = _Speed(settings, shape, gpu, min(length or LENGTHS.get(settings.task, limit / 2), limit))
     each = speed.prompt + speed.length
     rows, flops, sampling, calibrating = training.prompts_per_step, speed.step, nothing, nothing
     if isinstance(training, GRPOSettings):
         rows *= training.group_size
-        sampling = speed.sampling(math.ceil(rows / processes), training.max_new_tokens)
+        sampling = speed.sampling(math.ceil(rows / processes), limit)
         several = training.epochs_per_step > 1  # then the old log-probabilities are computed first
         flops = speed.step * training.epochs_per_step + speed.forward * ((training.kl > 0) + several)
     if adapter.calibrated and adapter.projection == "calibrated":
@@ -115,6 +100,7 @@ def run_time(
     scored = 2 * sum(min(evaluation.problems or there, there) for there in tests) * evaluation.samples
     return RunTime(
         steps=training.steps,
+        length=speed.length,
         tokens=rows * each,
         flops=rows * each * flops,
         sampling=sampling,
@@ -124,10 +110,18 @@ def run_time(
     )
 
 
-def mean_length(settings: RunSettings, length: float | None = None) -> float:
-    """Mean tokens of a completion: ``length``, or what :data:`LENGTHS` assumes, within the limit."""
-    limit = settings.training_settings(1).max_new_tokens
-    return min(length or LENGTHS.get(settings.task, limit / 2), limit)
+def assumptions(settings: RunSettings, gpu: GPU, length: float) -> list[str]:
+    """What the time supposes, in words."""
+    said = [
+        f"completions of {length:,.0f} tokens and prompts of {PROMPT_LENGTH} on average",
+        f"training at {MATRIX_USE[1]:.0%} to {MATRIX_USE[0]:.0%} of {gpu.matrix_rate / 1e12:,.0f} TFLOPS",
+        f"decoding at {BANDWIDTH_USE[1]:.0%} to {BANDWIDTH_USE[0]:.0%} of {gpu.bandwidth / 1e9:,.0f} GB/s",
+        f"the longest completion of a batch {TAIL[0]:.0f} to {TAIL[1]:.0f} times the mean",
+    ]
+    if settings.sampler.engine == "transformers":
+        low, high = (1000 * seconds for seconds in LAYER_SECONDS)
+        said.append(f"{low:g} to {high:g} ms for a layer in a decoding step of transformers, however few the rows")
+    return [*said, "every group of answers counts; loading and the SVD are left out"]
 
 
 def _problems_of(task: str, split: Literal["train", "test"]) -> int:

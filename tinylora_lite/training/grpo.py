@@ -55,7 +55,9 @@ class GRPO(Objective[GRPOSettings]):
         own_rewards = score(rollouts, self.task, examples, s)
         if self.on_rollouts is not None:
             self.on_rollouts(rollouts, own_rewards)
-        rewards = distributed.all_gather(own_rewards.to(rollouts.logprobs.device)).view(K, -1, s.group_size)
+        rewards = (
+            torch.cat(distributed.all_gather_object(own_rewards)).to(rollouts.logprobs.device).view(K, -1, s.group_size)
+        )
         advantages = torch.stack([grpo_advantages(own, s.scale) for own in rewards])[:, mine].flatten()
         batch = self.weighed(rollouts, advantages)
         for row, own in zip(batch.metrics, rewards, strict=True):

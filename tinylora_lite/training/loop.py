@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from tinylora_lite.adapter.adapter import TinyLoraAdapter, adapter_of, carries_updates
 from tinylora_lite.adapter.config import TinyLoraConfig
 from tinylora_lite.adapter.weights import base_fingerprint
-from tinylora_lite.evaluation.evaluate import evaluate
+from tinylora_lite.evaluation.evaluate import evaluate, evaluate_population
 from tinylora_lite.sampling.logprobs import completion_logprobs, recomputes
 from tinylora_lite.sampling.rollouts import Sampler
 from tinylora_lite.sampling.sampler import modes_kept
@@ -101,12 +101,10 @@ class Objective(ABC, Generic[S]):
         """Each adapter's score on the validation split; of a population, with the seed that each has alone."""
         options |= {"split": "validation", "problems": self.shared.evaluate_problems}
         options |= {"temperature": self.shared.temperature, "max_new_tokens": self.shared.max_new_tokens}
-        if self.population:
-            options |= {"population": self.adapter, "seed": [own.seed for own in self.settings]}
-        else:
-            options |= {"sampler": self.sampler, "seed": self.shared.seed}
-        found: Any = evaluate(self.model, self.tokenizer, self.task, **options)
-        return found if isinstance(found, list) else [found]
+        model, tokenizer, task, adapter = self.model, self.tokenizer, self.task, self.adapter
+        if isinstance(adapter, TinyLoraAdapter | None):
+            return [evaluate(model, tokenizer, task, sampler=self.sampler, seed=self.shared.seed, **options)]
+        return evaluate_population(model, tokenizer, task, adapter, seed=[own.seed for own in self.settings], **options)
 
 
 def fit(
@@ -189,14 +187,14 @@ def update(
     # In float16 the gradient of one token among 100,000 is below the smallest number: on its way back the loss is
     # multiplied by the smallest divisor (more may exceed the largest number), and v's gradient divided in float32.
     half = model.dtype == torch.float16
-    scale = -distributed.max_of_all(-float(batch.denominators.min()), device) if half else 1.0
+    scale = min(distributed.all_gather_object(float(batch.denominators.min()))) if half else 1.0
     live = batch.counted & (batch.advantages != 0) if s.kl == 0 else batch.counted
     chunks = list(micro_batches(batch.rollouts.lengths, live, objective.shared.micro_batch))
     parts = [(batch.rollouts.rows(i), batch.advantages[i], batch.denominators[i]) for i in chunks]
     if distributed.is_sharded(model):  # every process makes as many passes as the one with the most rows
         nothing = batch.rollouts.rows(torch.zeros(1, dtype=torch.long, device=device))
         nothing = replace(nothing, completion_mask=torch.zeros_like(nothing.completion_mask))
-        missing = int(distributed.max_of_all(len(parts), device)) - len(parts)
+        missing = max(distributed.all_gather_object(len(parts))) - len(parts)
         parts += [(nothing, batch.advantages[:1], batch.denominators[:1])] * missing
 
     def logprobs_of(policy: PreTrainedModel) -> list[Tensor]:
@@ -259,7 +257,7 @@ def update(
             "gradient_norm": norms[k],
             "clipped": clipped[k] / max(1, int(batch.tokens[k])) / s.epochs_per_step,
             "logprob_diff_mean": differences[k] / max(1, compared[k]),
-            "logprob_diff_max": distributed.max_of_all(float(largest[k]), device),
+            "logprob_diff_max": max(distributed.all_gather_object(float(largest[k]))),
             "tis_clip_frac": capped_tokens[k] / max(1, compared[k]),
         }
         for k in range(K)

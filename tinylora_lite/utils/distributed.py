@@ -1,7 +1,7 @@
 """Several processes that train one policy: each takes its share of the prompts, and what they find is put together.
 
-Nothing here is needed where there is one process, and everything then returns what it was given. The processes are
-those of ``torch.distributed`` (``accelerate launch`` or ``torchrun`` starts them); who starts them initialises it.
+They are those of ``torch.distributed``; who starts them (``accelerate launch``, ``torchrun``) initialises it. Where
+there is one process, everything here returns what it was given.
 """
 
 from __future__ import annotations
@@ -34,17 +34,11 @@ def hide_progress(show: bool = True) -> bool | None:
 
 
 def shard(total: int, what: str) -> slice:
-    """The places of ``total`` that are this process's own: as many as any other's, in the order of the ranks.
-
-    Raises:
-        ValueError: ``total`` cannot be shared equally.
-    """
-    if total % world_size():
-        raise ValueError(
-            f"{what}={total} cannot be shared by {world_size()} processes; make it a multiple of {world_size()}"
-        )
-    each = total // world_size()
-    return slice(rank() * each, (rank() + 1) * each)
+    """The places of ``total`` that are this process's own, as many as any other's, or else ``ValueError``."""
+    n = world_size()
+    if total % n:
+        raise ValueError(f"{what}={total} cannot be shared by {n} processes; make it a multiple of {n}")
+    return slice(rank() * total // n, (rank() + 1) * total // n)
 
 
 def all_reduce(tensor: Tensor) -> Tensor:
@@ -66,24 +60,6 @@ def all_reduce_gradients(parameters: Iterable[Tensor], scale: float = 1.0) -> No
             parameter.grad /= scale
 
 
-def max_of_all(value: float, device: torch.device) -> float:
-    """The largest of the processes' values."""
-    if world_size() == 1:
-        return value
-    tensor = torch.tensor(value, dtype=torch.float32, device=device)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX)
-    return float(tensor)
-
-
-def all_gather(tensor: Tensor) -> Tensor:
-    """The processes' tensors, equal in shape, one after the other along the first axis."""
-    if world_size() == 1:
-        return tensor
-    parts = [torch.empty_like(tensor) for _ in range(world_size())]
-    dist.all_gather(parts, tensor.contiguous())
-    return torch.cat(parts)
-
-
 def all_gather_object(value: Any) -> list[Any]:
     """What every process holds, in the order of the ranks; anything that can be pickled."""
     if world_size() == 1:
@@ -102,8 +78,8 @@ def barrier() -> None:
 def shard_model(model: PreTrainedModel) -> None:
     """Spreads the weights over the processes, in place; each block's are together only while it computes.
 
-    To be called after :func:`~tinylora_lite.attach`, which decomposes whole weights. The adapter's own few
-    numbers and factors stay whole in every process.
+    To be called after :func:`~tinylora_lite.attach`, which decomposes whole weights. The adapter's v and factors stay
+    whole in every process.
 
     Raises:
         ValueError: there is one process only, or the model's blocks cannot be told.
@@ -122,10 +98,7 @@ def shard_model(model: PreTrainedModel) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether :func:`shard_model`, or FSDP2 by other hands, has spread the model's weights.
-
-    Every forward pass is then one that all processes make together.
-    """
+    """Whether FSDP2 has spread the model's weights; every forward pass is then one that all processes make together."""
     return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 

@@ -1,8 +1,4 @@
-"""What makes work repeatable and what of it is kept: seeds, records, checkpoints, a cache, files written whole.
-
-Everything random in a run depends on its seed and the step alone, so a run that goes on from a checkpoint computes what
-the uninterrupted one computes.
-"""
+"""What makes work repeatable and what of it is kept: seeds, records, checkpoints, a cache, files written whole."""
 
 from __future__ import annotations
 
@@ -11,20 +7,18 @@ import json
 import os
 import platform
 import secrets
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import MISSING, asdict, dataclass, field, fields
-from importlib.metadata import PackageNotFoundError, version
-from itertools import accumulate
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
+
+from tinylora_lite import __version__
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-CACHE = "TINYLORA_CACHE"
-"""The environment variable that names another folder than ``~/.cache/tinylora_lite``; ``off`` keeps no cache."""
 RENAMED = {
     "silent_groups": "frac_reward_zero_std",
     "gap": "logprob_diff_mean",
@@ -32,21 +26,12 @@ RENAMED = {
     "capped": "tis_clip_frac",
 }
 """The names that metrics had before, and TRL's."""
-CACHE_LIMIT = 4 << 30
-"""Bytes of the user's cache."""
 
 
 def atomic_write(path: str | Path, content: str | bytes | Callable[[BinaryIO], None]) -> Path:
-    """Writes a file under a temporary name and renames it, so that no reader finds half of it.
+    """Writes a file under a temporary name and renames it, so that no reader finds half of it, and returns its path.
 
-    Text is written as UTF-8; a function is given the file. The folder is made where it is missing. A failed write
-    leaves no temporary file.
-
-    Returns:
-        The path.
-
-    Raises:
-        OSError: the folder cannot be made or written.
+    Text is written as UTF-8; a function is given the file. The folder is made where it is missing.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,10 +47,10 @@ def atomic_write(path: str | Path, content: str | bytes | Callable[[BinaryIO], N
 
 
 def seed_of(*parts: str | int) -> int:
-    """A seed for each purpose: ``seed_of("rollout", seed, step)``, the same on every machine.
+    """A seed for each purpose: ``seed_of("rollout", seed, step)``, from 0 to 2⁶³ - 1, the same on every machine.
 
     A hash instead of arithmetic, because sums coincide: ``seed * 1000 + step`` gives run 0 at step 1000 and run 1 at
-    step 0 the same stream. The result is an integer from 0 to 2⁶³ - 1, as :class:`torch.Generator` takes it.
+    step 0 the same stream.
 
     >>> seed_of("rollout", 0, 1) == seed_of("rollout", 0, 1), seed_of("rollout", 0, 1) == seed_of("rollout", 1, 0)
     (True, False)
@@ -75,8 +60,11 @@ def seed_of(*parts: str | int) -> int:
 
 
 def cache_folder(name: str) -> Path | None:
-    """The folder of that name in the user's cache; ``None`` where ``TINYLORA_CACHE=off`` keeps none, or no home is."""
-    root, home = os.environ.get(CACHE), os.environ.get("XDG_CACHE_HOME")
+    """The folder of that name in the user's cache, ``~/.cache/tinylora_lite`` or what ``TINYLORA_CACHE`` names.
+
+    ``None`` where ``TINYLORA_CACHE=off`` keeps none, or there is no home.
+    """
+    root, home = os.environ.get("TINYLORA_CACHE"), os.environ.get("XDG_CACHE_HOME")
     home = home or os.path.expanduser("~/.cache")  # noqa: PTH111  # for a user without a home, Path's raises
     if root == "off" or (not root and home.startswith("~")):
         return None
@@ -89,14 +77,10 @@ def cached(
     compute: Callable[[], dict[str, Tensor]],
     folder: str | Path | None = None,
 ) -> dict[str, Tensor]:
-    """Tensors from a cache where they are there, and computed and put into it where they are not.
+    """Float32 tensors from a cache where they are there, and computed and put into it where they are not.
 
-    Args:
-        name: of the entry.
-        shapes: of the tensors, float32; an entry of others, and a damaged one, is computed again.
-        compute: gives the tensors.
-        folder: ``None`` takes ``svd`` in the user's cache, whose entries that were not used for longest are deleted
-            above ``CACHE_LIMIT``; where that cannot be written, nothing is kept.
+    An entry of other shapes or with other numbers than finite ones is computed again. A ``folder`` of ``None`` takes
+    ``svd`` in the user's cache; where that cannot be written, nothing is kept.
 
     Raises:
         OSError: ``folder`` was given and cannot be written.
@@ -110,8 +94,6 @@ def cached(
     path = where / f"{name}.safetensors"
     try:
         found = safetensors.torch.load(path.read_bytes())
-        with suppress(OSError):  # in a cache that may only be read
-            os.utime(path)
         right = {key: tuple(tensor.shape) for key, tensor in found.items()} == dict(shapes)
         if right and all(t.dtype == torch.float32 and bool(torch.isfinite(t).all()) for t in found.values()):
             return found
@@ -120,47 +102,21 @@ def cached(
     found = compute()
     try:
         atomic_write(path, safetensors.torch.save({key: t.cpu().contiguous() for key, t in found.items()}))
-        if not folder:
-            entries = sorted(where.iterdir(), key=lambda entry: entry.stat().st_mtime, reverse=True)
-            sizes = accumulate(entry.stat().st_size for entry in entries)
-            for entry, total in zip(entries, sizes, strict=True):
-                if total > CACHE_LIMIT:
-                    entry.unlink(missing_ok=True)
     except OSError:
         if folder:
             raise
     return found
 
 
-def check_same(
-    folder: str | Path,
-    what: str,
-    saved: Mapping[str, Any],
-    now: Mapping[str, Any],
-    *,
-    defaults: Mapping[str, Any] | None = None,
-    may_differ: Collection[str] = (),
-) -> None:
-    """Raises ``ValueError`` where a folder holds work with other settings, and names the first that differs.
-
-    Args:
-        folder: where it is.
-        what: what it is, for the message: ``"a run"``.
-        saved: its settings.
-        now: the settings asked for.
-        defaults: of settings that ``saved`` may lack, because its version did not have them yet.
-        may_differ: settings that decide when the work ends and not what it is.
-    """
-    for key in (key for key in {**saved, **now} if key not in may_differ):
+def check_same(folder: str | Path, what: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises ``ValueError`` where a folder holds ``what`` with other settings, and names the first that differs."""
+    for key in {**saved, **now}:
         if key not in now:
             cure = "go on with the version that made it, or give another folder"
             raise ValueError(f"{folder} holds {what} with {key} = {saved[key]!r}, which is unknown here; {cure}")
-        before = saved[key] if key in saved else (defaults or {}).get(key)
-        if before != now[key]:
-            raise ValueError(
-                f"{folder} holds {what} with {key} = {before!r}, not {now[key]!r}; "
-                "give another folder, or delete that one"
-            )
+        if saved.get(key) != now[key]:
+            cure = "give another folder, or delete that one"
+            raise ValueError(f"{folder} holds {what} with {key} = {saved.get(key)!r}, not {now[key]!r}; {cure}")
 
 
 def environment() -> dict[str, str]:
@@ -169,19 +125,12 @@ def environment() -> dict[str, str]:
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     return {
-        "tinylora_lite": _version("tinylora_lite"),
+        "tinylora_lite": __version__,
         "torch": str(torch.__version__),  # a class of its own, which files would keep
-        "transformers": _version("transformers"),
+        "transformers": version("transformers"),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {device}",
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 @dataclass
@@ -191,8 +140,8 @@ class Run:
     Attributes:
         method: ``"grpo"``, ``"sft"`` or ``"es"``.
         settings: the settings of training.
-        adapter: what trains: the adapter's settings and a hash of its modules, or ``{"kind": "all weights"}``. Records
-            of version 0.1.0 before this was a dictionary hold a sentence.
+        adapter: what trains: the adapter's settings and a hash of its modules, or ``{"kind": "all weights"}``; a
+            sentence in the first records of version 0.1.0.
         parameters: how many parameters train.
         task: the task's name.
         base: SHA-256 of the base before training (:mod:`tinylora_lite.adapter.weights`).
@@ -228,31 +177,15 @@ class Run:
 
     @classmethod
     def load(cls, path: str | Path) -> Run:
-        """Reads what :meth:`save` wrote.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is damaged, or is the record of something else.
-        """
+        """Reads what :meth:`save` wrote. Raises ``ValueError`` where it is damaged, or the record of something else."""
         try:
             return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except ValueError as error:  # of json, of the encoding, of the fields
+        except (AttributeError, TypeError, ValueError) as error:  # of json, of the encoding, of the fields
             raise ValueError(f"{path} is no record of a run, or is damaged: {error}") from error
 
     @classmethod
-    def from_dict(cls, values: Any) -> Run:
-        """A record from its fields; of those that have a default, any may be missing.
-
-        Raises:
-            ValueError: a field without a default is missing, or one is unknown.
-        """
-        if not isinstance(values, dict):
-            raise ValueError(f"it holds a {type(values).__name__} where fields are expected")
-        unknown = values.keys() - {f.name for f in fields(cls)}
-        required = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
-        for what, names in (("unknown", unknown), ("missing", required - values.keys())):
-            if names:
-                raise ValueError(f"{what} fields: {', '.join(sorted(names))}")
+    def from_dict(cls, values: dict[str, Any]) -> Run:
+        """A record from its fields, of which those with a default may be missing."""
         rows = [{RENAMED.get(key, key): value for key, value in row.items()} for row in values.get("steps", [])]
         return cls(**values | {"steps": rows})
 
@@ -297,15 +230,19 @@ def check_same_run(folder: str | Path, saved: Run, run: Run, defaults: Mapping[s
     training stops, not where it goes. ``defaults`` are of settings that a saved run may lack, because its version did
     not have them yet.
     """
-    may_differ = {"save_every", "steps"} if run.settings.get("schedule") == "constant" else {"save_every"}
+
+    def known(values: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+        return {key: default for key, default in defaults.items() if key in new} | values
+
+    free = {"save_every": 0} | ({"steps": 0} if run.settings.get("schedule") == "constant" else {})
     before, now = ({name: getattr(r, name) for name in ("method", "task", "base")} for r in (saved, run))
-    check_same(folder, "a run", before, now)
-    check_same(folder, "a run", saved.settings, run.settings, defaults=defaults, may_differ=may_differ)
-    now = run.adapter if isinstance(run.adapter, dict) else {"kind": run.adapter}
+    before |= known(saved.settings, run.settings) | free
+    check_same(folder, "a run", before, now | run.settings | free)
+    adapter = run.adapter if isinstance(run.adapter, dict) else {"kind": run.adapter}
     if isinstance(saved.adapter, str):  # the sentence that was there before it became a dictionary
-        check_same(folder, "a run", {"adapter": saved.adapter}, {"adapter": describe(now, run.parameters)})
+        check_same(folder, "a run", {"adapter": saved.adapter}, {"adapter": describe(adapter, run.parameters)})
     else:
-        check_same(folder, "a run of an adapter", saved.adapter, now, defaults=defaults)
+        check_same(folder, "a run of an adapter", known(saved.adapter, adapter), adapter)
 
 
 def resume(
@@ -317,15 +254,11 @@ def resume(
 ) -> None:
     """Puts run, parameters and optimizer where the checkpoint in ``folder`` left them; without one, changes nothing.
 
-    Args:
-        folder: holds ``checkpoint.pt``.
-        run: a new run with the settings asked for; takes the rows of the saved one.
-        parameters: what trains.
-        optimizer: of the parameters.
-        defaults: of settings that a saved run may lack, because its version did not have them yet.
+    ``run`` is a new run with the settings asked for; it takes the rows of the saved one. ``defaults`` are those of
+    :func:`check_same_run`.
 
     Raises:
-        ValueError: the checkpoint is damaged, of another run (:func:`check_same_run`), or of more steps.
+        ValueError: the checkpoint is damaged, of another run, or of more steps.
     """
     path = Path(folder) / "checkpoint.pt"
     if not path.exists():
@@ -338,8 +271,6 @@ def resume(
     except Exception as error:  # pickle, zip and tensor formats each raise their own
         raise ValueError(f"{path} is damaged ({type(error).__name__}); delete it to start the run again") from error
     check_same_run(folder, saved, run, defaults)
-    if [v.shape for v in values] != [p.shape for p in parameters]:
-        raise ValueError(f"{folder} holds a run of a model of another shape; give another folder, or delete that one")
     if len(saved.steps) > run.settings["steps"]:
         raise ValueError(f"{folder} holds a run of {len(saved.steps)} steps, more than steps={run.settings['steps']}")
     with torch.no_grad():
