@@ -23,15 +23,14 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
-from torch import nn
 
 from tinylora_lite.adapter.adapter import TinyLoraAdapter
 from tinylora_lite.adapter.weights import base_fingerprint
 from tinylora_lite.files.adapter_file import save
 from tinylora_lite.files.file_format import read_file
-from tinylora_lite.sampling.logprobs import recomputes
 from tinylora_lite.sampling.rollouts import Sampler
 from tinylora_lite.sampling.sampler import ModelSampler
 from tinylora_lite.tasks.task import Example, Task
@@ -39,61 +38,37 @@ from tinylora_lite.training.batches import rollout
 from tinylora_lite.training.grpo import GRPO
 from tinylora_lite.training.loop import DEFAULTS, RECORDED_PARAMETERS, ready_to_train
 from tinylora_lite.training.settings import GRPOSettings
-from tinylora_lite.training.trl_config import COLUMNS, AdamOnV, check_version, trl_config, trl_dataset
+from tinylora_lite.training.trl_config import COLUMNS, AdamOnV, trl_config, trl_dataset
 from tinylora_lite.utils.record import Run, check_same_run, environment
 
 try:
-    import trl
     from transformers.trainer_callback import PrinterCallback, TrainerCallback
     from transformers.trainer_utils import get_last_checkpoint
-    from trl import GRPOTrainer
+    from transformers.utils.versions import require_version
+
+    require_version("trl>=1.14")
+    from trl import GRPOTrainer, __version__
 except ImportError as error:
-    raise ImportError('training with TRL needs trl: pip install "tinylora_lite[train]"') from error
+    raise ImportError('training with TRL needs trl 1.14 or newer: pip install "tinylora_lite[train]"') from error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ADAPTER_FILE = "adapter.tinylora"
 """The parameters of a checkpoint, in float32."""
-
 RUN_FILE = "run.json"
 
 
-def train_trl(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    adapter: TinyLoraAdapter,
-    task: Task,
-    settings: GRPOSettings | None = None,
-    *,
-    sampler: Sampler | None = None,
-    folder: str | Path | None = None,
-    on_step: Callable[[Run], None] | None = None,
-    **config: Any,
-) -> Run:
-    """Trains an adapter by TRL's GRPO; arguments and result are those of :func:`~tinylora_lite.train_grpo`.
+def train_trl(*args: Any, folder: str | Path | None = None, **options: Any) -> Run:
+    """Trains an adapter by TRL's GRPO; arguments are those of :class:`TinyLoraGRPOTrainer`.
 
     Under ``accelerate launch`` every process calls this with the same arguments.
 
-    Args:
-        model: any causal language model of transformers. Where its gradient checkpointing is on, it is used.
-        tokenizer: the model's.
-        adapter: attached to the model, and not to its output layer.
-        task: prompts come from its training split, evaluations from its validation split.
-        settings: of training.
-        sampler: answers the prompts; ``None`` takes TRL's own generation, and evaluates with ours.
-        folder: for checkpoints and the record; an interrupted run continues from its last checkpoint.
-        on_step: called with the run so far after every step.
-        config: further fields of TRL's ``GRPOConfig``, such as ``report_to`` or ``use_cpu``.
-
     Raises:
-        RuntimeError: the installed TRL is too old, or does not correct for the sampler.
-        ValueError: as :func:`~tinylora_lite.train_grpo`, or a field in ``config`` that ``settings`` decide.
+        RuntimeError: the installed TRL does not correct for the sampler.
         FloatingPointError: the gradient is not finite; the parameters stay those of the last update.
     """
-    trainer = TinyLoraGRPOTrainer(
-        model, tokenizer, adapter, task, settings, sampler=sampler, folder=folder, on_step=on_step, **config
-    )
+    trainer = TinyLoraGRPOTrainer(*args, folder=folder, **options)
     last = get_last_checkpoint(str(folder)) if folder is not None and Path(folder).is_dir() else None
     trainer.train(resume_from_checkpoint=last)
     if folder is not None:
@@ -104,10 +79,15 @@ def train_trl(
 class TinyLoraGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
     """``GRPOTrainer`` for an adapter. Its checkpoints hold v and the optimizer's state, and no weights of the base.
 
-    Arguments are those of :func:`train_trl`.
+    Arguments are those of :func:`~tinylora_lite.train_grpo`, but that ``sampler=None`` takes TRL's own generation, and
+    evaluates with ours. The adapter is not on the output layer. ``config`` is further fields of TRL's ``GRPOConfig``,
+    such as ``report_to`` or ``use_cpu``.
 
     Attributes:
         evaluations: one row per evaluation, as in a :class:`~tinylora_lite.Run`.
+
+    Raises:
+        ValueError: as :func:`~tinylora_lite.train_grpo`, or a field in ``config`` that ``settings`` decide.
     """
 
     optimizer: Any
@@ -124,10 +104,8 @@ class TinyLoraGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         sampler: Sampler | None = None,
         folder: str | Path | None = None,
         on_step: Callable[[Run], None] | None = None,
-        callbacks: list[TrainerCallback] | None = None,
         **config: Any,
     ) -> None:
-        check_version()
         settings = settings or GRPOSettings()
         self.objective = GRPO(model, tokenizer, adapter, task, [settings], sampler)
         head = model.get_output_embeddings()
@@ -139,28 +117,27 @@ class TinyLoraGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         self._base = base_fingerprint(model)
         self._started, self._seconds_before = time.perf_counter(), 0.0
         config.setdefault("disable_tqdm", not sys.stderr.isatty())
-        args = trl_config(settings, folder, recompute=any(map(recomputes, model.modules())), **config)
-        args.beta = 0.0  # otherwise TRL loads a second model as the reference
-        self._forward = vars(model).get("forward")
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), patch.object(model, "forward", model.forward):  # TRL puts its own there
             warnings.filterwarnings("ignore", "You are using 'rollout_func'", UserWarning)
             super().__init__(
                 model=model,
                 reward_funcs=self._reward,
-                args=args,
+                args=trl_config(settings, folder, **config),
                 train_dataset=trl_dataset(task, settings),
                 processing_class=tokenizer,
-                callbacks=[*(callbacks or []), _Evaluation(self)],
                 rollout_func=None if sampler is None else self._ask_sampler,
             )
-        self._trl_forward = vars(model).get("forward")
-        _set_forward(model, self._forward)
+            self._trl_forward = model.forward
+        self.add_callback(_Evaluation(self))
         self.remove_callback(PrinterCallback)
-        args.beta = self.beta = settings.kl
+        self.args.beta = self.beta = settings.kl
         if settings.kl > 0:
             self.ref_model = self._reference
-        if sampler is not None:
-            self._correct_for_sampler()
+        if sampler is not None:  # TRL corrects for it as for its own vLLM; _ask_sampler keeps it in step
+            self.use_vllm, self._last_loaded_step = True, -1
+            self.vllm_generation = SimpleNamespace(sync_weights=lambda: None)
+            if settings.tis_cap is None:
+                self.vllm_importance_sampling_clip_min = 1.0  # with a maximum of 1, a weight of 1 for every token
         fsdp_2 = self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 2
         if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not fsdp_2):
             raise ValueError("DeepSpeed and FSDP 1 take over what trains; use FSDP 2 (fsdp_version: 2), or neither")
@@ -174,17 +151,6 @@ class TinyLoraGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         """The reference policy of the KL penalty: the model that trains, without its adapter."""
         with self.adapter.disabled():
             return self.policy(**inputs)
-
-    def _correct_for_sampler(self) -> None:
-        """Makes TRL correct for the sampler as it does for its own vLLM: truncated importance sampling per token."""
-        self.use_vllm = True
-        self.vllm_generation = SimpleNamespace(sync_weights=lambda: None)  # _ask_sampler does
-        self._last_loaded_step = -1
-        self.vllm_importance_sampling_correction = True  # without a cap too, since it logs the difference
-        self.vllm_importance_sampling_mode = "token_truncate"
-        cap = self.settings.tis_cap
-        self.vllm_importance_sampling_clip_max = 1.0 if cap is None else cap
-        self.vllm_importance_sampling_clip_min = 1.0 if cap is None else None
 
     def _ask_sampler(self, prompts: list[list[dict[str, str]]], trainer: GRPOTrainer) -> dict[str, Any]:
         """The sampler's answers to this process's share of a step's prompts, which come once for every completion."""
@@ -222,7 +188,9 @@ class TinyLoraGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """TRL's loss. Raises ``RuntimeError`` where it would leave out the correction for the sampler."""
         if self.sampler is not None and "importance_sampling_ratio" not in inputs:
-            raise RuntimeError(f"TRL {trl.__version__} does not correct for the sampler; install one that is tested")
+            raise RuntimeError(
+                f"TRL {__version__} does not correct for the sampler; install trl==1.16.*, which is tested"
+            )
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def create_optimizer(self, model: Any = None) -> Any:
@@ -244,18 +212,17 @@ class TinyLoraGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             )
         return self.lr_scheduler
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains; arguments are those of ``Trainer.train``.
 
         The model has TRL's forward pass only inside: a copy of the model would call the original's.
         """
         self._started = time.perf_counter()
-        _set_forward(self.policy, self._trl_forward)
-        try:
-            with ready_to_train(self.policy, [self.adapter.vectors]):
-                return super().train(resume_from_checkpoint, **kwargs)
-        finally:
-            _set_forward(self.policy, self._forward)
+        with (
+            patch.object(self.policy, "forward", self._trl_forward),
+            ready_to_train(self.policy, [self.adapter.vectors]),
+        ):
+            return super().train(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's log, and v: its norm, its largest entry, and every entry (``v0`` and so on) where they are few."""
@@ -287,7 +254,7 @@ class TinyLoraGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             steps=rows,
             evaluations=self.evaluations,
             seconds=rows[-1]["seconds"] if rows else 0.0,
-            environment=environment() | {"trl": trl.__version__},
+            environment=environment() | {"trl": __version__},
         )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -319,12 +286,6 @@ class TinyLoraGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         with torch.no_grad():
             self.adapter.vectors.copy_(read_file(folder / ADAPTER_FILE)[1]["vectors"])
         self.evaluations, self._seconds_before = saved.evaluations, saved.seconds
-
-
-def _set_forward(model: nn.Module, forward: Any) -> None:
-    """Gives the model a forward pass in place of its class's; ``None`` takes it away."""
-    vars(model).pop("forward", None)
-    vars(model).update({} if forward is None else {"forward": forward})
 
 
 class _Evaluation(TrainerCallback):
