@@ -227,11 +227,11 @@ def test_an_adapter_is_loaded_under_a_new_name_and_its_forerunner_goes(server, s
 @pytest.mark.parametrize(
     ("status", "said", "expected"),
     [
-        (404, {"detail": "Not Found"}, "not started for LoRAs at run time; start it with: env VLLM_ALLOW_RUNTIME"),
-        (500, NO_LORA, "not started for LoRAs at run time; start it with: env VLLM_ALLOW_RUNTIME"),
-        (500, TOO_HIGH, "the adapter is of rank 2; start it with --max-lora-rank 8"),
-        (404, NO_FOLDER, r"it cannot read .*/lora; name a folder that both machines see"),
-        (500, {"error": {"message": "something else"}}, "did not load the adapter: something else"),
+        (404, {"detail": "Not Found"}, r"Not Found; .* started for such LoRAs: env VLLM_ALLOW_RUNTIME"),
+        (500, NO_LORA, r"LoRA is not enabled.* started for such LoRAs: env VLLM_ALLOW_RUNTIME"),
+        (500, TOO_HIGH, r"LoRA rank 16 is greater than max_lora_rank 8.* --max-lora-rank 8"),
+        (404, NO_FOLDER, r"No adapter found for /there; it must see .*/lora, and"),
+        (500, {"error": {"message": "something else"}}, "refused /v1/load_lora_adapter: something else"),
     ],
 )
 def test_a_server_that_refuses_the_adapter_keeps_the_one_before(
@@ -253,7 +253,7 @@ def test_a_server_that_was_started_again_is_no_obstacle(server, sampler, adapter
     server.answers["/v1/unload_lora_adapter"] = 404, {"error": {"message": "cannot be found"}}
     sampler.sync(adapter)
     server.answers["/v1/completions"] = 404, {"error": {"message": "The model `x` does not exist."}}
-    with pytest.raises(ValueError, match="refused to answer: The model `x` does not exist"):
+    with pytest.raises(ValueError, match="refused /v1/completions: The model `x` does not exist"):
         sampler.sample(*PROMPTS, max_new_tokens=2)
 
 
@@ -268,15 +268,11 @@ def test_nan_is_noticed_in_either_form(server, sampler, said):
 
 def test_probabilities_at_another_temperature_are_noticed(server, sampler):
     sampler.sample(*PROMPTS, max_new_tokens=2, temperature=0.7)  # this server scales its probabilities
-    asked = len(server.of("/v1/completions"))
-    sampler.sample(*PROMPTS, max_new_tokens=2, temperature=0.7)
-    assert len(server.of("/v1/completions")) == asked + 3  # what is known is not asked again
 
     def raw(body):
         return 200, {"choices": [completion(body | {"temperature": 1.0})]}
 
     server.answers["/v1/completions"] = raw
-    sampler._scaled = False
     sampler.sample(*PROMPTS, max_new_tokens=2, temperature=1.0)  # at 1 there is nothing to scale
     with pytest.raises(ValueError, match="start it with --logprobs-mode processed_logprobs"):
         sampler.sample(*PROMPTS, max_new_tokens=2, temperature=0.7)
@@ -359,7 +355,7 @@ def test_the_first_process_tells_the_others_what_it_found(server, sampler, adapt
     sampler.sync(adapter)
     assert told == [server.of("/v1/load_lora_adapter")[-1]["lora_name"]]
     server.answers["/v1/load_lora_adapter"] = 500, TOO_HIGH
-    with pytest.raises(ValueError, match="the adapter is of rank 2"):
+    with pytest.raises(ValueError, match="greater than max_lora_rank"):
         sampler.sync(adapter)
     assert isinstance(told[-1], ValueError)
 

@@ -74,8 +74,7 @@ def serve_command(
 class VllmServerSampler(VllmEngine):
     """A vLLM server that answers with the adapter as it was at the last :meth:`sync`; before the first, with the base.
 
-    Where several processes train (``torch.distributed``), each has a sampler of its own, and all of them call
-    :meth:`sync` together: the first process loads the adapter, and the others use it.
+    Where several processes train, each has a sampler, and all call :meth:`sync` together; the first loads the adapter.
 
     Args:
         url: of the server, for example ``http://127.0.0.1:8000``.
@@ -119,15 +118,14 @@ class VllmServerSampler(VllmEngine):
         self.limit = int(served[0].get("max_model_len") or 2**31)
         self._name: str | None = None  # of the LoRA that answers
         self._written: tempfile.TemporaryDirectory[str] | None = None  # its files, in the process that wrote them
-        self._scaled = False  # whether the server is known to report probabilities at the temperature of the draw
 
     def sync(self, adapter: TinyLoraAdapter | None) -> None:
         """From now on samples come from the base with ``adapter`` as it is now, or from the base alone (``None``).
 
         Raises:
             ConnectionError: the server no longer answers.
-            ValueError: it was not started for LoRAs at run time, was started for smaller ranks, cannot read the folder
-                or refuses the LoRA for another reason; or the adapter's parameters are not finite.
+            ValueError: it was not started for LoRAs at run time or for ones of such a rank, cannot read the folder or
+                refuses the LoRA for another reason; or the adapter's parameters are not finite.
         """
         distributed.barrier()  # until no process samples from the LoRA that is about to go
         written: tempfile.TemporaryDirectory[str] | None = None
@@ -157,16 +155,8 @@ class VllmServerSampler(VllmEngine):
         try:
             self._ask("/v1/load_lora_adapter", {"lora_name": Path(written.name).name, "lora_path": str(path)})
         except _RefusedError as refused:
-            rank, cure = adapter.config.rank, str(refused)
-            if "greater than max_lora_rank" in cure:
-                cure = f"the adapter is of rank {rank}; start it with --max-lora-rank {reserved_rank(rank)}"
-            elif "LoRA is not enabled" in cure or (refused.code == 404 and not refused.reason):
-                cure = (
-                    f"it was not started for LoRAs at run time; start it with: {shlex.join(serve_command(self.base))}"
-                )
-            elif refused.code == 404:
-                cure = f"it cannot read {path}; name a folder that both machines see, at the same path"
-            raise ValueError(f"the server at {self.url} did not load the adapter: {cure}") from refused
+            command = shlex.join(serve_command(self.base, adapter.config.rank))
+            raise ValueError(f"{refused}; it must see {path}, and be started for such LoRAs: {command}") from refused
         return written
 
     def _answer(
@@ -190,19 +180,17 @@ class VllmServerSampler(VllmEngine):
         try:
             return dict(json.loads(self._ask("/v1/completions", body | PLAIN | request))["choices"][0])
         except _RefusedError as refused:
-            if "float values are not JSON compliant" in refused.reason:
+            if "float values are not JSON compliant" in str(refused):
                 raise FloatingPointError(NOT_FINITE) from refused
-            raise ValueError(f"the server at {self.url} refused to answer: {refused}") from refused
+            raise
 
     def _check_scaled(self, prompt: list[int]) -> None:
         """Raises ``ValueError`` where the server reports probabilities that do not depend on the temperature."""
-        if self._scaled:
-            return
         request = {"prompt": prompt, "max_tokens": 1, "logprobs": 1}
         answers = [self._complete(request | {"temperature": at}) for at in (0.01, 2.0)]  # the range that vLLM takes
         cold, hot = (max(answer["logprobs"]["top_logprobs"][0].values()) for answer in answers)
-        self._scaled = not math.isclose(cold, hot, abs_tol=1e-4)
-        if not self._scaled and cold < -0.01:  # a token that is almost certain is so at both temperatures
+        # A token that is almost certain is so at both temperatures.
+        if cold < -0.01 and math.isclose(cold, hot, abs_tol=1e-4):
             raise ValueError(
                 f"the server at {self.url} reports probabilities at temperature 1, whatever is asked for; start it "
                 "with --logprobs-mode processed_logprobs"
@@ -216,26 +204,21 @@ class VllmServerSampler(VllmEngine):
             try:
                 with self._open(Request(self.url + path, data, self._headers), timeout=self.timeout) as answer:
                     return str(answer.read().decode())
-            except HTTPError as error:
-                if error.code != 503:  # not ready yet
-                    raise _RefusedError(error) from error
-                failure: Exception = error
-            except TimeoutError as error:
-                raise ConnectionError(f"the server at {self.url} took longer than {self.timeout} seconds") from error
             except (OSError, HTTPException) as error:
-                failure = error
-            if time.monotonic() > until:
-                raise ConnectionError(
-                    f"no vLLM server answers at {self.url} ({failure}); serve_command says how to start one"
-                ) from failure
+                if isinstance(error, TimeoutError):
+                    raise ConnectionError(
+                        f"the server at {self.url} took longer than {self.timeout} seconds"
+                    ) from error
+                if isinstance(error, HTTPError) and error.code != 503:  # not ready yet
+                    reason: Any = error
+                    with suppress(ValueError, KeyError, TypeError):
+                        reason = json.loads(error.read())["error"]["message"]
+                    raise _RefusedError(f"the server at {self.url} refused {path}: {reason}") from error
+                if time.monotonic() > until:
+                    cure = "serve_command says how to start one"
+                    raise ConnectionError(f"no vLLM server answers at {self.url} ({error}); {cure}") from error
             time.sleep(0.2)
 
 
-class _RefusedError(Exception):
-    """The server answered with an error; ``reason`` is empty where it is not vLLM that says what is wrong."""
-
-    def __init__(self, error: HTTPError) -> None:
-        self.code, self.reason = error.code, ""
-        with suppress(ValueError, KeyError, TypeError):
-            self.reason = str(json.loads(error.read())["error"]["message"])
-        super().__init__(self.reason or str(error))
+class _RefusedError(ValueError):
+    """The server answered with an error."""

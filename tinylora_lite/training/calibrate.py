@@ -130,17 +130,16 @@ def calibrate(
 
 
 def policy_losses(
-    model: PreTrainedModel, rollouts: Rollouts, advantages: Tensor, micro_batch: int, denominator: float = 1.0
+    model: PreTrainedModel, rollouts: Rollouts, advantages: Tensor, micro_batch: int
 ) -> Iterator[tuple[Rollouts, Tensor]]:
     """The policy-gradient loss of each micro batch with its rows, where the policy is the one that sampled.
 
-    Its gradient is that of ``-advantage · log p``, summed over tokens and divided by ``denominator``; ``advantages
-    [batch]`` of 1 give the gradient of imitation.
+    Its gradient is that of ``-advantage · log p``, summed over tokens; ``advantages [batch]`` of 1 imitate.
     """
     for chunk in torch.arange(len(rollouts)).split(micro_batch):
         rows = rollouts.rows(chunk)
         logprobs, own = completion_logprobs(model, rows), advantages.to(rows.logprobs.device)[chunk]
-        yield rows, grpo_loss(logprobs, logprobs.detach(), own, rows.completion_mask, denominator=denominator)
+        yield rows, grpo_loss(logprobs, logprobs.detach(), own, rows.completion_mask, denominator=1.0)
 
 
 def policy_gradient(
@@ -149,11 +148,10 @@ def policy_gradient(
     rollouts: Rollouts,
     advantages: Tensor,
     micro_batch: int = MICRO_BATCH,
-    denominator: float = 1.0,
 ) -> Tensor:
     """The gradient of :func:`policy_losses` in all trained parameters, ``[parameters]`` float32 on the CPU."""
     total = torch.zeros_like(adapter.vectors)
-    for _, loss in policy_losses(model, rollouts, advantages, micro_batch, denominator):
+    for _, loss in policy_losses(model, rollouts, advantages, micro_batch):
         total += torch.autograd.grad(loss, adapter.vectors)[0]
     return total.flatten().cpu()
 
@@ -191,14 +189,15 @@ class _Samples:
     def gradients(self, problems: int) -> Tensor:
         """``[informative problems, modules · r²]`` float32: the loss's gradient for each problem of mixed rewards."""
         found = [torch.empty(0, self.adapter.vectors.numel())]
-        size, micro_batch = self.settings.group_size, self.settings.micro_batch
+        size = self.settings.group_size
         for start in range(0, problems, PROMPTS_AT_ONCE):
             examples = self.draw()[: problems - start]
             rollouts, rewards = self.answer(examples)
             for index, advantages in enumerate(grpo_advantages(rewards, "none")):
                 if advantages.any():
                     group = rollouts.rows(torch.arange(index * size, (index + 1) * size))
-                    found.append(policy_gradient(self.model, self.adapter, group, advantages, micro_batch, size)[None])
+                    gradient = policy_gradient(self.model, self.adapter, group, advantages, self.settings.micro_batch)
+                    found.append(gradient[None])
             self.done += len(examples)
             if self.progress:
                 self.progress(self.done, self.total)

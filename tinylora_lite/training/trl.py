@@ -1,15 +1,14 @@
 """The same training by TRL: its ``GRPOTrainer`` with the adapter's parameters as the only ones that train.
 
 TRL adds what our loop leaves out: ``accelerate`` with FSDP2, trackers, callbacks. Settings, prompts and their order,
-reward, loss, Adam and learning rate are those of :func:`~tinylora_lite.train_grpo`. With one sampler for both, the
-samples are the same too, and v differs by rounding, until rounding changes a sampled token. What differs:
+reward, loss, Adam and learning rate are those of :func:`~tinylora_lite.train_grpo`. With one sampler for both, v
+differs by rounding alone, until that changes a sampled token. What differs:
 
 - Without a ``sampler``, TRL's own generation answers. It reports no log-probabilities, so nothing corrects for them.
-- Rows whose advantage is zero are computed all the same, so a step takes longer.
-- Dropout stays off in the model after training; our loop restores it.
+- Rows whose advantage is zero are computed all the same.
+- Dropout stays off in the model after training.
 
-v is no parameter of the model, so neither DDP nor FSDP shards, casts or wraps it: every process holds all of it, and
-the optimizer averages the gradients.
+v is no parameter of the model: every process holds all of it, and the optimizer averages the gradients.
 """
 
 from __future__ import annotations
@@ -18,9 +17,10 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -39,7 +39,7 @@ from tinylora_lite.training.grpo import GRPO
 from tinylora_lite.training.loop import DEFAULTS, RECORDED_PARAMETERS, ready_to_train
 from tinylora_lite.training.settings import GRPOSettings
 from tinylora_lite.training.trl_config import COLUMNS, AdamOnV, trl_config, trl_dataset
-from tinylora_lite.utils.record import Run, check_same_run, environment
+from tinylora_lite.utils.record import Run, check_same_run
 
 try:
     from transformers.trainer_callback import PrinterCallback, TrainerCallback
@@ -83,9 +83,6 @@ class TinyLoraGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
     evaluates with ours. The adapter is not on the output layer. ``config`` is further fields of TRL's ``GRPOConfig``,
     such as ``report_to`` or ``use_cpu``.
 
-    Attributes:
-        evaluations: one row per evaluation, as in a :class:`~tinylora_lite.Run`.
-
     Raises:
         ValueError: as :func:`~tinylora_lite.train_grpo`, or a field in ``config`` that ``settings`` decide.
     """
@@ -108,14 +105,14 @@ class TinyLoraGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
     ) -> None:
         settings = settings or GRPOSettings()
         self.objective = GRPO(model, tokenizer, adapter, task, [settings], sampler)
-        head = model.get_output_embeddings()
-        if any(module is head for name, module in model.named_modules() if name in adapter.names):
+        if model.get_output_embeddings() in map(model.get_submodule, adapter.names):
             raise ValueError("TRL reads the output layer's weight past its hooks, so an adapter on it would not train")
         self.adapter, self.task, self.settings, self.sampler = adapter, task, settings, sampler
         self.policy, self.tokenizer, self._on_step = model, tokenizer, on_step
-        self.evaluations: list[dict[str, float]] = []
-        self._base = base_fingerprint(model)
-        self._started, self._seconds_before = time.perf_counter(), 0.0
+        known_as, parameters = adapter.identity(), adapter.num_parameters
+        self.run = Run("grpo", asdict(settings), known_as, parameters, task.name, base_fingerprint(model))
+        self.run.environment["trl"] = __version__
+        self._started = time.perf_counter()
         config.setdefault("disable_tqdm", not sys.stderr.isatty())
         with warnings.catch_warnings(), patch.object(model, "forward", model.forward):  # TRL puts its own there
             warnings.filterwarnings("ignore", "You are using 'rollout_func'", UserWarning)
@@ -171,13 +168,12 @@ class TinyLoraGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
     ) -> list[float]:
         """TRL's reward function: the task's reward; the log gets the means of the strict and the lenient one."""
         texts = [text.strip() for text in self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)]
-        pairs = list(zip(texts, gold, strict=True))
-        scores = [self.task.score(text, answer) for text, answer in pairs]
-        log_metric("strict", sum(scores) / len(scores))
-        if (lenient := self.task.lenient) is not None:
-            log_metric("lenient", sum(lenient(text, answer) for text, answer in pairs) / len(pairs))
+        scores = list(map(self.task.score, texts, gold))
+        log_metric("strict", fmean(scores))
+        if self.task.lenient is not None:
+            log_metric("lenient", fmean(map(self.task.lenient, texts, gold)))
         if self.task.formatted is not None:
-            log_metric("formatted", sum(map(self.task.formatted, texts)) / len(texts))
+            log_metric("formatted", fmean(map(self.task.formatted, texts)))
         if self.settings.truncated == "score":
             return scores
         ended = [ids[-1] in self.eos_token_ids for ids in completion_ids]
@@ -188,9 +184,7 @@ class TinyLoraGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """TRL's loss. Raises ``RuntimeError`` where it would leave out the correction for the sampler."""
         if self.sampler is not None and "importance_sampling_ratio" not in inputs:
-            raise RuntimeError(
-                f"TRL {__version__} does not correct for the sampler; install trl==1.16.*, which is tested"
-            )
+            raise RuntimeError(f"TRL {__version__} does not correct for the sampler; 1.16, which is tested, does")
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def create_optimizer(self, model: Any = None) -> Any:
@@ -225,13 +219,12 @@ class TinyLoraGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             return super().train(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """TRL's log, and v: its norm, its largest entry, and every entry (``v0`` and so on) where they are few."""
+        """TRL's log, and v: its norm, and every entry (``v0`` and so on) where they are few."""
         if "loss" in logs:
             v = self.adapter.vectors.detach().flatten()
-            logs |= {"norm": v.norm().item(), "largest": v.abs().max().item()}
+            logs |= {"norm": v.norm().item(), "gradient_norm": self.optimizer.optimizer.gradient_norm}
             logs |= {f"v{i}": value for i, value in enumerate(v.tolist())} if len(v) <= RECORDED_PARAMETERS else {}
-            logs["gradient_norm"] = self.optimizer.optimizer.gradient_norm
-            logs["seconds"] = self._seconds_before + time.perf_counter() - self._started
+            logs["seconds"] = time.perf_counter() - self._started
         super().log(logs, start_time)
         if self._on_step is not None and "reward" in self.state.log_history[-1]:
             self._on_step(self.record())
@@ -244,24 +237,13 @@ class TinyLoraGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             for entry in self.state.log_history
             if "reward" in entry
         ]
-        return Run(
-            method="grpo",
-            settings=asdict(self.settings),
-            adapter=self.adapter.identity(),
-            parameters=self.adapter.num_parameters,
-            task=self.task.name,
-            base=self._base,
-            steps=rows,
-            evaluations=self.evaluations,
-            seconds=rows[-1]["seconds"] if rows else 0.0,
-            environment=environment() | {"trl": __version__},
-        )
+        return replace(self.run, steps=rows, seconds=rows[-1]["seconds"] if rows else 0.0)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes ``adapter.tinylora`` and the run's record, and no weights of the base."""
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
-            save(self.adapter, folder / ADAPTER_FILE, "fp32", base_sha256=self._base)
+            save(self.adapter, folder / ADAPTER_FILE, "fp32", base_sha256=self.run.base)
             self.record().save(folder / RUN_FILE)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -282,10 +264,11 @@ class TinyLoraGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         """Restores v and the record. Raises ``ValueError`` where they are damaged, or of another run."""
         folder = Path(resume_from_checkpoint)
         saved = Run.load(folder / RUN_FILE)
-        check_same_run(folder, saved, self.record(), DEFAULTS)
+        check_same_run(folder, saved, self.run, DEFAULTS)
         with torch.no_grad():
             self.adapter.vectors.copy_(read_file(folder / ADAPTER_FILE)[1]["vectors"])
-        self.evaluations, self._seconds_before = saved.evaluations, saved.seconds
+        self.run.evaluations = saved.evaluations
+        self._started -= saved.seconds
 
 
 class _Evaluation(TrainerCallback):
@@ -298,4 +281,4 @@ class _Evaluation(TrainerCallback):
         trainer, settings = self.trainer, self.trainer.settings
         step, rest = divmod(state.global_step, settings.epochs_per_step)
         if settings.evaluate_every and not rest and step % settings.evaluate_every == 0:
-            trainer.evaluations.append({"step": step} | trainer.objective.validate()[0])
+            trainer.run.evaluations.append({"step": step} | trainer.objective.validate()[0])
