@@ -15,7 +15,7 @@ import tinylora_lite as tl
 from tinylora_lite import nano
 from tinylora_lite.sampling.rollouts import encode_prompts
 from tinylora_lite.sampling.sampler import sample
-from tinylora_lite.sampling.vllm import Answer, VllmEngine, VllmSampler, reserved_rank
+from tinylora_lite.sampling.vllm import Answer, VllmEngine, VllmSampler, engine_settings
 from tinylora_lite.sampling.vllm_server import VllmServerSampler, serve_command
 from tinylora_lite.utils import distributed
 from tinylora_lite.utils.record import seed_of
@@ -161,13 +161,13 @@ def test_every_row_has_a_seed_of_its_own_that_vllm_takes(base, vllm):
 
 @pytest.mark.parametrize(("rank", "reserved"), [(1, 1), (2, 8), (8, 8), (9, 16), (300, 320), (512, 512)])
 def test_a_rank_takes_the_next_larger_one_that_vllm_reserves(rank, reserved):
-    assert reserved_rank(rank) == reserved
+    assert engine_settings("base", rank)["max_lora_rank"] == reserved
 
 
 @pytest.mark.parametrize("rank", [0, 513])
 def test_ranks_that_vllm_does_not_serve(rank):
     with pytest.raises(ValueError, match=f"rank 1 to 512, not {rank}"):
-        reserved_rank(rank)
+        engine_settings("base", rank)
 
 
 def test_the_command_that_serves():

@@ -155,19 +155,11 @@ class VllmSampler(VllmEngine):
             import vllm
         except ImportError as error:
             raise ImportError('sampling with vLLM needs vLLM: pip install "tinylora_lite[vllm]"') from error
-        settings: dict[str, Any] = {
-            "model": str(model),
-            "gpu_memory_utilization": 0.3,
-            "enforce_eager": _on_cpu(),
-            "skip_tokenizer_init": True,
-            "logprobs_mode": "processed_logprobs",  # at the temperature of the draw; raw ones would be at 1
-        }
+        settings = engine_settings(model, max_lora_rank if sync == "lora" else None)
+        settings |= {"gpu_memory_utilization": 0.3, "enforce_eager": _on_cpu()}
         if _on_cpu():
             # Where a prompt is read in chunks, vLLM rewinds the row's generator, which no CPU generator can.
             settings |= {"kv_cache_memory_bytes": 2**30, "enable_chunked_prefill": False}
-        if sync == "lora":
-            settings |= {"enable_lora": True, "max_lora_rank": reserved_rank(max_lora_rank)}
-            self._folder = tempfile.TemporaryDirectory(prefix="tinylora-")
         # It would warn, with a traceback, that it has no tokenizer to try a chat template with.
         logging.getLogger("vllm.renderers.base").setLevel(logging.ERROR)
         with (
@@ -179,6 +171,7 @@ class VllmSampler(VllmEngine):
         if sync == "merged" and self.llm.model_config.quantization is not None:
             raise ValueError("weights cannot be merged into a quantized engine; use sync='lora'")
         self.mode, self.limit = sync, self.llm.model_config.max_model_len
+        self._folder = tempfile.TemporaryDirectory(prefix="tinylora-")
         self._lora: Any = None  # the LoRARequest that answers
         self._pushed: TinyLoraAdapter | None = None  # the last adapter that was merged
 
@@ -244,11 +237,19 @@ class VllmSampler(VllmEngine):
             self.llm.collective_rpc(_load_weight, args=(name, weight if alone else weight.cpu()))
 
 
-def reserved_rank(rank: int) -> int:
-    """The smallest of vLLM's ``RANKS`` that holds a LoRA of a rank. Raises ``ValueError`` above the largest."""
-    if not 1 <= rank <= RANKS[-1]:
-        raise ValueError(f"vLLM serves LoRAs of rank 1 to {RANKS[-1]}, not {rank}; synchronise merged weights instead")
-    return min(reserved for reserved in RANKS if reserved >= rank)
+def engine_settings(model: str | Path, lora_rank: int | None) -> dict[str, Any]:
+    """Settings of an engine and of a server alike; ``lora_rank=None`` takes no LoRAs.
+
+    Raises:
+        ValueError: vLLM serves no LoRA of such a rank.
+    """
+    settings: dict[str, Any] = {"model": str(model), "skip_tokenizer_init": True}
+    settings["logprobs_mode"] = "processed_logprobs"  # at the temperature of the draw; raw ones would be at 1
+    if lora_rank is None:
+        return settings
+    if not 1 <= lora_rank <= RANKS[-1]:
+        raise ValueError(f"vLLM serves LoRAs of rank 1 to {RANKS[-1]}, not {lora_rank}; push merged weights instead")
+    return settings | {"enable_lora": True, "max_lora_rank": min(rank for rank in RANKS if rank >= lora_rank)}
 
 
 def _load_weight(worker: Any, name: str, weight: Tensor) -> None:

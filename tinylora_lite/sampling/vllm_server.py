@@ -21,7 +21,7 @@ from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
 from tinylora_lite.files.lora import export_lora
-from tinylora_lite.sampling.vllm import NOT_FINITE, Answer, VllmEngine, reserved_rank
+from tinylora_lite.sampling.vllm import NOT_FINITE, Answer, VllmEngine, engine_settings
 from tinylora_lite.utils import distributed
 
 if TYPE_CHECKING:
@@ -52,19 +52,12 @@ def serve_command(
             ``enable_chunked_prefill=False``: a prompt that vLLM reads in chunks ends its CPU build otherwise.
 
     >>> " ".join(serve_command("Qwen/Qwen2.5-7B-Instruct", 2, port=8001, tensor_parallel_size=4)[-6:])
-    '--max-lora-rank 8 --port 8001 --tensor-parallel-size 4'
+    '--host 127.0.0.1 --port 8001 --tensor-parallel-size 4'
     """
-    settings: dict[str, Any] = {
-        "model": model,
-        "host": "127.0.0.1",
-        "skip_tokenizer_init": True,
-        "logprobs_mode": "processed_logprobs",
-        "enable_lora": True,
-        "max_loras": 2,  # the one that answers and its successor
-        "max_lora_rank": reserved_rank(adapter_rank),
-    }
+    # Two LoRAs fit: the one that answers and its successor.
+    settings = engine_settings(model, adapter_rank) | {"max_loras": 2, "host": "127.0.0.1"} | options
     command = ["env", "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1", python, "-m", "vllm.entrypoints.openai.api_server"]
-    for name, value in (settings | options).items():
+    for name, value in settings.items():
         flag = name.replace("_", "-")
         command += [f"--no-{flag}" if value is False else f"--{flag}"]
         command += [] if isinstance(value, bool) else [str(value)]
@@ -105,9 +98,8 @@ class VllmServerSampler(VllmEngine):
         super().__init__(tokenizer)
         self.url, self.wait, self.timeout = url.rstrip("/"), wait, timeout
         self.folder = None if folder is None else Path(folder).resolve()
-        self._headers = {"Content-Type": "application/json"}
-        if api_key is not None:
-            self._headers["Authorization"] = f"Bearer {api_key}"
+        key = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        self._headers = {"Content-Type": "application/json"} | key
         # Without a proxy: one that the environment names leads out of the cluster.
         self._open = build_opener(ProxyHandler({})).open
         served = [card for card in json.loads(self._ask("/v1/models"))["data"] if card.get("parent") is None]

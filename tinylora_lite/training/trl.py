@@ -13,6 +13,8 @@ v is no parameter of the model: every process holds all of it, and the optimizer
 
 from __future__ import annotations
 
+import math
+import os
 import sys
 import time
 import warnings
@@ -34,20 +36,21 @@ from tinylora_lite.files.file_format import read_file
 from tinylora_lite.sampling.rollouts import Sampler
 from tinylora_lite.sampling.sampler import ModelSampler
 from tinylora_lite.tasks.task import Example, Task
-from tinylora_lite.training.batches import rollout
+from tinylora_lite.training.batches import draw_prompts, rollout
 from tinylora_lite.training.grpo import GRPO
 from tinylora_lite.training.loop import DEFAULTS, RECORDED_PARAMETERS, ready_to_train
 from tinylora_lite.training.settings import GRPOSettings
-from tinylora_lite.training.trl_config import COLUMNS, AdamOnV, trl_config, trl_dataset
+from tinylora_lite.utils import distributed
 from tinylora_lite.utils.record import Run, check_same_run
 
 try:
+    from datasets import Dataset
     from transformers.trainer_callback import PrinterCallback, TrainerCallback
     from transformers.trainer_utils import get_last_checkpoint
     from transformers.utils.versions import require_version
 
     require_version("trl>=1.14")
-    from trl import GRPOTrainer, __version__
+    from trl import GRPOConfig, GRPOTrainer, __version__
 except ImportError as error:
     raise ImportError('training with TRL needs trl 1.14 or newer: pip install "tinylora_lite[train]"') from error
 
@@ -57,6 +60,33 @@ if TYPE_CHECKING:
 ADAPTER_FILE = "adapter.tinylora"
 """The parameters of a checkpoint, in float32."""
 RUN_FILE = "run.json"
+FIELDS = {
+    "num_iterations": "epochs_per_step",
+    "num_generations": "group_size",
+    "max_completion_length": "max_new_tokens",
+    "temperature": "temperature",
+    "learning_rate": "learning_rate",
+    "scale_rewards": "scale",
+    "epsilon": "clip_low",
+    "epsilon_high": "clip_high",
+    "seed": "seed",
+}
+"""Fields of TRL's configuration, and the settings that they are."""
+LOSSES = {"token": "dapo", "sequence": "grpo", "constant": "dr_grpo"}
+"""TRL's names for the three ways to normalise the loss."""
+COLUMNS = {
+    "reward": "reward",
+    "length": "completions/mean_length",
+    "truncated": "completions/clipped_ratio",
+    "entropy": "entropy",
+    "clipped": "clip_ratio/region_mean",
+    "logprob_diff_mean": "sampling/sampling_logp_difference/mean",
+    "logprob_diff_max": "sampling/sampling_logp_difference/max",
+    "frac_reward_zero_std": "frac_reward_zero_std",
+}
+COLUMNS |= {name: name for name in ("gradient_norm", "norm", "strict", "lenient", "formatted", "seconds")}
+COLUMNS |= {f"v{i}": f"v{i}" for i in range(RECORDED_PARAMETERS)}
+"""Columns of a run's record, and their names in TRL's log."""
 
 
 def train_trl(*args: Any, folder: str | Path | None = None, **options: Any) -> Run:
@@ -282,3 +312,85 @@ class _Evaluation(TrainerCallback):
         step, rest = divmod(state.global_step, settings.epochs_per_step)
         if settings.evaluate_every and not rest and step % settings.evaluate_every == 0:
             trainer.run.evaluations.append({"step": step} | trainer.objective.validate()[0])
+
+
+def trl_config(settings: GRPOSettings, folder: str | Path | None, **config: Any) -> GRPOConfig:
+    """TRL's configuration that computes what :func:`~tinylora_lite.train_grpo` computes with these settings.
+
+    One of our steps is ``epochs_per_step`` of TRL's. A batch of completions is split into micro-batches of equal size,
+    so ``micro_batch`` is lowered to the next divisor of a process's share. ``config`` is further fields.
+
+    Raises:
+        ValueError: a field is given that follows from ``settings``, or the prompts of a step cannot be shared equally
+            by the processes that ``accelerate launch`` started.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if settings.prompts_per_step % processes:
+        raise ValueError(
+            f"prompts_per_step={settings.prompts_per_step} cannot be shared by {processes} processes; "
+            f"make it a multiple of {processes}"
+        )
+    rows = settings.prompts_per_step // processes * settings.group_size
+    micro_batch = max(size for size in range(1, min(rows, settings.micro_batch) + 1) if rows % size == 0)
+    decided: dict[str, Any] = {theirs: getattr(settings, ours) for theirs, ours in FIELDS.items()} | {
+        "max_steps": settings.steps * settings.epochs_per_step,
+        "per_device_train_batch_size": micro_batch,
+        "gradient_accumulation_steps": rows // micro_batch,
+        "steps_per_generation": rows // micro_batch,
+        "loss_type": LOSSES[settings.normalise],
+        "mask_truncated_completions": settings.truncated == "mask",
+        "beta": 0.0,  # otherwise TRL loads a second model as the reference
+    }
+    # The sampler is corrected for; without a cap too, since that logs the difference.
+    decided |= {"vllm_importance_sampling_correction": True, "vllm_importance_sampling_mode": "token_truncate"}
+    decided |= {"vllm_importance_sampling_clip_min": None, "vllm_importance_sampling_clip_max": settings.tis_cap or 1.0}
+    # The probabilities of sampling are those of the loss.
+    decided |= {"top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "disable_dropout": True, "use_vllm": False}
+    # The loss has no other terms. By default TRL weighs the KL penalty by the ratio, whose gradient does not vanish
+    # where the ratio is 1.
+    decided |= {"importance_sampling_level": "token", "delta": None, "use_bias_correction_kl": False}
+    decided |= {"top_entropy_quantile": 1.0, "entropy_coef": 0.0}
+    # Our optimizer clips gradients.
+    decided |= {"weight_decay": 0.0, "max_grad_norm": 0.0, "bf16": False, "fp16": False}
+    decided |= {"shuffle_dataset": False, "dataloader_pin_memory": False}
+    if given := sorted(config.keys() & decided.keys()):
+        raise ValueError(f"{', '.join(given)} cannot be given: the settings of training decide it")
+    chosen: dict[str, Any] = {
+        "output_dir": "." if folder is None else str(folder),
+        "save_strategy": "no" if folder is None else "steps",
+        "save_steps": settings.save_every * settings.epochs_per_step,
+        "save_total_limit": 2,
+        "logging_steps": settings.epochs_per_step,
+        "report_to": "none",
+    }
+    # A model whose gradient checkpointing is on keeps it. transformers renames the field.
+    name = "activation_checkpointing" if hasattr(GRPOConfig, "activation_checkpointing") else "gradient_checkpointing"
+    chosen |= {name: False, f"{name}_kwargs": {"use_reentrant": False}}
+    return GRPOConfig(**chosen | config | decided)
+
+
+def trl_dataset(task: Task, settings: GRPOSettings) -> Dataset:
+    """The prompts of all steps in the order in which our loop draws them, as conversations, each with its answer."""
+    drawn = draw_prompts(task.train, replace(settings, prompts_per_step=settings.steps * settings.prompts_per_step), 0)
+    return Dataset.from_list([{"prompt": task.messages(example), "gold": example.gold} for example in drawn])
+
+
+class AdamOnV(torch.optim.Adam):
+    """Adam on one tensor that every process holds.
+
+    The processes' gradients are averaged and shortened to ``max_norm``. A gradient of zero, because in every group all
+    rewards are equal, moves nothing. Trainer clears the gradients of the model's parameters only, so this clears v's.
+    """
+
+    max_norm = math.inf
+    gradient_norm = 0.0  # of the last step, before it was shortened
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        (v,) = self.param_groups[0]["params"]
+        distributed.all_reduce_gradients([v], distributed.world_size())
+        self.gradient_norm = torch.nn.utils.clip_grad_norm_([v], self.max_norm).item()
+        if not math.isfinite(self.gradient_norm):
+            raise FloatingPointError("the gradient is not finite; lower the learning rate, or load a wider dtype")
+        if self.gradient_norm > 0:
+            super().step(closure)
+        self.zero_grad()
