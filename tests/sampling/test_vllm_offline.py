@@ -304,7 +304,7 @@ def test_a_server_that_falls_silent_is_given_up(server, base, tmp_path):
     done = threading.Event()
     server.answers["/v1/completions"] = lambda _: (done.wait(10), (200, {}))[1]
     started = time.monotonic()
-    with pytest.raises(ConnectionError, match=r"took longer than 0.5 seconds"):
+    with pytest.raises(ConnectionError, match=r"no vLLM server answers at .* \(timed out\)"):
         sampler.sample(*PROMPTS, max_new_tokens=2)
     assert time.monotonic() - started < 5
     done.set()
@@ -318,11 +318,6 @@ def test_the_model_may_be_named_as_it_was_started_or_as_it_is_served(server, bas
 def test_another_model_is_an_error(server, base):
     with pytest.raises(ValueError, match="serves base, not other/model; start one that does"):
         VllmServerSampler(server.url, base[1], model="other/model")
-
-
-def test_a_key_is_shown_where_there_is_one(server, base):
-    VllmServerSampler(server.url + "/", base[1], api_key="secret")
-    assert server.seen[-1][2]["Authorization"] == "Bearer secret"
 
 
 def test_a_proxy_of_the_environment_is_passed_by(server, base, monkeypatch):

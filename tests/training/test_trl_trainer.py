@@ -13,6 +13,7 @@ from tinylora_lite import GRPOSettings, TinyLoraConfig, attach, nano
 from tinylora_lite.sampling.rollouts import encode_prompts
 from tinylora_lite.sampling.sampler import ModelSampler
 from tinylora_lite.training.batches import draw_prompts
+from tinylora_lite.utils import distributed
 
 pytest.importorskip("trl")
 
@@ -293,10 +294,11 @@ class TestConfig:
         trl_config(SMALL, None, **dict.fromkeys(chosen, "mine"))
         assert {name for name, value in given.items() if value == "mine"} == chosen
 
-    def test_prompts_that_cannot_be_shared(self, monkeypatch):
-        monkeypatch.setenv("WORLD_SIZE", "3")
+    def test_prompts_that_cannot_be_shared(self, policy, tokenizer, task, monkeypatch):
+        model, adapter = policy()
+        monkeypatch.setattr(distributed, "world_size", lambda: 3)
         with pytest.raises(ValueError, match="prompts_per_step=4 cannot be shared by 3 processes"):
-            trl_config(SMALL, None)
+            TinyLoraGRPOTrainer(model, tokenizer, adapter, task, SMALL)
 
 
 class TestDrift:

@@ -62,10 +62,8 @@ class VllmEngine:
         check_tokenizer(tokenizer)
         self.tokenizer = tokenizer  # the trainer's; vLLM itself is given token ids and needs none
 
-    def _answer(
-        self, prompts: list[list[int]], seeds: list[int], max_new_tokens: int, temperature: float
-    ) -> list[Answer]:
-        """One answer for each prompt, with log-probabilities at the temperature of the draw."""
+    def _answer(self, prompts: list[list[int]], seeds: list[int], settings: dict[str, Any]) -> list[Answer]:
+        """One answer for each prompt and seed; settings as vLLM names them."""
         raise NotImplementedError
 
     def sample(
@@ -98,7 +96,10 @@ class VllmEngine:
                 f"{self.limit}; ask for fewer, or start it with more"
             )
         seeds = [seed_of("row", seed, first_row + row) for row in range(len(prompts))]
-        answers = self._answer(prompts, seeds, max_new_tokens, temperature)
+        settings: dict[str, Any] = {"max_tokens": max_new_tokens, "temperature": temperature}
+        settings |= {"logprobs": 0}  # of the drawn token and no other
+        settings |= {"stop_token_ids": [self.tokenizer.eos_token_id]}  # vLLM adds those of generation_config.json
+        answers = self._answer(prompts, seeds, settings)
         rows, device = [answer.tokens for answer in answers], prompt_ids.device
         ids, mask = padded(rows, self.tokenizer, "right", device)
         logprobs = [torch.from_numpy(np.array(answer.logprobs, np.float32)) for answer in answers]
@@ -114,9 +115,8 @@ class VllmSampler(VllmEngine):
     """A vLLM engine that answers with the adapter as it was at the last :meth:`sync`; before the first, with the base.
 
     On a GPU that the trainer uses too, load the trainer's model first, then the engine. Its share of the GPU includes
-    its copy of the weights (15.2 GB of a 7B model in bfloat16); the rest must hold the trainer's activations and
-    logits. Several training processes share a server instead
-    (:class:`~tinylora_lite.sampling.vllm_server.VllmServerSampler`).
+    its copy of the weights; the rest must hold the trainer's activations and logits. Several training processes share
+    a server instead (:class:`~tinylora_lite.sampling.vllm_server.VllmServerSampler`).
 
     Args:
         model: a checkpoint's folder, or its name on the hub: the base that the adapter was made for.
@@ -127,9 +127,6 @@ class VllmSampler(VllmEngine):
             together), ``dtype`` (LoRAs are rounded to it, which costs less than 1 % of the update in bfloat16),
             ``tensor_parallel_size`` or ``gpu_memory_utilization`` (the share of the whole GPU, 0.3 by default). On a
             CPU, ``enforce_eager`` is on, and keys and values get 1 GiB.
-
-    Attributes:
-        llm: the ``vllm.LLM``.
 
     Raises:
         ImportError: vLLM is not installed.
@@ -196,27 +193,15 @@ class VllmSampler(VllmEngine):
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM's prefix cache is in use and holds keys and values of other weights")
 
-    def _answer(
-        self, prompts: list[list[int]], seeds: list[int], max_new_tokens: int, temperature: float
-    ) -> list[Answer]:
+    def _answer(self, prompts: list[list[int]], seeds: list[int], settings: dict[str, Any]) -> list[Answer]:
         from vllm import SamplingParams
 
-        settings = [
-            SamplingParams(
-                temperature=temperature,
-                max_tokens=max_new_tokens,
-                seed=seed,
-                stop_token_ids=[self.tokenizer.eos_token_id],  # vLLM adds those of generation_config.json
-                logprobs=0,  # of the drawn token and no other
-                flat_logprobs=True,
-                detokenize=False,
-            )
-            for seed in seeds
-        ]
+        settings |= {"flat_logprobs": True, "detokenize": False}
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]
-        done = self.llm.generate(requests, settings, lora_request=self._lora, use_tqdm=False)
+        each = [SamplingParams(seed=seed, **settings) for seed in seeds]
+        done = self.llm.generate(requests, each, lora_request=self._lora, use_tqdm=False)
         outputs = [request.outputs[0] for request in done]
-        return [Answer([*each.token_ids], each.logprobs.logprobs, each.finish_reason == "length") for each in outputs]
+        return [Answer([*one.token_ids], one.logprobs.logprobs, one.finish_reason == "length") for one in outputs]
 
     def _push(self, adapter: TinyLoraAdapter | None) -> None:
         latest = adapter or self._pushed
@@ -224,7 +209,7 @@ class VllmSampler(VllmEngine):
             return
         model, dtype = model_of(latest), self.llm.model_config.dtype
         merged = merged_weights(adapter, dtype) if adapter else iter(())
-        before, now = (set(each.names) if each else set() for each in (self._pushed, adapter))
+        before, now = (set(each.names if each else ()) for each in (self._pushed, adapter))
         self._pushed = adapter  # even where not all of its weights arrive
         if _on_cpu():
             weights = list((model.state_dict() | dict(merged)).items())
@@ -238,11 +223,7 @@ class VllmSampler(VllmEngine):
 
 
 def engine_settings(model: str | Path, lora_rank: int | None) -> dict[str, Any]:
-    """Settings of an engine and of a server alike; ``lora_rank=None`` takes no LoRAs.
-
-    Raises:
-        ValueError: vLLM serves no LoRA of such a rank.
-    """
+    """Settings of engine and server alike; ``None`` takes no LoRAs. Raises ``ValueError`` for a rank above all."""
     settings: dict[str, Any] = {"model": str(model), "skip_tokenizer_init": True}
     settings["logprobs_mode"] = "processed_logprobs"  # at the temperature of the draw; raw ones would be at 1
     if lora_rank is None:

@@ -75,7 +75,6 @@ class VllmServerSampler(VllmEngine):
         model: the base that the server must serve, by the folder or name it was started with; ``None`` takes any.
         folder: where LoRAs are written for the server to read, at the same path on its machine; ``None`` takes the
             folder for temporary files, which suits a server on this machine.
-        api_key: of the server, where it was started with one.
         wait: seconds that the server may take to start, or to come back.
         timeout: seconds that one answer may take.
 
@@ -91,15 +90,12 @@ class VllmServerSampler(VllmEngine):
         *,
         model: str | Path | None = None,
         folder: str | Path | None = None,
-        api_key: str | None = None,
         wait: float = 60.0,
         timeout: float = 3600.0,
     ) -> None:
         super().__init__(tokenizer)
         self.url, self.wait, self.timeout = url.rstrip("/"), wait, timeout
         self.folder = None if folder is None else Path(folder).resolve()
-        key = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        self._headers = {"Content-Type": "application/json"} | key
         # Without a proxy: one that the environment names leads out of the cluster.
         self._open = build_opener(ProxyHandler({})).open
         served = [card for card in json.loads(self._ask("/v1/models"))["data"] if card.get("parent") is None]
@@ -151,13 +147,10 @@ class VllmServerSampler(VllmEngine):
             raise ValueError(f"{refused}; it must see {path}, and be started for such LoRAs: {command}") from refused
         return written
 
-    def _answer(
-        self, prompts: list[list[int]], seeds: list[int], max_new_tokens: int, temperature: float
-    ) -> list[Answer]:
-        if temperature not in (0.0, 1.0):
+    def _answer(self, prompts: list[list[int]], seeds: list[int], settings: dict[str, Any]) -> list[Answer]:
+        if settings["temperature"] not in (0.0, 1.0):
             self._check_scaled(prompts[0])
-        fixed = {"max_tokens": max_new_tokens, "temperature": temperature, "logprobs": 0}
-        requests = [{"prompt": prompt, "seed": seed} | fixed for prompt, seed in zip(prompts, seeds, strict=True)]
+        requests = [{"prompt": prompt, "seed": seed} | settings for prompt, seed in zip(prompts, seeds, strict=True)]
         with ThreadPoolExecutor(min(CONNECTIONS, len(requests))) as pool:
             answers = list(pool.map(self._complete, requests))
         return [
@@ -168,7 +161,6 @@ class VllmServerSampler(VllmEngine):
     def _complete(self, request: dict[str, Any]) -> dict[str, Any]:
         """The answer to one request."""
         body = {"model": self._name or self.base, "return_token_ids": True, "return_tokens_as_token_ids": True}
-        body |= {"stop_token_ids": [self.tokenizer.eos_token_id]}  # vLLM adds those of generation_config.json
         try:
             return dict(json.loads(self._ask("/v1/completions", body | PLAIN | request))["choices"][0])
         except _RefusedError as refused:
@@ -183,10 +175,8 @@ class VllmServerSampler(VllmEngine):
         cold, hot = (max(answer["logprobs"]["top_logprobs"][0].values()) for answer in answers)
         # A token that is almost certain is so at both temperatures.
         if cold < -0.01 and math.isclose(cold, hot, abs_tol=1e-4):
-            raise ValueError(
-                f"the server at {self.url} reports probabilities at temperature 1, whatever is asked for; start it "
-                "with --logprobs-mode processed_logprobs"
-            )
+            cure = "start it with --logprobs-mode processed_logprobs"
+            raise ValueError(f"the server at {self.url} reports probabilities at temperature 1 alone; {cure}")
 
     def _ask(self, path: str, body: dict[str, Any] | None = None) -> str:
         """The server's answer; one that is not there is asked again for ``wait`` seconds."""
@@ -194,13 +184,11 @@ class VllmServerSampler(VllmEngine):
         until = time.monotonic() + self.wait
         while True:
             try:
-                with self._open(Request(self.url + path, data, self._headers), timeout=self.timeout) as answer:
+                with self._open(
+                    Request(self.url + path, data, {"Content-Type": "application/json"}), timeout=self.timeout
+                ) as answer:
                     return str(answer.read().decode())
             except (OSError, HTTPException) as error:
-                if isinstance(error, TimeoutError):
-                    raise ConnectionError(
-                        f"the server at {self.url} took longer than {self.timeout} seconds"
-                    ) from error
                 if isinstance(error, HTTPError) and error.code != 503:  # not ready yet
                     reason: Any = error
                     with suppress(ValueError, KeyError, TypeError):

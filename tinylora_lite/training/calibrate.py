@@ -79,9 +79,8 @@ def calibrate(
         A :class:`~tinylora_lite.Basis` of orthonormal directions, the one of largest variance first.
 
     Raises:
-        ValueError: ``passes`` is neither 1 nor 2, there are fewer problems or fewer entries of R than directions to
-            find, fewer problems had answers of different reward than that, or whatever ``attach`` and ``train_grpo``
-            refuse.
+        ValueError: ``passes`` is neither 1 nor 2; there are fewer problems, problems with answers of different reward,
+            or entries of R than directions to find; or whatever ``attach`` and ``train_grpo`` refuse.
     """
     if passes not in (1, 2):
         raise ValueError(f"passes must be 1 or 2, not {passes!r}")
@@ -94,11 +93,6 @@ def calibrate(
     check_task(tokenizer, task, own)
     adapter = attach(model, TinyLoraConfig(rank=rank, u=rank**2, sigma=sigma, projection="identity"))
     try:
-        if directions > adapter.num_parameters:
-            raise ValueError(
-                f"R has {adapter.num_parameters} entries at rank={rank}, fewer than directions={directions}; "
-                "raise the rank, or ask for fewer"
-            )
         with ready_to_train(model, [adapter.vectors]):
             answers = sampler or ModelSampler(model, tokenizer)
             samples = _Samples(model, tokenizer, adapter, task, own, answers, progress, problems)
@@ -110,10 +104,11 @@ def calibrate(
         adapter.detach()
     # Each pass counts the same, whatever the length of its gradients.
     gradients = torch.cat([part / part.norm(dim=1).mean() for part in found if len(part)] or found)
-    if len(gradients) < directions:
+    if min(gradients.shape) < directions:
         raise ValueError(
-            f"only {len(gradients)} of {problems} problems had answers of different reward, fewer than the "
-            f"{directions} directions asked for; calibrate on more problems or larger groups"
+            f"only {len(gradients)} of {problems} problems had answers of different reward, and R has "
+            f"{gradients.shape[1]} entries, too few for {directions} directions; calibrate on more problems, larger "
+            "groups or a higher rank, or ask for fewer"
         )
     provenance = {
         "method": "singular vectors of per-problem policy gradients",

@@ -1,17 +1,13 @@
 """Training without gradients: an evolution strategy moves v by the rewards alone.
 
-With 13 parameters the policy gradient has 13 entries, and 13 parameters can be searched. CMA-ES (Hansen, arXiv
-1604.00772) draws candidates from a normal distribution over v, ranks them by reward, and moves mean, step size and
-covariance towards the better ones. All candidates are one population and share a batch; no activations are kept.
-
-Every candidate of a generation answers the same prompts with the same random numbers, so hard problems and unlucky
-draws, which all of them have in common, cancel in their ranking.
+CMA-ES (Hansen, arXiv 1604.00772) draws candidates from a normal distribution over v, ranks them by reward, and moves
+mean, step size and covariance towards the better ones. All candidates are one population and share a batch. They
+answer the same prompts with the same random numbers, so hard problems and unlucky draws cancel in their ranking.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -71,7 +67,6 @@ def train_es(
     task: Task,
     settings: ESSettings | None = None,
     *,
-    on_step: Callable[[Run], None] | None = None,
     progress: bool = True,
 ) -> tuple[Run, Tensor]:
     """Trains an adapter's parameters by CMA-ES, from v = 0; arguments are those of :func:`~tinylora_lite.train_grpo`.
@@ -123,8 +118,6 @@ def train_es(
                 row |= {f"v{i}": value for i, value in enumerate(strategy.mean.tolist())}
             run.steps.append(row | {"seconds": run.seconds})
             bar.set_postfix_str(f"reward {row['reward']:.2f}", refresh=False)
-            if on_step is not None:
-                on_step(run)
     finally:
         population.detach()
     return run, torch.tensor(strategy.mean, dtype=torch.float32).view(shape)

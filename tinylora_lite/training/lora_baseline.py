@@ -34,9 +34,6 @@ def train_lora(
 
     A step is that of :func:`~tinylora_lite.train_grpo` or :func:`~tinylora_lite.train_sft`, from the same prompts and
     with the same random numbers; arguments and errors are theirs. The settings' seed draws LoRA's A, too.
-
-    Raises:
-        ModuleNotFoundError: PEFT is not installed.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model

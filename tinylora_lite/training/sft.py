@@ -114,10 +114,7 @@ def solution_loss(
 
 
 def encode_solutions(
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    examples: Sequence[Example],
-    device: torch.device | str = "cpu",
+    tokenizer: PreTrainedTokenizerBase, task: Task, examples: Sequence[Example], device: torch.device | str = "cpu"
 ) -> Rollouts:
     """Worked answers as if a model had sampled them, the end token included; their log-probabilities are zeros.
 

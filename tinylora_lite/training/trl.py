@@ -2,11 +2,8 @@
 
 TRL adds what our loop leaves out: ``accelerate`` with FSDP2, trackers, callbacks. Settings, prompts and their order,
 reward, loss, Adam and learning rate are those of :func:`~tinylora_lite.train_grpo`. With one sampler for both, v
-differs by rounding alone, until that changes a sampled token. What differs:
-
-- Without a ``sampler``, TRL's own generation answers. It reports no log-probabilities, so nothing corrects for them.
-- Rows whose advantage is zero are computed all the same.
-- Dropout stays off in the model after training.
+differs by rounding alone, until that changes a sampled token. Without a ``sampler``, TRL's own generation answers,
+which reports no log-probabilities, so nothing corrects for them. Dropout stays off in the model after training.
 
 v is no parameter of the model: every process holds all of it, and the optimizer averages the gradients.
 """
@@ -75,17 +72,14 @@ FIELDS = {
 LOSSES = {"token": "dapo", "sequence": "grpo", "constant": "dr_grpo"}
 """TRL's names for the three ways to normalise the loss."""
 COLUMNS = {
-    "reward": "reward",
     "length": "completions/mean_length",
     "truncated": "completions/clipped_ratio",
-    "entropy": "entropy",
     "clipped": "clip_ratio/region_mean",
     "logprob_diff_mean": "sampling/sampling_logp_difference/mean",
     "logprob_diff_max": "sampling/sampling_logp_difference/max",
-    "frac_reward_zero_std": "frac_reward_zero_std",
 }
-COLUMNS |= {name: name for name in ("gradient_norm", "norm", "strict", "lenient", "formatted", "seconds")}
-COLUMNS |= {f"v{i}": f"v{i}" for i in range(RECORDED_PARAMETERS)}
+COLUMNS |= {name: name for name in ("reward", "entropy", "frac_reward_zero_std", "gradient_norm", "norm", "seconds")}
+COLUMNS |= {name: name for name in ("strict", "lenient", "formatted", *(f"v{i}" for i in range(RECORDED_PARAMETERS)))}
 """Columns of a run's record, and their names in TRL's log."""
 
 
@@ -142,24 +136,27 @@ class TinyLoraGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         known_as, parameters = adapter.identity(), adapter.num_parameters
         self.run = Run("grpo", asdict(settings), known_as, parameters, task.name, base_fingerprint(model))
         self.run.environment["trl"] = __version__
-        self._started = time.perf_counter()
         config.setdefault("disable_tqdm", not sys.stderr.isatty())
+        # The prompts of all steps, in the order in which our loop draws them.
+        everything = replace(settings, prompts_per_step=settings.steps * settings.prompts_per_step)
+        drawn = draw_prompts(task.train, everything, 0)
         with warnings.catch_warnings(), patch.object(model, "forward", model.forward):  # TRL puts its own there
             warnings.filterwarnings("ignore", "You are using 'rollout_func'", UserWarning)
             super().__init__(
                 model=model,
                 reward_funcs=self._reward,
                 args=trl_config(settings, folder, **config),
-                train_dataset=trl_dataset(task, settings),
+                train_dataset=Dataset.from_list([{"prompt": task.messages(e), "gold": e.gold} for e in drawn]),
                 processing_class=tokenizer,
                 rollout_func=None if sampler is None else self._ask_sampler,
             )
             self._trl_forward = model.forward
+        distributed.shard(settings.prompts_per_step, "prompts_per_step")
         self.add_callback(_Evaluation(self))
         self.remove_callback(PrinterCallback)
         self.args.beta = self.beta = settings.kl
         if settings.kl > 0:
-            self.ref_model = self._reference
+            self.ref_model = adapter.disabled()(model.__call__)
         if sampler is not None:  # TRL corrects for it as for its own vLLM; _ask_sampler keeps it in step
             self.use_vllm, self._last_loaded_step = True, -1
             self.vllm_generation = SimpleNamespace(sync_weights=lambda: None)
@@ -173,11 +170,6 @@ class TinyLoraGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         if not fsdp_2:
             # No parameter of the model trains. DDP refuses such a model, and accelerate would wrap it on CPUs.
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
-
-    def _reference(self, **inputs: Any) -> Any:
-        """The reference policy of the KL penalty: the model that trains, without its adapter."""
-        with self.adapter.disabled():
-            return self.policy(**inputs)
 
     def _ask_sampler(self, prompts: list[list[dict[str, str]]], trainer: GRPOTrainer) -> dict[str, Any]:
         """The sampler's answers to this process's share of a step's prompts, which come once for every completion."""
@@ -318,19 +310,11 @@ def trl_config(settings: GRPOSettings, folder: str | Path | None, **config: Any)
     """TRL's configuration that computes what :func:`~tinylora_lite.train_grpo` computes with these settings.
 
     One of our steps is ``epochs_per_step`` of TRL's. A batch of completions is split into micro-batches of equal size,
-    so ``micro_batch`` is lowered to the next divisor of a process's share. ``config`` is further fields.
-
-    Raises:
-        ValueError: a field is given that follows from ``settings``, or the prompts of a step cannot be shared equally
-            by the processes that ``accelerate launch`` started.
+    so ``micro_batch`` is lowered to the next divisor of a process's share. ``config`` is further fields; raises
+    ``ValueError`` where one follows from ``settings``.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if settings.prompts_per_step % processes:
-        raise ValueError(
-            f"prompts_per_step={settings.prompts_per_step} cannot be shared by {processes} processes; "
-            f"make it a multiple of {processes}"
-        )
-    rows = settings.prompts_per_step // processes * settings.group_size
+    processes = int(os.environ.get("WORLD_SIZE", "1"))  # accelerate starts them when it reads the configuration
+    rows = max(1, settings.prompts_per_step // processes) * settings.group_size
     micro_batch = max(size for size in range(1, min(rows, settings.micro_batch) + 1) if rows % size == 0)
     decided: dict[str, Any] = {theirs: getattr(settings, ours) for theirs, ours in FIELDS.items()} | {
         "max_steps": settings.steps * settings.epochs_per_step,
@@ -367,12 +351,6 @@ def trl_config(settings: GRPOSettings, folder: str | Path | None, **config: Any)
     name = "activation_checkpointing" if hasattr(GRPOConfig, "activation_checkpointing") else "gradient_checkpointing"
     chosen |= {name: False, f"{name}_kwargs": {"use_reentrant": False}}
     return GRPOConfig(**chosen | config | decided)
-
-
-def trl_dataset(task: Task, settings: GRPOSettings) -> Dataset:
-    """The prompts of all steps in the order in which our loop draws them, as conversations, each with its answer."""
-    drawn = draw_prompts(task.train, replace(settings, prompts_per_step=settings.steps * settings.prompts_per_step), 0)
-    return Dataset.from_list([{"prompt": task.messages(example), "gold": example.gold} for example in drawn])
 
 
 class AdamOnV(torch.optim.Adam):
