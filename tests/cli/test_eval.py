@@ -152,7 +152,7 @@ def test_another_engine_answers(capsys, adapter, monkeypatch):
     argv = ("nano", "--task", "nano", "--problems", 5, "--engine", "vllm")
     plain = run(capsys, *argv, "--gpu-memory", 0.2)
     assert made["synced"] == []
-    assert (made["gpu_memory"], made["dtype"], made["tensor_parallel"]) == (0.2, "float32", 1)
+    assert (made["gpu_memory_utilization"], made["dtype"], made["tensor_parallel_size"]) == (0.2, "float32", 1)
     assert made["weights"] == str(nano.CHECKPOINTS / nano.BASE)
     found = run(capsys, *argv, "--adapter", adapter, "--compare")
     assert made["synced"] == [False, True]

@@ -15,7 +15,7 @@ import tinylora_lite as tl
 from tinylora_lite import nano
 from tinylora_lite.sampling.rollouts import encode_prompts
 from tinylora_lite.sampling.sampler import sample
-from tinylora_lite.sampling.vllm import Answer, VllmSampler, reserved_rank, rollouts_of
+from tinylora_lite.sampling.vllm import Answer, VllmEngine, VllmSampler, engine_settings
 from tinylora_lite.sampling.vllm_server import VllmServerSampler, serve_command
 from tinylora_lite.utils import distributed
 from tinylora_lite.utils.record import seed_of
@@ -117,6 +117,12 @@ def sampler(server, base, tmp_path):
 PROMPTS = torch.tensor([[0, 7, 8], [5, 6, 9], [5, 6, 9]]), torch.tensor([[0, 1, 1], [1, 1, 1], [1, 1, 1]])
 
 
+def answered(tokenizer, prompts, answers):
+    engine = VllmEngine(tokenizer)
+    engine.limit, engine._answer = 1000, lambda *_: answers
+    return engine.sample(*prompts, max_new_tokens=12)
+
+
 def test_answers_become_the_rollouts_that_the_model_makes_of_the_same_tokens(base):
     model, tokenizer = base
     prompts = encode_prompts(tokenizer, nano.task(), nano.task().test[:6])
@@ -124,7 +130,7 @@ def test_answers_become_the_rollouts_that_the_model_makes_of_the_same_tokens(bas
     assert 0 < ours.truncated.sum() < 6
     rows = zip(*(t.tolist() for t in (ours.completion_ids, ours.logprobs, ours.truncated, ours.lengths)), strict=True)
     answers = [Answer(ids[:length], logprobs[:length], cut) for ids, logprobs, cut, length in rows]
-    again = rollouts_of(tokenizer, *prompts, answers)
+    again = answered(tokenizer, prompts, answers)
     for part in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "logprobs", "truncated"):
         mine, its = getattr(ours, part), getattr(again, part)
         assert torch.equal(mine, its), part
@@ -137,7 +143,7 @@ def test_answers_become_the_rollouts_that_the_model_makes_of_the_same_tokens(bas
 def test_log_probabilities_that_are_not_finite_are_an_error(base, value):
     answers = [Answer([1], [logprob], False) for logprob in (-1.0, value, -1.0)]
     with pytest.raises(FloatingPointError, match="the model puts out NaN; lower the learning rate"):
-        rollouts_of(base[1], *PROMPTS, answers)
+        answered(base[1], PROMPTS, answers)
 
 
 def test_every_row_has_a_seed_of_its_own_that_vllm_takes(base, vllm):
@@ -155,23 +161,23 @@ def test_every_row_has_a_seed_of_its_own_that_vllm_takes(base, vllm):
 
 @pytest.mark.parametrize(("rank", "reserved"), [(1, 1), (2, 8), (8, 8), (9, 16), (300, 320), (512, 512)])
 def test_a_rank_takes_the_next_larger_one_that_vllm_reserves(rank, reserved):
-    assert reserved_rank(rank) == reserved
+    assert engine_settings("base", rank)["max_lora_rank"] == reserved
 
 
 @pytest.mark.parametrize("rank", [0, 513])
 def test_ranks_that_vllm_does_not_serve(rank):
     with pytest.raises(ValueError, match=f"rank 1 to 512, not {rank}"):
-        reserved_rank(rank)
+        engine_settings("base", rank)
 
 
 def test_the_command_that_serves():
     command = serve_command(
-        "some/model", 2, 4, 8123, python="python3", max_model_len=4096, enforce_eager=True, dev=False
+        "some/model", 2, python="python3", port=8123, max_model_len=4096, enforce_eager=True, dev=False
     )
     assert command[:3] == ["env", "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1", "python3"]
     pairs = dict(pairwise(command))
     wanted = {"--model": "some/model", "--host": "127.0.0.1", "--port": "8123", "--max-lora-rank": "8"}
-    wanted |= {"--tensor-parallel-size": "4", "--max-model-len": "4096", "--logprobs-mode": "processed_logprobs"}
+    wanted |= {"--max-model-len": "4096", "--logprobs-mode": "processed_logprobs"}
     assert wanted.items() <= pairs.items()
     assert {"--enable-lora", "--enforce-eager", "--no-dev"} < set(command)
     assert command[-1] == "--no-dev"
@@ -221,11 +227,11 @@ def test_an_adapter_is_loaded_under_a_new_name_and_its_forerunner_goes(server, s
 @pytest.mark.parametrize(
     ("status", "said", "expected"),
     [
-        (404, {"detail": "Not Found"}, "not started for LoRAs at run time; start it with: env VLLM_ALLOW_RUNTIME"),
-        (500, NO_LORA, "not started for LoRAs at run time; start it with: env VLLM_ALLOW_RUNTIME"),
-        (500, TOO_HIGH, "the adapter is of rank 2; start it with --max-lora-rank 8"),
-        (404, NO_FOLDER, r"it cannot read .*/lora; name a folder that both machines see"),
-        (500, {"error": {"message": "something else"}}, "did not load the adapter: something else"),
+        (404, {"detail": "Not Found"}, r"Not Found; .* started for such LoRAs: env VLLM_ALLOW_RUNTIME"),
+        (500, NO_LORA, r"LoRA is not enabled.* started for such LoRAs: env VLLM_ALLOW_RUNTIME"),
+        (500, TOO_HIGH, r"LoRA rank 16 is greater than max_lora_rank 8.* --max-lora-rank 8"),
+        (404, NO_FOLDER, r"No adapter found for /there; it must see .*/lora, and"),
+        (500, {"error": {"message": "something else"}}, "refused /v1/load_lora_adapter: something else"),
     ],
 )
 def test_a_server_that_refuses_the_adapter_keeps_the_one_before(
@@ -247,7 +253,7 @@ def test_a_server_that_was_started_again_is_no_obstacle(server, sampler, adapter
     server.answers["/v1/unload_lora_adapter"] = 404, {"error": {"message": "cannot be found"}}
     sampler.sync(adapter)
     server.answers["/v1/completions"] = 404, {"error": {"message": "The model `x` does not exist."}}
-    with pytest.raises(ValueError, match="refused to answer: The model `x` does not exist"):
+    with pytest.raises(ValueError, match="refused /v1/completions: The model `x` does not exist"):
         sampler.sample(*PROMPTS, max_new_tokens=2)
 
 
@@ -262,31 +268,19 @@ def test_nan_is_noticed_in_either_form(server, sampler, said):
 
 def test_probabilities_at_another_temperature_are_noticed(server, sampler):
     sampler.sample(*PROMPTS, max_new_tokens=2, temperature=0.7)  # this server scales its probabilities
-    asked = len(server.of("/v1/completions"))
-    sampler.sample(*PROMPTS, max_new_tokens=2, temperature=0.7)
-    assert len(server.of("/v1/completions")) == asked + 3  # what is known is not asked again
 
     def raw(body):
         return 200, {"choices": [completion(body | {"temperature": 1.0})]}
 
     server.answers["/v1/completions"] = raw
-    sampler._scaled = False
     sampler.sample(*PROMPTS, max_new_tokens=2, temperature=1.0)  # at 1 there is nothing to scale
     with pytest.raises(ValueError, match="start it with --logprobs-mode processed_logprobs"):
         sampler.sample(*PROMPTS, max_new_tokens=2, temperature=0.7)
 
 
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({"max_new_tokens": 98}, "a prompt of 3 tokens and 98 new ones exceed vLLM's max_model_len of 100"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
-        ({"max_new_tokens": 1, "temperature": -1.0}, "temperature at least 0"),
-    ],
-)
-def test_requests_that_cannot_be_met(server, sampler, settings, expected):
-    with pytest.raises(ValueError, match=expected):
-        sampler.sample(*PROMPTS, **settings)
+def test_a_request_that_cannot_be_met(server, sampler):
+    with pytest.raises(ValueError, match="a prompt of 3 tokens and 98 new ones exceed vLLM's max_model_len of 100"):
+        sampler.sample(*PROMPTS, max_new_tokens=98)
     assert server.of("/v1/completions") == []
 
 
@@ -310,7 +304,7 @@ def test_a_server_that_falls_silent_is_given_up(server, base, tmp_path):
     done = threading.Event()
     server.answers["/v1/completions"] = lambda _: (done.wait(10), (200, {}))[1]
     started = time.monotonic()
-    with pytest.raises(ConnectionError, match=r"took longer than 0.5 seconds"):
+    with pytest.raises(ConnectionError, match=r"no vLLM server answers at .* \(timed out\)"):
         sampler.sample(*PROMPTS, max_new_tokens=2)
     assert time.monotonic() - started < 5
     done.set()
@@ -324,11 +318,6 @@ def test_the_model_may_be_named_as_it_was_started_or_as_it_is_served(server, bas
 def test_another_model_is_an_error(server, base):
     with pytest.raises(ValueError, match="serves base, not other/model; start one that does"):
         VllmServerSampler(server.url, base[1], model="other/model")
-
-
-def test_a_key_is_shown_where_there_is_one(server, base):
-    VllmServerSampler(server.url + "/", base[1], api_key="secret")
-    assert server.seen[-1][2]["Authorization"] == "Bearer secret"
 
 
 def test_a_proxy_of_the_environment_is_passed_by(server, base, monkeypatch):
@@ -361,7 +350,7 @@ def test_the_first_process_tells_the_others_what_it_found(server, sampler, adapt
     sampler.sync(adapter)
     assert told == [server.of("/v1/load_lora_adapter")[-1]["lora_name"]]
     server.answers["/v1/load_lora_adapter"] = 500, TOO_HIGH
-    with pytest.raises(ValueError, match="the adapter is of rank 2"):
+    with pytest.raises(ValueError, match="greater than max_lora_rank"):
         sampler.sync(adapter)
     assert isinstance(told[-1], ValueError)
 
@@ -384,7 +373,7 @@ class Engine:
         self.settings, self.done = settings, []
         self.model_config = SimpleNamespace(max_model_len=100, quantization=self.quantization, dtype=torch.float32)
         self.llm_engine = SimpleNamespace(vllm_config=SimpleNamespace(parallel_config=SimpleNamespace(world_size=1)))
-        torch.manual_seed(settings["seed"])
+        torch.manual_seed(settings.get("seed", 0))
 
     def __getattr__(self, name):
         return lambda *_, **__: self.done.append(name) or True
@@ -403,6 +392,7 @@ def vllm(monkeypatch):
     """A vLLM on a GPU, as far as the sampler looks."""
     module, platforms = ModuleType("vllm"), ModuleType("vllm.platforms")
     module.LLM, module.SamplingParams = type("LLM", (Engine,), {}), SimpleNamespace
+    module.envs = SimpleNamespace(VLLM_ENABLE_V1_MULTIPROCESSING=True)
     platforms.current_platform = SimpleNamespace(is_cpu=lambda: False)
     monkeypatch.setitem(sys.modules, "vllm", module)
     monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
@@ -417,24 +407,13 @@ def test_without_vllm_the_error_names_the_extra(base, monkeypatch):
 
 def test_the_engine_has_the_settings_that_training_needs(base, vllm):
     state = torch.get_rng_state()
-    settings = VllmSampler("base", base[1], tensor_parallel=2, gpu_memory=0.4, max_lora_rank=2, seed=9).llm.settings
-    wanted = {"model": "base", "tensor_parallel_size": 2, "gpu_memory_utilization": 0.4, "max_lora_rank": 8, "seed": 9}
+    settings = VllmSampler("base", base[1], tensor_parallel_size=2, max_lora_rank=2, seed=9).llm.settings
+    wanted = {"model": "base", "tensor_parallel_size": 2, "gpu_memory_utilization": 0.3, "max_lora_rank": 8, "seed": 9}
     wanted |= {"enable_lora": True, "logprobs_mode": "processed_logprobs", "enforce_eager": False}
     assert wanted.items() <= settings.items()
     assert torch.equal(torch.get_rng_state(), state)
     assert "enable_lora" not in VllmSampler("base", base[1], sync="merged", max_lora_rank=1000).llm.settings
     assert VllmSampler("base", base[1], gpu_memory_utilization=0.2).llm.settings["gpu_memory_utilization"] == 0.2
-
-
-def test_an_engine_that_sleeps_is_woken_for_weights_and_for_prompts(base, vllm, adapter):
-    sampler = VllmSampler("base", base[1], sync="merged", sleep=True)
-    assert sampler.llm.settings["enable_sleep_mode"]
-    sampler.sample(*PROMPTS, max_new_tokens=2)
-    sampler.sync(None)
-    sampler.sample(*PROMPTS, max_new_tokens=2)
-    sampler.sample(*PROMPTS, max_new_tokens=2)
-    awake = ["generate", "sleep", "wake_up", "reset_prefix_cache"]
-    assert sampler.llm.done == [*awake, "generate", "sleep", "wake_up", "generate", "sleep"]
 
 
 def test_a_cache_that_cannot_be_reset_is_an_error(base, vllm, adapter, monkeypatch):
@@ -450,7 +429,7 @@ def test_merged_weights_need_a_model_and_a_plain_engine(base, vllm):
     sampler.sync(tl.attach(model, tl.TinyLoraConfig(rank=2, u=1)))
     assert sampler.llm.done.count("collective_rpc") == 49  # of seven blocks, seven weights each
     del model
-    with pytest.raises(ValueError, match=r"the adapter's model no longer exists.*make a new sampler"):
+    with pytest.raises(ValueError, match="the adapter's model no longer exists"):
         sampler.sync(None)
     vllm.LLM.quantization = "fp8"
     with pytest.raises(ValueError, match="cannot be merged into a quantized engine; use sync='lora'"):

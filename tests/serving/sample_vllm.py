@@ -134,8 +134,10 @@ def main(way: str, folder: Path) -> None:
     adapter = attached(model, *EVERYWHERE)
     reset = theirs.llm.reset_prefix_cache
     for name, keep in (("cache reset", False), ("cache kept", True)):
-        theirs.sync(None)
+        adapter.vectors.data.neg_()
+        theirs.sync(adapter)
         theirs.sample(*prompts, max_new_tokens=1)
+        adapter.vectors.data.neg_()
         theirs.llm.reset_prefix_cache = (lambda: True) if keep else reset
         theirs.sync(adapter)
         result[name] = both(max_new_tokens=8, temperature=0.0)

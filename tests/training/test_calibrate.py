@@ -99,7 +99,6 @@ def test_progress_is_told(calibrate):
         ({"directions": 0}, "directions must be an integer of at least 1, not 0"),
         ({"directions": True}, "directions must be an integer of at least 1, not True"),
         ({"problems": 24.0}, r"problems must be an integer of at least 1, not 24\.0"),
-        ({"rank": 1, "directions": 15}, "R has 14 entries at rank=1, fewer than directions=15; raise the rank"),
         ({"rank": 1000}, "rank"),
     ],
 )
@@ -114,6 +113,11 @@ def test_a_reward_that_never_differs_teaches_no_direction(model, tokenizer, task
     silent = tl.Task("silent", task.train, task.validation, task.test, lambda completion, gold: 1.0)
     with pytest.raises(ValueError, match="only 0 of 24 problems"):
         tl.calibrate(model, tokenizer, silent, **OPTIONS)
+
+
+def test_r_must_have_as_many_entries_as_there_are_directions(calibrate):
+    with pytest.raises(ValueError, match="R has 14 entries, too few for 15 directions"):
+        calibrate(rank=1, directions=15)
 
 
 def test_micro_batches_change_nothing(calibrate):

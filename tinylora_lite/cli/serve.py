@@ -35,10 +35,10 @@ def run(arguments: argparse.Namespace) -> None:
     command = serve_command(
         checkpoint(settings.model),
         settings.adapter.rank,
-        settings.sampler.tensor_parallel,
-        arguments.port,
-        host=arguments.host,
         python=arguments.python,
+        host=arguments.host,
+        port=arguments.port,
+        tensor_parallel_size=settings.sampler.tensor_parallel,
         dtype=settings.dtype,
         gpu_memory_utilization=settings.sampler.gpu_memory,
         max_model_len=settings.max_prompt_tokens + longest,

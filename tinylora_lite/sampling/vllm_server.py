@@ -1,8 +1,8 @@
 """vLLM's own server as the sampler: on other GPUs, with tensor parallelism, shared by the processes that train.
 
 The server runs beside training, on this machine or another one, started by :func:`serve_command`. At every step the
-adapter is written as a LoRA into a folder that both can read, and the server is told to load it. The server does not
-need this library.
+adapter is written as a LoRA into a folder that both can read, and the server, which does not need this library, is told
+to load it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
 from tinylora_lite.files.lora import export_lora
-from tinylora_lite.sampling.vllm import NOT_FINITE, Answer, VllmEngine, reserved_rank
+from tinylora_lite.sampling.vllm import NOT_FINITE, Answer, VllmEngine, engine_settings
 from tinylora_lite.utils import distributed
 
 if TYPE_CHECKING:
@@ -29,19 +29,14 @@ if TYPE_CHECKING:
 
     from tinylora_lite.adapter.adapter import TinyLoraAdapter
 
+CONNECTIONS = 256
+"""Prompts that are sent at the same time."""
 PLAIN = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 """The model's own distribution: a checkpoint's generation_config.json may ask the server for another one."""
 
 
 def serve_command(
-    model: str | Path,
-    adapter_rank: int = 8,
-    tensor_parallel: int = 1,
-    port: int = 8000,
-    *,
-    host: str = "127.0.0.1",
-    python: str = "python",
-    **options: str | int | float | bool,
+    model: str | Path, adapter_rank: int = 8, *, python: str = "python", **options: str | int | float | bool
 ) -> list[str]:
     """The command that starts a server for :class:`VllmServerSampler`, as a list for ``subprocess``.
 
@@ -51,23 +46,18 @@ def serve_command(
     Args:
         model: a checkpoint's folder, or its name on the hub.
         adapter_rank: the largest rank of an adapter to come.
-        tensor_parallel: GPUs that share every layer.
-        port: where it listens.
-        host: on which address.
         python: the Python that has vLLM.
-        options: further options of vLLM's server: ``max_model_len=4096`` for ``--max-model-len 4096``,
-            ``enforce_eager=True`` for ``--enforce-eager``, ``enforce_eager=False`` for ``--no-enforce-eager``. A CPU
-            needs ``enable_chunked_prefill=False``: a prompt that vLLM reads in chunks ends its CPU build otherwise.
+        options: of vLLM's server: ``max_model_len=4096`` for ``--max-model-len 4096``, ``enforce_eager=True`` for
+            ``--enforce-eager``, ``enforce_eager=False`` for ``--no-enforce-eager``. A CPU needs
+            ``enable_chunked_prefill=False``: a prompt that vLLM reads in chunks ends its CPU build otherwise.
 
-    >>> " ".join(serve_command("Qwen/Qwen2.5-7B-Instruct", 2, 4, max_model_len=4096)[-6:])
-    '--tensor-parallel-size 4 --port 8000 --max-model-len 4096'
+    >>> " ".join(serve_command("Qwen/Qwen2.5-7B-Instruct", 2, port=8001, tensor_parallel_size=4)[-6:])
+    '--host 127.0.0.1 --port 8001 --tensor-parallel-size 4'
     """
-    command = ["env", "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1", python, "-m", "vllm.entrypoints.openai.api_server"]
     # Two LoRAs fit: the one that answers and its successor.
-    command += ["--model", str(model), "--host", host, "--skip-tokenizer-init", "--enable-lora", "--max-loras", "2"]
-    command += ["--max-lora-rank", str(reserved_rank(adapter_rank)), "--logprobs-mode", "processed_logprobs"]
-    command += ["--tensor-parallel-size", str(tensor_parallel), "--port", str(port)]
-    for name, value in options.items():
+    settings = engine_settings(model, adapter_rank) | {"max_loras": 2, "host": "127.0.0.1"} | options
+    command = ["env", "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1", python, "-m", "vllm.entrypoints.openai.api_server"]
+    for name, value in settings.items():
         flag = name.replace("_", "-")
         command += [f"--no-{flag}" if value is False else f"--{flag}"]
         command += [] if isinstance(value, bool) else [str(value)]
@@ -77,8 +67,7 @@ def serve_command(
 class VllmServerSampler(VllmEngine):
     """A vLLM server that answers with the adapter as it was at the last :meth:`sync`; before the first, with the base.
 
-    Where several processes train (``torch.distributed``), each has a sampler of its own, and all of them call
-    :meth:`sync` together: the first process loads the adapter, and the others use it.
+    Where several processes train, each has a sampler, and all call :meth:`sync` together; the first loads the adapter.
 
     Args:
         url: of the server, for example ``http://127.0.0.1:8000``.
@@ -86,10 +75,8 @@ class VllmServerSampler(VllmEngine):
         model: the base that the server must serve, by the folder or name it was started with; ``None`` takes any.
         folder: where LoRAs are written for the server to read, at the same path on its machine; ``None`` takes the
             folder for temporary files, which suits a server on this machine.
-        api_key: of the server, where it was started with one.
         wait: seconds that the server may take to start, or to come back.
         timeout: seconds that one answer may take.
-        connections: prompts that are sent at the same time.
 
     Raises:
         ConnectionError: no server answers.
@@ -103,17 +90,12 @@ class VllmServerSampler(VllmEngine):
         *,
         model: str | Path | None = None,
         folder: str | Path | None = None,
-        api_key: str | None = None,
         wait: float = 60.0,
         timeout: float = 3600.0,
-        connections: int = 256,
     ) -> None:
         super().__init__(tokenizer)
-        self.url, self.wait, self.timeout, self.connections = url.rstrip("/"), wait, timeout, connections
+        self.url, self.wait, self.timeout = url.rstrip("/"), wait, timeout
         self.folder = None if folder is None else Path(folder).resolve()
-        self._headers = {"Content-Type": "application/json"}
-        if api_key is not None:
-            self._headers["Authorization"] = f"Bearer {api_key}"
         # Without a proxy: one that the environment names leads out of the cluster.
         self._open = build_opener(ProxyHandler({})).open
         served = [card for card in json.loads(self._ask("/v1/models"))["data"] if card.get("parent") is None]
@@ -124,15 +106,14 @@ class VllmServerSampler(VllmEngine):
         self.limit = int(served[0].get("max_model_len") or 2**31)
         self._name: str | None = None  # of the LoRA that answers
         self._written: tempfile.TemporaryDirectory[str] | None = None  # its files, in the process that wrote them
-        self._scaled = False  # whether the server is known to report probabilities at the temperature of the draw
 
     def sync(self, adapter: TinyLoraAdapter | None) -> None:
         """From now on samples come from the base with ``adapter`` as it is now, or from the base alone (``None``).
 
         Raises:
             ConnectionError: the server no longer answers.
-            ValueError: it was not started for LoRAs at run time, was started for smaller ranks, cannot read the folder
-                or refuses the LoRA for another reason; or the adapter's parameters are not finite.
+            ValueError: it was not started for LoRAs at run time or for ones of such a rank, cannot read the folder or
+                refuses the LoRA for another reason; or the adapter's parameters are not finite.
         """
         distributed.barrier()  # until no process samples from the LoRA that is about to go
         written: tempfile.TemporaryDirectory[str] | None = None
@@ -162,68 +143,40 @@ class VllmServerSampler(VllmEngine):
         try:
             self._ask("/v1/load_lora_adapter", {"lora_name": Path(written.name).name, "lora_path": str(path)})
         except _RefusedError as refused:
-            rank, cure = adapter.config.rank, refused.reason
-            if "greater than max_lora_rank" in refused.reason:
-                cure = f"the adapter is of rank {rank}; start it with --max-lora-rank {reserved_rank(rank)}"
-            elif "LoRA is not enabled" in refused.reason or (refused.code == 404 and not refused.reason):
-                command = shlex.join(serve_command(self.base))
-                cure = f"it was not started for LoRAs at run time; start it with: {command}"
-            elif refused.code == 404:
-                cure = f"it cannot read {path}; name a folder that both machines see, at the same path"
-            raise ValueError(f"the server at {self.url} did not load the adapter: {cure}") from refused
+            command = shlex.join(serve_command(self.base, adapter.config.rank))
+            raise ValueError(f"{refused}; it must see {path}, and be started for such LoRAs: {command}") from refused
         return written
 
-    def _answer(
-        self, prompts: list[list[int]], seeds: list[int], max_new_tokens: int, temperature: float
-    ) -> list[Answer]:
-        if temperature not in (0.0, 1.0):
+    def _answer(self, prompts: list[list[int]], seeds: list[int], settings: dict[str, Any]) -> list[Answer]:
+        if settings["temperature"] not in (0.0, 1.0):
             self._check_scaled(prompts[0])
-        fixed = {"max_tokens": max_new_tokens, "temperature": temperature, "logprobs": 0}
-        requests = [{"prompt": prompt, "seed": seed} | fixed for prompt, seed in zip(prompts, seeds, strict=True)]
-        with ThreadPoolExecutor(min(self.connections, len(requests))) as pool:
-            waiting = [pool.submit(self._complete, request) for request in requests]
-            try:
-                answers = [answer.result() for answer in waiting]
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        requests = [{"prompt": prompt, "seed": seed} | settings for prompt, seed in zip(prompts, seeds, strict=True)]
+        with ThreadPoolExecutor(min(CONNECTIONS, len(requests))) as pool:
+            answers = list(pool.map(self._complete, requests))
         return [
-            Answer(
-                answer["token_ids"],
-                # JSON has no NaN; null replaces it.
-                [math.nan if logprob is None else logprob for logprob in answer["logprobs"]["token_logprobs"]],
-                answer["finish_reason"] == "length",
-            )
+            Answer(answer["token_ids"], answer["logprobs"]["token_logprobs"], answer["finish_reason"] == "length")
             for answer in answers
         ]
 
     def _complete(self, request: dict[str, Any]) -> dict[str, Any]:
         """The answer to one request."""
-        fixed = {"return_token_ids": True, "return_tokens_as_token_ids": True}
-        stop = {"stop_token_ids": [self.tokenizer.eos_token_id]}  # vLLM adds those of generation_config.json
-        body = {"model": self._name or self.base} | PLAIN | fixed | stop | request
+        body = {"model": self._name or self.base, "return_token_ids": True, "return_tokens_as_token_ids": True}
         try:
-            return dict(json.loads(self._ask("/v1/completions", body))["choices"][0])
+            return dict(json.loads(self._ask("/v1/completions", body | PLAIN | request))["choices"][0])
         except _RefusedError as refused:
-            if "float values are not JSON compliant" in refused.reason:
+            if "float values are not JSON compliant" in str(refused):
                 raise FloatingPointError(NOT_FINITE) from refused
-            raise ValueError(f"the server at {self.url} refused to answer: {refused.reason}") from refused
+            raise
 
     def _check_scaled(self, prompt: list[int]) -> None:
         """Raises ``ValueError`` where the server reports probabilities that do not depend on the temperature."""
-        if self._scaled:
-            return
-        likeliest = []
-        for temperature in (0.01, 2.0):  # the range that the server takes
-            answer = self._complete({"prompt": prompt, "max_tokens": 1, "temperature": temperature, "logprobs": 1})
-            likeliest.append(max(answer["logprobs"]["top_logprobs"][0].values()))
-        cold, hot = likeliest
-        self._scaled = not math.isclose(cold, hot, abs_tol=1e-4)
-        if not self._scaled and cold < -0.01:  # a token that is almost certain is so at both temperatures
-            raise ValueError(
-                f"the server at {self.url} reports probabilities at temperature 1, whatever is asked for; start it "
-                "with --logprobs-mode processed_logprobs"
-            )
+        request = {"prompt": prompt, "max_tokens": 1, "logprobs": 1}
+        answers = [self._complete(request | {"temperature": at}) for at in (0.01, 2.0)]  # the range that vLLM takes
+        cold, hot = (max(answer["logprobs"]["top_logprobs"][0].values()) for answer in answers)
+        # A token that is almost certain is so at both temperatures.
+        if cold < -0.01 and math.isclose(cold, hot, abs_tol=1e-4):
+            cure = "start it with --logprobs-mode processed_logprobs"
+            raise ValueError(f"the server at {self.url} reports probabilities at temperature 1 alone; {cure}")
 
     def _ask(self, path: str, body: dict[str, Any] | None = None) -> str:
         """The server's answer; one that is not there is asked again for ``wait`` seconds."""
@@ -231,35 +184,21 @@ class VllmServerSampler(VllmEngine):
         until = time.monotonic() + self.wait
         while True:
             try:
-                with self._open(Request(self.url + path, data, self._headers), timeout=self.timeout) as answer:
+                with self._open(
+                    Request(self.url + path, data, {"Content-Type": "application/json"}), timeout=self.timeout
+                ) as answer:
                     return str(answer.read().decode())
-            except HTTPError as error:
-                if error.code != 503:  # not ready yet
-                    raise _RefusedError(error.code, _reason(error.read())) from error
-                failure: Exception = error
-            except TimeoutError as error:
-                raise ConnectionError(f"the server at {self.url} took longer than {self.timeout} seconds") from error
             except (OSError, HTTPException) as error:
-                failure = error
-            if time.monotonic() > until:
-                raise ConnectionError(
-                    f"no vLLM server answers at {self.url} ({failure}); serve_command says how to start one"
-                ) from failure
+                if isinstance(error, HTTPError) and error.code != 503:  # not ready yet
+                    reason: Any = error
+                    with suppress(ValueError, KeyError, TypeError):
+                        reason = json.loads(error.read())["error"]["message"]
+                    raise _RefusedError(f"the server at {self.url} refused {path}: {reason}") from error
+                if time.monotonic() > until:
+                    cure = "serve_command says how to start one"
+                    raise ConnectionError(f"no vLLM server answers at {self.url} ({error}); {cure}") from error
             time.sleep(0.2)
 
 
-class _RefusedError(Exception):
-    """The server answered with an error: its HTTP status, and its reason where it gave one."""
-
-    def __init__(self, code: int, reason: str) -> None:
-        super().__init__(f"{code}: {reason}")
-        self.code, self.reason = code, reason
-
-
-def _reason(answer: bytes) -> str:
-    """What vLLM says is wrong; empty where its web server does not know the path."""
-    try:
-        found = json.loads(answer)
-    except ValueError:
-        return answer.decode(errors="replace").strip()
-    return str(found["error"]["message"]) if isinstance(found, dict) and "error" in found else ""
+class _RefusedError(ValueError):
+    """The server answered with an error."""

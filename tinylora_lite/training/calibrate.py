@@ -1,20 +1,19 @@
 """Calibration: from the policy gradients of a few problems to a basis of directions.
 
-This is the project's own method. The paper draws P at random; here P spans the directions in which a task's
-reward moves. Every entry of every module's R is made trainable for a moment (LoRA-XS), each calibration problem
-gives one policy gradient, and the leading right singular vectors of the stacked gradients become the directions.
-Half of the gradients are taken at v = 0, half after a step along their mean: the large, easy move dominates the first
-pass, and the second pass sees what is left to gain after it. No weight is ever changed.
+This is the project's own method. The paper draws P at random; here P spans the directions in which a task's reward
+moves. Every entry of every module's R trains for a moment (LoRA-XS), each calibration problem gives one policy
+gradient, and the leading right singular vectors of the stacked gradients become the directions. Half of the gradients
+are taken at v = 0, half after a step along their mean: the large, easy move dominates the first pass, and the second
+pass sees what is left to gain after it.
 
-Neighbours: LoRA-GA (arXiv 2407.05000) and LoRA-SB (2411.19557) take LoRA's initial factors from a gradient, GaLore
-(2403.03507) projects the optimiser's gradients, EVA (2410.07170) uses activations.
+Related: LoRA-GA (arXiv 2407.05000) and LoRA-SB (2411.19557) take LoRA's initial factors from a gradient, GaLore
+(2403.03507) projects the optimizer's gradients, EVA (2410.07170) uses activations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +30,7 @@ from tinylora_lite.tasks.task import Example, Task
 from tinylora_lite.training.batches import check_task, draw_prompts, rollout, score
 from tinylora_lite.training.loop import ready_to_train
 from tinylora_lite.training.losses import grpo_advantages, grpo_loss
-from tinylora_lite.training.settings import GRPOSettings, Truncated
+from tinylora_lite.training.settings import GRPOSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,8 +39,8 @@ PROMPTS_AT_ONCE = 32
 """Problems sampled together."""
 MICRO_BATCH = 8
 """Completions in one backward pass, where nothing else is asked for."""
-FIRST_STEP_SIZE = 0.05
-"""Where the line search along the mean gradient starts, as the norm of all R together; each next size doubles."""
+STEP_SIZES = tuple(0.05 * 2**doubled for doubled in range(12))
+"""What the line search along the mean gradient tries, as the norm of all R together."""
 
 
 def calibrate(
@@ -54,15 +53,12 @@ def calibrate(
     *,
     sigma: Sigma = "left",
     problems: int = 384,
-    group_size: int = 8,
     passes: int = 2,
-    max_new_tokens: int = 256,
-    truncated: Truncated = "zero",
-    micro_batch: int = MICRO_BATCH,
     sampler: Sampler | None = None,
     progress: Callable[[int, int], None] | None = None,
+    **settings: Any,
 ) -> Basis:
-    """Directions for the numbers, from the policy gradients of a calibration set.
+    """Directions for v, from the policy gradients of a calibration set.
 
     Args:
         model: the base, without an adapter; it is left as it was.
@@ -73,21 +69,18 @@ def calibrate(
         seed: of the choice of problems and of the sampling.
         sigma: the place of Σ in the adapters that will use the basis.
         problems: how many to take gradients on; a few dozen more are for the line search between the passes.
-        group_size: completions of each.
         passes: 1 takes every gradient at v = 0; 2 takes half of them after a step along the mean of the first half.
-        max_new_tokens: the length limit of a completion.
-        truncated: what a completion cut off there is worth, as in :class:`~tinylora_lite.GRPOSettings`.
-        micro_batch: completions in one forward and backward pass; changes memory and speed, the result by rounding.
         sampler: what answers the problems; ``None`` takes the model itself.
         progress: called with problems done and problems in all.
+        settings: ``group_size``, ``max_new_tokens``, ``truncated`` and ``micro_batch`` (here 8) of
+            :class:`~tinylora_lite.GRPOSettings`.
 
     Returns:
         A :class:`~tinylora_lite.Basis` of orthonormal directions, the one of largest variance first.
 
     Raises:
-        ValueError: ``passes`` is neither 1 nor 2, there are fewer problems or fewer entries of R than directions to
-            find, fewer problems had answers of different reward than that, or whatever ``attach`` and ``train_grpo``
-            refuse.
+        ValueError: ``passes`` is neither 1 nor 2; there are fewer problems, problems with answers of different reward,
+            or entries of R than directions to find; or whatever ``attach`` and ``train_grpo`` refuse.
     """
     if passes not in (1, 2):
         raise ValueError(f"passes must be 1 or 2, not {passes!r}")
@@ -96,38 +89,26 @@ def calibrate(
             raise ValueError(f"{name} must be an integer of at least 1, not {value!r}")
     if directions > problems:
         raise ValueError(f"{problems} problems have no {directions} directions; calibrate on more, or ask for fewer")
-    settings = GRPOSettings(
-        prompts_per_step=PROMPTS_AT_ONCE,
-        group_size=group_size,
-        max_new_tokens=max_new_tokens,
-        truncated=truncated,
-        micro_batch=micro_batch,
-        seed=seed,
-    )
-    check_task(tokenizer, task, settings)
+    own = GRPOSettings(**{"micro_batch": MICRO_BATCH} | settings, prompts_per_step=PROMPTS_AT_ONCE, seed=seed)
+    check_task(tokenizer, task, own)
     adapter = attach(model, TinyLoraConfig(rank=rank, u=rank**2, sigma=sigma, projection="identity"))
     try:
-        if directions > adapter.num_parameters:
-            raise ValueError(
-                f"R has {adapter.num_parameters} entries at rank={rank}, fewer than directions={directions}; "
-                "raise the rank, or ask for fewer"
-            )
         with ready_to_train(model, [adapter.vectors]):
             answers = sampler or ModelSampler(model, tokenizer)
-            samples = _Samples(model, tokenizer, adapter, task, settings, answers, progress, problems)
-            found = [samples.gradients(problems // passes)]
-            step_size = 0.0
+            samples = _Samples(model, tokenizer, adapter, task, own, answers, progress, problems)
+            found, step_size = [samples.gradients(problems // passes)], 0.0
             if passes == 2 and len(found[0]):
                 step_size = samples.step_along(-found[0].mean(dim=0))
                 found.append(samples.gradients(problems - problems // passes))
     finally:
         adapter.detach()
     # Each pass counts the same, whatever the length of its gradients.
-    gradients = torch.cat([own / own.norm(dim=1).mean() for own in found if len(own)] or found)
-    if len(gradients) < directions:
+    gradients = torch.cat([part / part.norm(dim=1).mean() for part in found if len(part)] or found)
+    if min(gradients.shape) < directions:
         raise ValueError(
-            f"only {len(gradients)} of {problems} problems had answers of different reward, fewer than the "
-            f"{directions} directions asked for; calibrate on more problems or larger groups"
+            f"only {len(gradients)} of {problems} problems had answers of different reward, and R has "
+            f"{gradients.shape[1]} entries, too few for {directions} directions; calibrate on more problems, larger "
+            "groups or a higher rank, or ask for fewer"
         )
     provenance = {
         "method": "singular vectors of per-problem policy gradients",
@@ -135,7 +116,7 @@ def calibrate(
         "task": task.name,
         "problems": problems,
         "informative": len(gradients),
-        "group_size": group_size,
+        "group_size": own.group_size,
         "passes": passes,
         "step_size": step_size,
         "seed": seed,
@@ -144,31 +125,16 @@ def calibrate(
 
 
 def policy_losses(
-    model: PreTrainedModel, rollouts: Rollouts, advantages: Tensor, micro_batch: int, denominator: float = 1.0
+    model: PreTrainedModel, rollouts: Rollouts, advantages: Tensor, micro_batch: int
 ) -> Iterator[tuple[Rollouts, Tensor]]:
     """The policy-gradient loss of each micro batch with its rows, where the policy is the one that sampled.
 
-    Its gradient is that of ``-advantage · log p``, summed over tokens: with advantages of 1, the gradient of imitation.
-
-    Args:
-        model: the policy.
-        rollouts: completions.
-        advantages: ``[batch]``.
-        micro_batch: completions in one forward pass.
-        denominator: what the sums are divided by.
+    Its gradient is that of ``-advantage · log p``, summed over tokens; ``advantages [batch]`` of 1 imitate.
     """
     for chunk in torch.arange(len(rollouts)).split(micro_batch):
         rows = rollouts.rows(chunk)
-        logprobs = completion_logprobs(model, rows)
-        loss = grpo_loss(
-            logprobs,
-            logprobs.detach(),
-            advantages.to(logprobs.device)[chunk],
-            rows.completion_mask,
-            normalise="constant",
-            denominator=denominator,
-        )
-        yield rows, loss
+        logprobs, own = completion_logprobs(model, rows), advantages.to(rows.logprobs.device)[chunk]
+        yield rows, grpo_loss(logprobs, logprobs.detach(), own, rows.completion_mask, denominator=1.0)
 
 
 def policy_gradient(
@@ -177,11 +143,10 @@ def policy_gradient(
     rollouts: Rollouts,
     advantages: Tensor,
     micro_batch: int = MICRO_BATCH,
-    denominator: float = 1.0,
 ) -> Tensor:
     """The gradient of :func:`policy_losses` in all trained parameters, ``[parameters]`` float32 on the CPU."""
     total = torch.zeros_like(adapter.vectors)
-    for _, loss in policy_losses(model, rollouts, advantages, micro_batch, denominator):
+    for _, loss in policy_losses(model, rollouts, advantages, micro_batch):
         total += torch.autograd.grad(loss, adapter.vectors)[0]
     return total.flatten().cpu()
 
@@ -191,11 +156,8 @@ def leading_directions(
 ) -> Basis:
     """The leading right singular vectors of gradients as a basis, with the spectrum in its provenance.
 
-    Args:
-        gradients: ``[gradients, modules · r²]`` float32, at least as many as directions.
-        directions: how many to keep.
-        adapter: trains every entry of R of every module; the gradients are in its parameters.
-        provenance: how the gradients were made.
+    ``gradients [gradients, modules · r²]`` float32, at least as many as directions, are in the parameters of
+    ``adapter``, which trains every entry of R of every module.
     """
     _, spectrum, axes = torch.linalg.svd(gradients, full_matrices=False)
     rank, sigma = adapter.config.rank, adapter.config.sigma
@@ -222,10 +184,15 @@ class _Samples:
     def gradients(self, problems: int) -> Tensor:
         """``[informative problems, modules · r²]`` float32: the loss's gradient for each problem of mixed rewards."""
         found = [torch.empty(0, self.adapter.vectors.numel())]
-        while problems > 0:
-            examples = self._next(min(problems, PROMPTS_AT_ONCE))
-            found += [gradient[None] for gradient in self._gradients(examples)]
-            problems -= len(examples)
+        size = self.settings.group_size
+        for start in range(0, problems, PROMPTS_AT_ONCE):
+            examples = self.draw()[: problems - start]
+            rollouts, rewards = self.answer(examples)
+            for index, advantages in enumerate(grpo_advantages(rewards, "none")):
+                if advantages.any():
+                    group = rollouts.rows(torch.arange(index * size, (index + 1) * size))
+                    gradient = policy_gradient(self.model, self.adapter, group, advantages, self.settings.micro_batch)
+                    found.append(gradient[None])
             self.done += len(examples)
             if self.progress:
                 self.progress(self.done, self.total)
@@ -233,41 +200,26 @@ class _Samples:
 
     def step_along(self, direction: Tensor) -> float:
         """Moves R along a direction for as long as the reward rises, and returns how far, as a norm."""
-        examples = self._next(PROMPTS_AT_ONCE)
-        unit = (direction / direction.norm()).view_as(self.adapter.vectors)
-        best, best_size, size = self._reward(examples), 0.0, FIRST_STEP_SIZE
-        for _ in range(12):
-            self._place(unit * size)
-            reward = self._reward(examples)
+        examples, vectors = self.draw(), self.adapter.vectors.data
+        unit = (direction / direction.norm()).view_as(vectors)
+        best, best_size = self.answer(examples)[1].mean().item(), 0.0
+        for size in STEP_SIZES:
+            vectors.copy_(unit * size)
+            reward = self.answer(examples)[1].mean().item()
             if reward > best:
                 best, best_size = reward, size
             elif best_size and reward < best - 0.05:
                 break
-            size *= 2
-        self._place(unit * best_size)
+        vectors.copy_(unit * best_size)
         return best_size
 
-    def _next(self, count: int) -> list[Example]:
-        batch = draw_prompts(self.task.train, self.settings, self.drawn)
+    def draw(self) -> list[Example]:
+        """The next problems."""
         self.drawn += 1
-        return list(islice(batch, count))
+        return draw_prompts(self.task.train, self.settings, self.drawn - 1)
 
-    def _place(self, R: Tensor) -> None:
-        with torch.no_grad():
-            self.adapter.vectors.copy_(R)
-
-    def _reward(self, examples: list[Example]) -> float:
-        return score(self._rollout(examples), self.task, examples, self.settings).mean().item()
-
-    def _rollout(self, examples: list[Example]) -> Rollouts:
+    def answer(self, examples: list[Example]) -> tuple[Rollouts, Tensor]:
+        """Completions of the model as it is now, and their rewards, ``[problems, group_size]``."""
         self.sampler.sync(self.adapter)
-        return rollout(self.model, self.tokenizer, self.task, examples, self.settings, self.drawn, self.sampler)
-
-    def _gradients(self, examples: list[Example]) -> Iterator[Tensor]:
-        rollouts = self._rollout(examples)
-        rewards = score(rollouts, self.task, examples, self.settings)
-        size, micro_batch = self.settings.group_size, self.settings.micro_batch
-        for index, advantages in enumerate(grpo_advantages(rewards, "none")):
-            if advantages.any():
-                group = rollouts.rows(torch.arange(index * size, (index + 1) * size))
-                yield policy_gradient(self.model, self.adapter, group, advantages, micro_batch, size)
+        rollouts = rollout(self.model, self.tokenizer, self.task, examples, self.settings, self.drawn, self.sampler)
+        return rollouts, score(rollouts, self.task, examples, self.settings)

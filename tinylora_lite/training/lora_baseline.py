@@ -28,24 +28,12 @@ def train_lora(
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     settings: GRPOSettings | SFTSettings,
-    *,
     rank: int = 1,
 ) -> Run:
     """Puts PEFT's LoRA on the seven linear layers of every block, in place, and trains it; all else is frozen.
 
     A step is that of :func:`~tinylora_lite.train_grpo` or :func:`~tinylora_lite.train_sft`, from the same prompts and
-    with the same random numbers.
-
-    Args:
-        model: any causal language model of transformers; it carries PEFT's layers afterwards.
-        tokenizer: the model's.
-        task: prompts come from its training split.
-        settings: of GRPO or of SFT. Their seed draws LoRA's A, too.
-        rank: of LoRA.
-
-    Raises:
-        ModuleNotFoundError: PEFT is not installed.
-        ValueError: whatever ``train_grpo`` and ``train_sft`` refuse.
+    with the same random numbers; arguments and errors are theirs. The settings' seed draws LoRA's A, too.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model

@@ -1,8 +1,8 @@
 """Supervised finetuning: make worked answers likelier, token by token.
 
-The paper's other way to train (section 6.1), and the one that needs more parameters. The model reads a prompt exactly
-as sampling would show it; the loss is the mean of ``-log p`` over the tokens of the worked answers and their end
-tokens, all tokens of a step alike, as GRPO's ``normalise="token"`` has it: GRPO at ratio 1, with advantage 1.
+The paper's other way to train (section 6.1), and the one that needs more parameters. The model reads a prompt as
+sampling would show it; the loss is the mean of ``-log p`` over all tokens of a step's worked answers, end tokens
+included: GRPO with ``normalise="token"`` at ratio 1 and advantage 1.
 """
 
 from __future__ import annotations
@@ -61,13 +61,12 @@ class SFT(Objective[SFTSettings]):
 
     def validate(self) -> list[dict[str, float]]:
         """The loss on worked answers, and with ``evaluate_accuracy`` the accuracy of sampled ones."""
-        losses: list[dict[str, float]] = [{}]
+        s, loss = self.shared, {}
         if not self.population:
-            loss = solution_loss(self.model, self.tokenizer, self.task, self.validation, self.shared.micro_batch)
-            losses = [{"loss": loss}]
-        if not (self.shared.evaluate_accuracy or self.population):
-            return losses
-        return [losses[0] | score.details() for score in self.scores()]
+            loss["loss"] = solution_loss(self.model, self.tokenizer, self.task, self.validation, s.micro_batch)
+        if not (s.evaluate_accuracy or self.population):
+            return [loss]
+        return [loss | score.details() for score in self.scores()]
 
 
 def train_sft(
@@ -84,18 +83,8 @@ def train_sft(
 ) -> Run:
     """Trains an adapter on worked answers, or all weights of the model where ``adapter`` is ``None``.
 
-    Arguments, result and errors as in :func:`~tinylora_lite.train_grpo`, with these differences.
-
-    Args:
-        model: see there.
-        tokenizer: see there.
-        adapter: see there.
-        task: answers come from the ``solution`` of its training examples, evaluations from its validation split.
-        settings: see :class:`~tinylora_lite.SFTSettings`.
-        sampler: what answers in evaluations; ``None`` takes the model itself.
-        folder: see there.
-        on_step: see there.
-        progress: see there.
+    Arguments, result and errors are those of :func:`~tinylora_lite.train_grpo`. The answers are the ``solution`` of
+    the training examples; ``sampler`` answers in evaluations.
 
     Returns:
         The :class:`~tinylora_lite.Run`: of each step ``loss`` (in nats for a token, before the update) and ``length``
@@ -104,7 +93,6 @@ def train_sft(
 
     Raises:
         ValueError: an example has no solution or one longer than ``max_new_tokens``, too.
-        FloatingPointError: see there.
     """
     objective = SFT(model, tokenizer, adapter, task, [settings or SFTSettings()], sampler)
     return fit(objective, folder=folder, on_step=on_step and (lambda runs: on_step(runs[0])), progress=progress)[0]
@@ -126,10 +114,7 @@ def solution_loss(
 
 
 def encode_solutions(
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    examples: Sequence[Example],
-    device: torch.device | str = "cpu",
+    tokenizer: PreTrainedTokenizerBase, task: Task, examples: Sequence[Example], device: torch.device | str = "cpu"
 ) -> Rollouts:
     """Worked answers as if a model had sampled them, the end token included; their log-probabilities are zeros.
 
@@ -139,39 +124,33 @@ def encode_solutions(
     prompt_ids, prompt_mask = encode_prompts(tokenizer, task, examples, device)
     ids, mask = padded(_solution_ids(tokenizer, task, examples), tokenizer, "right", device)
     zeros = torch.zeros(ids.shape, device=device)
-    whole = torch.zeros(len(ids), dtype=torch.bool, device=device)
     texts = [example.solution or "" for example in examples]
-    return Rollouts(prompt_ids, prompt_mask, ids, mask, zeros, zeros, whole, texts)
+    return Rollouts(prompt_ids, prompt_mask, ids, mask, zeros, zeros, zeros[:, 0].bool(), texts)
 
 
 def check_solutions(
     tokenizer: PreTrainedTokenizerBase, task: Task, examples: Sequence[Example], which: str, longest: int
 ) -> None:
     """Raises ``ValueError`` where imitation lacks an answer, or where one is longer than ``longest`` tokens."""
-    training = which == "training"
+    cure = "" if which == "training" else "; set evaluate_every=0"
     if not examples:
-        raise ValueError(f"task {task.name} has no {which} problems" + ("" if training else "; set evaluate_every=0"))
+        raise ValueError(f"task {task.name} has no {which} problems{cure}")
     for place, example in enumerate(examples):
         if example.solution is None:
-            cure = "train with train_grpo, which needs none" if training else "set evaluate_every=0"
-            raise ValueError(
-                f"{which} problem {place + 1} of task {task.name} has no worked answer to imitate; "
-                f"give Example(..., solution=...), or {cure}"
-            )
+            named = f"{which} problem {place + 1} of task {task.name}"
+            raise ValueError(f"{named} has no worked answer to imitate; give Example(..., solution=...){cure}")
     lengths = list(map(len, _solution_ids(tokenizer, task, examples)))
     if max(lengths) > longest:
-        place = lengths.index(max(lengths))
         raise ValueError(
-            f"the worked answer of {which} problem {place + 1} of task {task.name} has {lengths[place]} tokens, more "
-            f"than max_new_tokens={longest}; raise max_new_tokens, or leave such problems out"
+            f"the worked answer of {which} problem {lengths.index(max(lengths)) + 1} of task {task.name} has "
+            f"{max(lengths)} tokens, more than max_new_tokens={longest}; raise it, or leave such problems out"
         )
 
 
 def _solution_ids(tokenizer: PreTrainedTokenizerBase, task: Task, examples: Sequence[Example]) -> list[list[int]]:
     texts = []
     for example in examples:
-        if example.solution is None:
-            raise ValueError("an example has no worked answer; give Example(..., solution=...)")
+        assert example.solution is not None, "give Example(..., solution=...)"
         solution, asked = example.solution.strip(), task.messages(example)
         prompt = str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
         answered = [*asked, {"role": "assistant", "content": solution}]

@@ -1,99 +1,98 @@
 """The same training by TRL: its ``GRPOTrainer`` with the adapter's parameters as the only ones that train.
 
 TRL adds what our loop leaves out: ``accelerate`` with FSDP2, trackers, callbacks. Settings, prompts and their order,
-reward, loss, Adam and learning rate are those of :func:`~tinylora_lite.train_grpo`. With one sampler for both, the
-samples are the same too, and v differs by rounding, until rounding changes a sampled token. What differs:
+reward, loss, Adam and learning rate are those of :func:`~tinylora_lite.train_grpo`. With one sampler for both, v
+differs by rounding alone, until that changes a sampled token. Without a ``sampler``, TRL's own generation answers,
+which reports no log-probabilities, so nothing corrects for them. Dropout stays off in the model after training.
 
-- Without a ``sampler``, TRL's own generation answers. It reports no log-probabilities, so nothing corrects for them.
-- Rows whose advantage is zero are computed all the same, so a step takes longer.
-- Dropout stays off in the model after training; our loop restores it.
-
-v is no parameter of the model, so neither DDP nor FSDP shards, casts or wraps it: every process holds all of it, and
-the optimizer averages the gradients.
+v is no parameter of the model: every process holds all of it, and the optimizer averages the gradients.
 """
 
 from __future__ import annotations
 
+import math
+import os
 import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
-from torch import nn
 
 from tinylora_lite.adapter.adapter import TinyLoraAdapter
 from tinylora_lite.adapter.weights import base_fingerprint
 from tinylora_lite.files.adapter_file import save
 from tinylora_lite.files.file_format import read_file
-from tinylora_lite.sampling.logprobs import recomputes
 from tinylora_lite.sampling.rollouts import Sampler
 from tinylora_lite.sampling.sampler import ModelSampler
 from tinylora_lite.tasks.task import Example, Task
-from tinylora_lite.training.batches import rollout
+from tinylora_lite.training.batches import draw_prompts, rollout
 from tinylora_lite.training.grpo import GRPO
 from tinylora_lite.training.loop import DEFAULTS, RECORDED_PARAMETERS, ready_to_train
 from tinylora_lite.training.settings import GRPOSettings
-from tinylora_lite.training.trl_config import COLUMNS, AdamOnV, check_version, trl_config, trl_dataset
-from tinylora_lite.utils.record import Run, check_same_run, environment
+from tinylora_lite.utils import distributed
+from tinylora_lite.utils.record import Run, check_same_run
 
 try:
-    import trl
+    from datasets import Dataset
     from transformers.trainer_callback import PrinterCallback, TrainerCallback
     from transformers.trainer_utils import get_last_checkpoint
-    from trl import GRPOTrainer
+    from transformers.utils.versions import require_version
+
+    require_version("trl>=1.14")
+    from trl import GRPOConfig, GRPOTrainer, __version__
 except ImportError as error:
-    raise ImportError('training with TRL needs trl: pip install "tinylora_lite[train]"') from error
+    raise ImportError('training with TRL needs trl 1.14 or newer: pip install "tinylora_lite[train]"') from error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ADAPTER_FILE = "adapter.tinylora"
 """The parameters of a checkpoint, in float32."""
-
 RUN_FILE = "run.json"
+FIELDS = {
+    "num_iterations": "epochs_per_step",
+    "num_generations": "group_size",
+    "max_completion_length": "max_new_tokens",
+    "temperature": "temperature",
+    "learning_rate": "learning_rate",
+    "scale_rewards": "scale",
+    "epsilon": "clip_low",
+    "epsilon_high": "clip_high",
+    "seed": "seed",
+}
+"""Fields of TRL's configuration, and the settings that they are."""
+LOSSES = {"token": "dapo", "sequence": "grpo", "constant": "dr_grpo"}
+"""TRL's names for the three ways to normalise the loss."""
+COLUMNS = {
+    "length": "completions/mean_length",
+    "truncated": "completions/clipped_ratio",
+    "clipped": "clip_ratio/region_mean",
+    "logprob_diff_mean": "sampling/sampling_logp_difference/mean",
+    "logprob_diff_max": "sampling/sampling_logp_difference/max",
+}
+COLUMNS |= {name: name for name in ("reward", "entropy", "frac_reward_zero_std", "gradient_norm", "norm", "seconds")}
+COLUMNS |= {name: name for name in ("strict", "lenient", "formatted", *(f"v{i}" for i in range(RECORDED_PARAMETERS)))}
+"""Columns of a run's record, and their names in TRL's log."""
 
 
-def train_trl(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    adapter: TinyLoraAdapter,
-    task: Task,
-    settings: GRPOSettings | None = None,
-    *,
-    sampler: Sampler | None = None,
-    folder: str | Path | None = None,
-    on_step: Callable[[Run], None] | None = None,
-    **config: Any,
-) -> Run:
-    """Trains an adapter by TRL's GRPO; arguments and result are those of :func:`~tinylora_lite.train_grpo`.
+def train_trl(*args: Any, folder: str | Path | None = None, **options: Any) -> Run:
+    """Trains an adapter by TRL's GRPO; arguments are those of :class:`TinyLoraGRPOTrainer`.
 
     Under ``accelerate launch`` every process calls this with the same arguments.
 
-    Args:
-        model: any causal language model of transformers. Where its gradient checkpointing is on, it is used.
-        tokenizer: the model's.
-        adapter: attached to the model, and not to its output layer.
-        task: prompts come from its training split, evaluations from its validation split.
-        settings: of training.
-        sampler: answers the prompts; ``None`` takes TRL's own generation, and evaluates with ours.
-        folder: for checkpoints and the record; an interrupted run continues from its last checkpoint.
-        on_step: called with the run so far after every step.
-        config: further fields of TRL's ``GRPOConfig``, such as ``report_to`` or ``use_cpu``.
-
     Raises:
-        RuntimeError: the installed TRL is too old, or does not correct for the sampler.
-        ValueError: as :func:`~tinylora_lite.train_grpo`, or a field in ``config`` that ``settings`` decide.
+        RuntimeError: the installed TRL does not correct for the sampler.
         FloatingPointError: the gradient is not finite; the parameters stay those of the last update.
     """
-    trainer = TinyLoraGRPOTrainer(
-        model, tokenizer, adapter, task, settings, sampler=sampler, folder=folder, on_step=on_step, **config
-    )
+    trainer = TinyLoraGRPOTrainer(*args, folder=folder, **options)
     last = get_last_checkpoint(str(folder)) if folder is not None and Path(folder).is_dir() else None
     trainer.train(resume_from_checkpoint=last)
     if folder is not None:
@@ -104,10 +103,12 @@ def train_trl(
 class TinyLoraGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
     """``GRPOTrainer`` for an adapter. Its checkpoints hold v and the optimizer's state, and no weights of the base.
 
-    Arguments are those of :func:`train_trl`.
+    Arguments are those of :func:`~tinylora_lite.train_grpo`, but that ``sampler=None`` takes TRL's own generation, and
+    evaluates with ours. The adapter is not on the output layer. ``config`` is further fields of TRL's ``GRPOConfig``,
+    such as ``report_to`` or ``use_cpu``.
 
-    Attributes:
-        evaluations: one row per evaluation, as in a :class:`~tinylora_lite.Run`.
+    Raises:
+        ValueError: as :func:`~tinylora_lite.train_grpo`, or a field in ``config`` that ``settings`` decide.
     """
 
     optimizer: Any
@@ -124,43 +125,43 @@ class TinyLoraGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         sampler: Sampler | None = None,
         folder: str | Path | None = None,
         on_step: Callable[[Run], None] | None = None,
-        callbacks: list[TrainerCallback] | None = None,
         **config: Any,
     ) -> None:
-        check_version()
         settings = settings or GRPOSettings()
         self.objective = GRPO(model, tokenizer, adapter, task, [settings], sampler)
-        head = model.get_output_embeddings()
-        if any(module is head for name, module in model.named_modules() if name in adapter.names):
+        if model.get_output_embeddings() in map(model.get_submodule, adapter.names):
             raise ValueError("TRL reads the output layer's weight past its hooks, so an adapter on it would not train")
         self.adapter, self.task, self.settings, self.sampler = adapter, task, settings, sampler
         self.policy, self.tokenizer, self._on_step = model, tokenizer, on_step
-        self.evaluations: list[dict[str, float]] = []
-        self._base = base_fingerprint(model)
-        self._started, self._seconds_before = time.perf_counter(), 0.0
+        known_as, parameters = adapter.identity(), adapter.num_parameters
+        self.run = Run("grpo", asdict(settings), known_as, parameters, task.name, base_fingerprint(model))
+        self.run.environment["trl"] = __version__
         config.setdefault("disable_tqdm", not sys.stderr.isatty())
-        args = trl_config(settings, folder, recompute=any(map(recomputes, model.modules())), **config)
-        args.beta = 0.0  # otherwise TRL loads a second model as the reference
-        self._forward = vars(model).get("forward")
-        with warnings.catch_warnings():
+        # The prompts of all steps, in the order in which our loop draws them.
+        everything = replace(settings, prompts_per_step=settings.steps * settings.prompts_per_step)
+        drawn = draw_prompts(task.train, everything, 0)
+        with warnings.catch_warnings(), patch.object(model, "forward", model.forward):  # TRL puts its own there
             warnings.filterwarnings("ignore", "You are using 'rollout_func'", UserWarning)
             super().__init__(
                 model=model,
                 reward_funcs=self._reward,
-                args=args,
-                train_dataset=trl_dataset(task, settings),
+                args=trl_config(settings, folder, **config),
+                train_dataset=Dataset.from_list([{"prompt": task.messages(e), "gold": e.gold} for e in drawn]),
                 processing_class=tokenizer,
-                callbacks=[*(callbacks or []), _Evaluation(self)],
                 rollout_func=None if sampler is None else self._ask_sampler,
             )
-        self._trl_forward = vars(model).get("forward")
-        _set_forward(model, self._forward)
+            self._trl_forward = model.forward
+        distributed.shard(settings.prompts_per_step, "prompts_per_step")
+        self.add_callback(_Evaluation(self))
         self.remove_callback(PrinterCallback)
-        args.beta = self.beta = settings.kl
+        self.args.beta = self.beta = settings.kl
         if settings.kl > 0:
-            self.ref_model = self._reference
-        if sampler is not None:
-            self._correct_for_sampler()
+            self.ref_model = adapter.disabled()(model.__call__)
+        if sampler is not None:  # TRL corrects for it as for its own vLLM; _ask_sampler keeps it in step
+            self.use_vllm, self._last_loaded_step = True, -1
+            self.vllm_generation = SimpleNamespace(sync_weights=lambda: None)
+            if settings.tis_cap is None:
+                self.vllm_importance_sampling_clip_min = 1.0  # with a maximum of 1, a weight of 1 for every token
         fsdp_2 = self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 2
         if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not fsdp_2):
             raise ValueError("DeepSpeed and FSDP 1 take over what trains; use FSDP 2 (fsdp_version: 2), or neither")
@@ -169,22 +170,6 @@ class TinyLoraGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         if not fsdp_2:
             # No parameter of the model trains. DDP refuses such a model, and accelerate would wrap it on CPUs.
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
-
-    def _reference(self, **inputs: Any) -> Any:
-        """The reference policy of the KL penalty: the model that trains, without its adapter."""
-        with self.adapter.disabled():
-            return self.policy(**inputs)
-
-    def _correct_for_sampler(self) -> None:
-        """Makes TRL correct for the sampler as it does for its own vLLM: truncated importance sampling per token."""
-        self.use_vllm = True
-        self.vllm_generation = SimpleNamespace(sync_weights=lambda: None)  # _ask_sampler does
-        self._last_loaded_step = -1
-        self.vllm_importance_sampling_correction = True  # without a cap too, since it logs the difference
-        self.vllm_importance_sampling_mode = "token_truncate"
-        cap = self.settings.tis_cap
-        self.vllm_importance_sampling_clip_max = 1.0 if cap is None else cap
-        self.vllm_importance_sampling_clip_min = 1.0 if cap is None else None
 
     def _ask_sampler(self, prompts: list[list[dict[str, str]]], trainer: GRPOTrainer) -> dict[str, Any]:
         """The sampler's answers to this process's share of a step's prompts, which come once for every completion."""
@@ -205,13 +190,12 @@ class TinyLoraGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
     ) -> list[float]:
         """TRL's reward function: the task's reward; the log gets the means of the strict and the lenient one."""
         texts = [text.strip() for text in self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)]
-        pairs = list(zip(texts, gold, strict=True))
-        scores = [self.task.score(text, answer) for text, answer in pairs]
-        log_metric("strict", sum(scores) / len(scores))
-        if (lenient := self.task.lenient) is not None:
-            log_metric("lenient", sum(lenient(text, answer) for text, answer in pairs) / len(pairs))
+        scores = list(map(self.task.score, texts, gold))
+        log_metric("strict", fmean(scores))
+        if self.task.lenient is not None:
+            log_metric("lenient", fmean(map(self.task.lenient, texts, gold)))
         if self.task.formatted is not None:
-            log_metric("formatted", sum(map(self.task.formatted, texts)) / len(texts))
+            log_metric("formatted", fmean(map(self.task.formatted, texts)))
         if self.settings.truncated == "score":
             return scores
         ended = [ids[-1] in self.eos_token_ids for ids in completion_ids]
@@ -222,7 +206,7 @@ class TinyLoraGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """TRL's loss. Raises ``RuntimeError`` where it would leave out the correction for the sampler."""
         if self.sampler is not None and "importance_sampling_ratio" not in inputs:
-            raise RuntimeError(f"TRL {trl.__version__} does not correct for the sampler; install one that is tested")
+            raise RuntimeError(f"TRL {__version__} does not correct for the sampler; 1.16, which is tested, does")
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def create_optimizer(self, model: Any = None) -> Any:
@@ -244,27 +228,25 @@ class TinyLoraGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             )
         return self.lr_scheduler
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains; arguments are those of ``Trainer.train``.
 
         The model has TRL's forward pass only inside: a copy of the model would call the original's.
         """
         self._started = time.perf_counter()
-        _set_forward(self.policy, self._trl_forward)
-        try:
-            with ready_to_train(self.policy, [self.adapter.vectors]):
-                return super().train(resume_from_checkpoint, **kwargs)
-        finally:
-            _set_forward(self.policy, self._forward)
+        with (
+            patch.object(self.policy, "forward", self._trl_forward),
+            ready_to_train(self.policy, [self.adapter.vectors]),
+        ):
+            return super().train(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """TRL's log, and v: its norm, its largest entry, and every entry (``v0`` and so on) where they are few."""
+        """TRL's log, and v: its norm, and every entry (``v0`` and so on) where they are few."""
         if "loss" in logs:
             v = self.adapter.vectors.detach().flatten()
-            logs |= {"norm": v.norm().item(), "largest": v.abs().max().item()}
+            logs |= {"norm": v.norm().item(), "gradient_norm": self.optimizer.optimizer.gradient_norm}
             logs |= {f"v{i}": value for i, value in enumerate(v.tolist())} if len(v) <= RECORDED_PARAMETERS else {}
-            logs["gradient_norm"] = self.optimizer.optimizer.gradient_norm
-            logs["seconds"] = self._seconds_before + time.perf_counter() - self._started
+            logs["seconds"] = time.perf_counter() - self._started
         super().log(logs, start_time)
         if self._on_step is not None and "reward" in self.state.log_history[-1]:
             self._on_step(self.record())
@@ -277,24 +259,13 @@ class TinyLoraGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             for entry in self.state.log_history
             if "reward" in entry
         ]
-        return Run(
-            method="grpo",
-            settings=asdict(self.settings),
-            adapter=self.adapter.identity(),
-            parameters=self.adapter.num_parameters,
-            task=self.task.name,
-            base=self._base,
-            steps=rows,
-            evaluations=self.evaluations,
-            seconds=rows[-1]["seconds"] if rows else 0.0,
-            environment=environment() | {"trl": trl.__version__},
-        )
+        return replace(self.run, steps=rows, seconds=rows[-1]["seconds"] if rows else 0.0)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes ``adapter.tinylora`` and the run's record, and no weights of the base."""
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
-            save(self.adapter, folder / ADAPTER_FILE, "fp32", base_sha256=self._base)
+            save(self.adapter, folder / ADAPTER_FILE, "fp32", base_sha256=self.run.base)
             self.record().save(folder / RUN_FILE)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -315,16 +286,11 @@ class TinyLoraGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         """Restores v and the record. Raises ``ValueError`` where they are damaged, or of another run."""
         folder = Path(resume_from_checkpoint)
         saved = Run.load(folder / RUN_FILE)
-        check_same_run(folder, saved, self.record(), DEFAULTS)
+        check_same_run(folder, saved, self.run, DEFAULTS)
         with torch.no_grad():
             self.adapter.vectors.copy_(read_file(folder / ADAPTER_FILE)[1]["vectors"])
-        self.evaluations, self._seconds_before = saved.evaluations, saved.seconds
-
-
-def _set_forward(model: nn.Module, forward: Any) -> None:
-    """Gives the model a forward pass in place of its class's; ``None`` takes it away."""
-    vars(model).pop("forward", None)
-    vars(model).update({} if forward is None else {"forward": forward})
+        self.run.evaluations = saved.evaluations
+        self._started -= saved.seconds
 
 
 class _Evaluation(TrainerCallback):
@@ -337,4 +303,72 @@ class _Evaluation(TrainerCallback):
         trainer, settings = self.trainer, self.trainer.settings
         step, rest = divmod(state.global_step, settings.epochs_per_step)
         if settings.evaluate_every and not rest and step % settings.evaluate_every == 0:
-            trainer.evaluations.append({"step": step} | trainer.objective.validate()[0])
+            trainer.run.evaluations.append({"step": step} | trainer.objective.validate()[0])
+
+
+def trl_config(settings: GRPOSettings, folder: str | Path | None, **config: Any) -> GRPOConfig:
+    """TRL's configuration that computes what :func:`~tinylora_lite.train_grpo` computes with these settings.
+
+    One of our steps is ``epochs_per_step`` of TRL's. A batch of completions is split into micro-batches of equal size,
+    so ``micro_batch`` is lowered to the next divisor of a process's share. ``config`` is further fields; raises
+    ``ValueError`` where one follows from ``settings``.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))  # accelerate starts them when it reads the configuration
+    rows = max(1, settings.prompts_per_step // processes) * settings.group_size
+    micro_batch = max(size for size in range(1, min(rows, settings.micro_batch) + 1) if rows % size == 0)
+    decided: dict[str, Any] = {theirs: getattr(settings, ours) for theirs, ours in FIELDS.items()} | {
+        "max_steps": settings.steps * settings.epochs_per_step,
+        "per_device_train_batch_size": micro_batch,
+        "gradient_accumulation_steps": rows // micro_batch,
+        "steps_per_generation": rows // micro_batch,
+        "loss_type": LOSSES[settings.normalise],
+        "mask_truncated_completions": settings.truncated == "mask",
+        "beta": 0.0,  # otherwise TRL loads a second model as the reference
+    }
+    # The sampler is corrected for; without a cap too, since that logs the difference.
+    decided |= {"vllm_importance_sampling_correction": True, "vllm_importance_sampling_mode": "token_truncate"}
+    decided |= {"vllm_importance_sampling_clip_min": None, "vllm_importance_sampling_clip_max": settings.tis_cap or 1.0}
+    # The probabilities of sampling are those of the loss.
+    decided |= {"top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "disable_dropout": True, "use_vllm": False}
+    # The loss has no other terms. By default TRL weighs the KL penalty by the ratio, whose gradient does not vanish
+    # where the ratio is 1.
+    decided |= {"importance_sampling_level": "token", "delta": None, "use_bias_correction_kl": False}
+    decided |= {"top_entropy_quantile": 1.0, "entropy_coef": 0.0}
+    # Our optimizer clips gradients.
+    decided |= {"weight_decay": 0.0, "max_grad_norm": 0.0, "bf16": False, "fp16": False}
+    decided |= {"shuffle_dataset": False, "dataloader_pin_memory": False}
+    if given := sorted(config.keys() & decided.keys()):
+        raise ValueError(f"{', '.join(given)} cannot be given: the settings of training decide it")
+    chosen: dict[str, Any] = {
+        "output_dir": "." if folder is None else str(folder),
+        "save_strategy": "no" if folder is None else "steps",
+        "save_steps": settings.save_every * settings.epochs_per_step,
+        "save_total_limit": 2,
+        "logging_steps": settings.epochs_per_step,
+        "report_to": "none",
+    }
+    # A model whose gradient checkpointing is on keeps it. transformers renames the field.
+    name = "activation_checkpointing" if hasattr(GRPOConfig, "activation_checkpointing") else "gradient_checkpointing"
+    chosen |= {name: False, f"{name}_kwargs": {"use_reentrant": False}}
+    return GRPOConfig(**chosen | config | decided)
+
+
+class AdamOnV(torch.optim.Adam):
+    """Adam on one tensor that every process holds.
+
+    The processes' gradients are averaged and shortened to ``max_norm``. A gradient of zero, because in every group all
+    rewards are equal, moves nothing. Trainer clears the gradients of the model's parameters only, so this clears v's.
+    """
+
+    max_norm = math.inf
+    gradient_norm = 0.0  # of the last step, before it was shortened
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        (v,) = self.param_groups[0]["params"]
+        distributed.all_reduce_gradients([v], distributed.world_size())
+        self.gradient_norm = torch.nn.utils.clip_grad_norm_([v], self.max_norm).item()
+        if not math.isfinite(self.gradient_norm):
+            raise FloatingPointError("the gradient is not finite; lower the learning rate, or load a wider dtype")
+        if self.gradient_norm > 0:
+            super().step(closure)
+        self.zero_grad()
