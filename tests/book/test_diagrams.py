@@ -7,8 +7,9 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
+from book import structure
 from tinylora_lite.adapter.tying import TargetModule, groups_of
-from tinylora_lite.book import diagrams, structure
+from tinylora_lite.book import diagrams
 from tinylora_lite.view import plot
 
 
