@@ -73,6 +73,9 @@ class TestPublished:
             assert row.source.url.startswith("https://")
             assert row.where.strip()
             assert row.how in HOW
+            if row.metric == "accuracy":
+                assert 0 <= row.value <= 1
+                assert 0 <= (row.untrained or 0) <= 1
 
     def test_every_key_is_in_the_bibliography(self, published):
         bibliography = RESULTS.parent / "references.bib"
@@ -98,10 +101,9 @@ class TestPublished:
     @pytest.mark.parametrize(
         ("keys", "value", "message"),
         [
-            (("rows", 0, "source"), None, "row 0: None is none of the sources"),
-            (("rows", 3, "source"), "hearsay", "row 3: 'hearsay' is none of the sources"),
-            (("rows", 0, "where"), " ", "row 0: (?s:.)*where\n"),
-            (("rows", 0, "value"), 75.6, "a share from 0 to 1"),
+            (("rows", 0, "source"), None, "0.source\n"),
+            (("rows", 3, "source"), "hearsay", "3.source\n"),
+            (("rows", 0, "where"), " ", "0.where\n"),
             (("rows", 0, "value"), "0.7", "value\n"),
             (("rows", 0, "how"), "?", "how\n"),
             (("rows", 0, "n"), 1.5, "n\n"),
@@ -109,36 +111,28 @@ class TestPublished:
             (("rows", 0, "gpu"), "x", "gpu\n +Extra inputs are not permitted"),
             (("rows", 0, "seeds"), None, "seeds\n +Field required"),
             (("sources", "paper", "kind"), "rumour", "kind\n"),
-            (("sources",), None, "sources"),
         ],
     )
-    def test_a_number_without_them_is_refused(self, tmp_path, keys, value, message):
-        path = Path(shutil.copy(RESULTS / "published.json", tmp_path))
+    def test_a_number_without_them_is_refused(self, tmp_path, monkeypatch, keys, value, message):
+        path = Path(shutil.copy(module.PUBLISHED, tmp_path))
         change(path, *keys, value=value)
-        with pytest.raises(ValueError, match=message) as raised:
-            load_published(path)
-        assert str(path) in str(raised.value)
-
-    @pytest.mark.parametrize("text", ["", "{", "[]", '{"sources": {}, "rows": [1]}'])
-    def test_another_file_is_refused(self, tmp_path, text):
-        path = tmp_path / "a.json"
-        path.write_text(text, encoding="utf-8")
-        with pytest.raises(ValueError, match="is not a list of published numbers"):
-            load_published(path)
+        monkeypatch.setattr(module, "PUBLISHED", path)
+        with pytest.raises(ValueError, match=message):
+            load_published()
 
 
 class TestRun:
     def test_a_row_says_what_ran_and_on_what(self, run):
         (row,) = load_run(run)
-        assert row["what"] == "TinyLoRA(rank=2, u=1, n_tie=16), RL, seed 3, greedy"
-        assert (row["model"], row["task"], row["parameters"]) == (SEVEN, "sums", 13)
-        assert (row["accuracy"], row["untrained"], row["n"]) == (0.75, 0.25, 8)
-        assert row["low"] < 0.75 < row["high"]
-        assert row["where"] == "runs/seven-13-seed3"
+        assert row.what == "TinyLoRA(rank=2, u=1, n_tie=16), RL, seed 3, greedy"
+        assert (row.model, row.task, row.parameters) == (SEVEN, "sums", 13)
+        assert (row.value, row.untrained, row.n) == (0.75, 0.25, 8)
+        assert row.low < 0.75 < row.high
+        assert row.where == "runs/seven-13-seed3"
 
     def test_sampled_answers_are_told_from_greedy_ones(self, run):
         (run / "settings.yaml").write_text(SETTINGS.replace("0.0", "0.7"), encoding="utf-8")
-        assert load_run(run)[0]["what"].endswith("temperature 0.7")
+        assert load_run(run)[0].what.endswith("temperature 0.7")
 
     def test_after_a_sweep_the_run_is_the_chosen_one(self, run):
         for rate in (0.1, 0.2):
@@ -147,7 +141,7 @@ class TestRun:
             record.save(run / f"lr{rate}" / "run.json")
         (run / "run.json").unlink()
         change(run / "outcome.json", "learning_rate", value=0.2)
-        assert "seed 2" in load_run(run)[0]["what"]
+        assert "seed 2" in load_run(run)[0].what
 
     @pytest.mark.parametrize("name", FILES)
     def test_every_file_is_needed(self, run, name):
@@ -169,10 +163,8 @@ class TestRun:
             (("adapter",), "LoRA", "different runs"),
             (("learning_rate",), 0.5, "different runs"),
             (("model",), "Qwen/Qwen2.5-3B-Instruct", "different runs"),
-            (("trained", "sums", "n"), 7, "not of the same problems"),
-            (("trained", "sums", "accuracy"), 0.99, "outside their interval"),
-            (("trained", "sums"), None, "sums"),
-            (("base",), None, "base"),
+            (("trained",), None, "trained"),
+            (("base", "sums"), None, "sums"),
         ],
     )
     def test_files_that_contradict_one_another_are_refused(self, run, keys, value, message):
@@ -186,8 +178,9 @@ class TestRun:
             assert load_run(folder), f"{folder}: no task was scored"
             assert {path.name for path in folder.iterdir()} == set(FILES)
 
-    def test_no_folder_is_no_run(self, tmp_path):
-        assert recorded(tmp_path / "none") == []
+    def test_no_folder_is_no_run(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(module, "RUNS", tmp_path / "none")
+        assert recorded() == []
 
 
 class TestTable:
@@ -280,11 +273,11 @@ class TestExperiment:
 
     def test_a_finished_experiment_is_a_row(self, finished):
         (row,) = load_run(finished.folder)
-        assert (row["model"], row["task"], row["parameters"]) == ("nano", "nano", 13)
-        assert row["accuracy"] == finished.adapted["nano"].accuracy
-        assert row["untrained"] == finished.base["nano"].accuracy
-        assert f"seed {finished.run.seed}" in row["what"]
-        assert re.match(r"13 numbers on \d+ modules .*rank=2, u=1, n_tie=4", row["what"]), "words, and no dictionary"
+        assert (row.model, row.task, row.parameters) == ("nano", "nano", 13)
+        assert row.value == finished.adapted["nano"].accuracy
+        assert row.untrained == finished.base["nano"].accuracy
+        assert f"seed {finished.run.seed}" in row.what
+        assert re.match(r"13 numbers on \d+ modules .*rank=2, u=1, n_tie=4", row.what), "words, and no dictionary"
 
     def test_its_three_files_alone_are_enough(self, finished, tmp_path):
         files = [finished.folder / "settings.yaml", finished.folder / "outcome.json"]
@@ -292,4 +285,5 @@ class TestExperiment:
         runs = {Run.load(path).settings["learning_rate"]: path for path in finished.folder.rglob("run.json")}
         for path in (*files, runs[chosen]):
             shutil.copy(path, tmp_path)
-        assert load_run(tmp_path)[0] | {"where": ""} == load_run(finished.folder)[0] | {"where": ""}
+        (here,), (there,) = load_run(tmp_path), load_run(finished.folder)
+        assert here == there.model_copy(update={"where": here.where})

@@ -8,21 +8,21 @@ at full size that was sent in, with three of the files that ``tinylora train`` w
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveInt, TypeAdapter
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from tinylora_lite.lab.store import RESULTS as LAB
+from tinylora_lite.book import glue
+from tinylora_lite.lab.store import BOOK as RESULTS
 from tinylora_lite.utils.record import Run, describe
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-RESULTS = LAB.parent
 PUBLISHED = RESULTS / "published.json"
 RUNS = RESULTS / "runs"
 FILES = ("settings.yaml", "run.json", "outcome.json")
@@ -31,15 +31,18 @@ FILES = ("settings.yaml", "run.json", "outcome.json")
 HOW = {"P": "text or table", "F": "read off a figure", "S": "secondary source", "I": "inference"}
 """How a published number is known."""
 
-Kind = Literal["paper", "quoted by the paper", "replication", "evaluation of the untrained model", "press"]
-"""What published a number, in the order of the tables."""
+Kind = Literal["paper", "quoted by the paper", "replication", "evaluation of the untrained model", "press", "run"]
+"""What gave a number, in the order of the tables."""
+
+NOT_YET = "not yet run"
+"""The kind of the row that a table ends with where a model has no run on a task."""
 
 COLUMNS = (
     *("model", "task", "kind", "what", "training", "parameters", "accuracy", "low", "high", "untrained"),
     *("n", "seeds", "who", "where", "url"),
 )
-"""Of the table. ``kind`` is one of ``Kind``; ``"run"``; or ``"not yet run"`` where a model has none on a task. Shares
-(``accuracy`` with its 95 % interval, where it was measured here, and ``untrained``) are from 0 to 1."""
+"""Of the table. Shares (``accuracy`` with its 95 % interval, where it was measured here, and ``untrained``) are from 0
+to 1."""
 
 TRAINING = {"grpo": "RL", "sft": "SFT", None: ""}
 
@@ -50,18 +53,19 @@ class Source(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     kind: Kind
     title: str
-    url: str
+    url: str | None = None
     key: str | None = None
     warning: str | None = None
 
 
 class Published(BaseModel):
-    """One published number. ``None`` is what its source does not say.
+    """One published number, or one of a run. ``None`` is what its source does not say.
 
     Attributes:
         model, task, method: as the source calls them, the method ``"untrained"`` for a base.
         parameters: how many were trained.
         metric: ``"accuracy"`` (a share from 0 to 1), or another in words.
+        low, high: the 95 % interval of a run's value.
         untrained: what the same source gives for the untrained model.
         seeds: the runs that ``value`` is the mean of.
         n: the problems it is measured on.
@@ -85,6 +89,8 @@ class Published(BaseModel):
     how: Literal["P", "F", "S", "I"]
     source: Source
     where: Annotated[str, Field(pattern=r"\S")]
+    low: FiniteFloat | None = None
+    high: FiniteFloat | None = None
     training: Literal["grpo", "sft"] | None = None
     rank: int | None = None
     u: int | None = None
@@ -95,12 +101,6 @@ class Published(BaseModel):
     decoding: str | None = None
     approximate: bool = False
 
-    @model_validator(mode="after")
-    def _shares(self) -> Published:
-        if self.metric == "accuracy" and not all(0 <= share <= 1 for share in (self.value, self.untrained or 0)):
-            raise ValueError("an accuracy is a share from 0 to 1")
-        return self
-
     @property
     def what(self) -> str:
         """Method and settings in words."""
@@ -110,32 +110,26 @@ class Published(BaseModel):
         return ", ".join(word for word in (*words, *how) if word)
 
 
-def load_published(path: str | Path = PUBLISHED) -> list[Published]:
+HERE = Source(kind="run", title="this book")
+
+
+def load_published() -> list[Published]:
     """Every published number, in the order of the file.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or a row has no source, a field unknown or missing, or a value out of its range.
+        ValueError: a row has no source, a field unknown or missing, or a value out of its range.
     """
-    rows: list[Published] = []
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-        sources = {key: Source(**value) for key, value in found["sources"].items()}
-        for row in found["rows"]:
-            if row.get("source") not in sources:
-                raise ValueError(f"{row.get('source')!r} is none of the sources")
-            rows.append(Published(**row | {"source": sources[row["source"]]}))
-        return rows
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a list of published numbers; row {len(rows)}: {error}") from error
+    found = json.loads(PUBLISHED.read_text(encoding="utf-8"))
+    rows = [row | {"source": found["sources"].get(row.get("source"))} for row in found["rows"]]
+    return TypeAdapter(list[Published]).validate_python(rows)
 
 
-def recorded(folder: Path = RUNS) -> list[Path]:
+def recorded() -> list[Path]:
     """The folders of the runs that were sent in, by name."""
-    return sorted(path for path in folder.glob("*") if path.is_dir())
+    return sorted(path for path in RUNS.glob("*") if path.is_dir())
 
 
-def load_run(folder: str | Path) -> list[dict[str, Any]]:
+def load_run(folder: str | Path) -> list[Published]:
     """The rows of one run, one for each task that it was scored on.
 
     Args:
@@ -147,7 +141,7 @@ def load_run(folder: str | Path) -> list[dict[str, Any]]:
     """
     folder = Path(folder)
     try:
-        settings = YAML(typ="safe").load((folder / "settings.yaml").read_text(encoding="utf-8"))
+        settings = YAML(typ="safe").load(folder / "settings.yaml")
         outcome = json.loads((folder / "outcome.json").read_text(encoding="utf-8"))
         temperature, chosen = settings["evaluation"]["temperature"], outcome["learning_rate"]
         runs = [Run.load(path) for path in sorted(folder.rglob("run.json"))]
@@ -155,27 +149,25 @@ def load_run(folder: str | Path) -> list[dict[str, Any]]:
         told = tuple(outcome[key] for key in ("adapter", "parameters", "model"))
         if run is None or (run.adapter, run.parameters, settings["model"]) != told:
             raise ValueError("the files are of different runs")
-        adapter = describe(run.adapter, run.parameters) if isinstance(run.adapter, dict) else run.adapter
-        decoding = "greedy" if temperature == 0 else f"temperature {temperature:g}"
-        common = {
+        common: dict[str, Any] = {
             "model": outcome["model"].rpartition("/")[2],
-            "kind": "run",
-            "what": f"{adapter}, {TRAINING[run.method]}, seed {run.seed}, {decoding}",
+            "method": run.adapter if isinstance(run.adapter, str) else describe(run.adapter, run.parameters),
             "training": run.method,
             "parameters": run.parameters,
+            "metric": "accuracy",
             "seeds": 1,
-            "who": "this book",
+            "how": "P",
+            "decoding": f"seed {run.seed}, {f'temperature {temperature:g}' if temperature else 'greedy'}",
+            "source": HERE,
             "where": f"runs/{folder.name}",
         }
-        rows = []
-        for task, base in outcome["base"].items():
-            score = outcome["trained"][task]
-            if base["n"] != score["n"] or not score["low"] <= score["accuracy"] <= score["high"]:
-                raise ValueError(f"the scores on {task} are not of the same problems, or outside their interval")
-            measured = {key: score[key] for key in ("accuracy", "low", "high", "n")}
-            rows.append(common | measured | {"task": task, "untrained": base["accuracy"]})
-        return rows
-    except (AttributeError, KeyError, OSError, TypeError, ValueError, YAMLError) as error:
+        rows = [
+            {"task": task, "value": score["accuracy"], "untrained": outcome["base"][task]["accuracy"]}
+            | {key: score[key] for key in ("low", "high", "n")}
+            for task, score in outcome["trained"].items()
+        ]
+        return [Published(**common | row) for row in rows]
+    except (KeyError, OSError, TypeError, ValueError, YAMLError) as error:
         raise ValueError(f"{folder} is not the record of a run ({', '.join(FILES)}): {error}") from error
 
 
@@ -196,61 +188,49 @@ def table(model: str | None = None, task: str | None = None, runs: Iterable[str 
     """
     from pandas import DataFrame
 
-    rows = [_row(row) for row in load_published() if row.metric == "accuracy" and row.source.kind != "press"]
-    for folder in recorded() if runs is None else runs:
-        rows += load_run(folder)
-    pairs = list(dict.fromkeys((row["model"], row["task"]) for row in rows))
-    done = {(row["model"], row["task"]) for row in rows if row["kind"] == "run"}
-    rows += [{"model": m, "task": t, "kind": "not yet run"} for m, t in pairs if (m, t) not in done]
+    rows = [row for row in load_published() if row.metric == "accuracy" and row.source.kind != "press"]
+    rows += (row for folder in (recorded() if runs is None else runs) for row in load_run(folder))
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        values = dict(row) | {"accuracy": row.value, "kind": row.source.kind, "what": row.what}
+        values |= {"who": row.source.title, "url": row.source.url}
+        values["where"] += ", read off" if row.how == "F" else ""
+        groups.setdefault((row.model, row.task), []).append(values)
     short = None if model is None else model.rpartition("/")[2].lower()
-    chosen = [r for r in rows if short in (None, r["model"].lower()) and task in (None, r["task"])]
+    chosen = []
+    for (name, on), own in groups.items():
+        if short in (None, name.lower()) and task in (None, on):
+            chosen += sorted(own, key=lambda values: get_args(Kind).index(values["kind"]))
+            if chosen[-1]["kind"] != "run":
+                chosen.append({"model": name, "task": on, "kind": NOT_YET})
     if not chosen:
-        known = ", ".join(sorted({name for name, _ in pairs}))
+        known = ", ".join(sorted({name for name, _ in groups}))
         raise LookupError(f"nothing is known of {model or 'any model'} on {task or 'any task'}; models are: {known}")
-    kinds = [*get_args(Kind), "run", "not yet run"]
-    chosen.sort(key=lambda row: (pairs.index((row["model"], row["task"])), kinds.index(row["kind"])))
     return DataFrame(chosen, columns=list(COLUMNS)).convert_dtypes()
 
 
 def main_rows(rows: DataFrame, counts: tuple[int, ...] = (0, 13, 196), all_weights: bool = True) -> DataFrame:
     """Every run of ours, and what others trained by rewards with ``counts`` parameters, or with all weights."""
     others = rows.parameters.isin(counts) | (rows.what.str.startswith("all weights") & all_weights)
-    return rows[rows.kind.isin(["run", "not yet run"]) | (others & rows.training.ne("sft").fillna(True))]
+    return rows[rows.kind.isin(["run", NOT_YET]) | (others & rows.training.ne("sft").fillna(True))]
 
 
-def markdown(rows: DataFrame) -> str:
+def markdown(rows: DataFrame) -> glue.Markdown:
     """Rows of :func:`table` as the book shows them."""
     known = rows.astype(object).where(rows.notna(), None)
-    head = "| what trained | numbers | accuracy | untrained | measured on | source |\n|---|---:|---:|---:|---:|---|"
-    return "\n".join([head, *(f"| {' | '.join(_cells(row))} |" for row in known.itertuples())])
+    columns = ("what trained", "numbers", "accuracy", "untrained", "measured on", "source")
+    return glue.table(columns, "lrrrrl", map(_cells, known.itertuples()))
 
 
-def _cells(row: Any) -> Iterator[str]:
-    if row.kind == "not yet run":
-        yield from (row.kind, "", "", "", "", "this book")
-        return
-    yield row.what
-    yield "" if row.parameters is None else f"{row.parameters:,}"
-    yield f"{row.accuracy:.1%}" + ("" if row.low is None else f" [{row.low:.1%}, {row.high:.1%}]")
-    yield "" if row.untrained is None else f"{row.untrained:.1%}"
+def _cells(row: Any) -> tuple[str, ...]:
+    if row.kind == NOT_YET:
+        return (NOT_YET, "", "", "", "", HERE.title)
     counted = ((row.n, "problem"), (row.seeds, "seed"))
-    yield ", ".join(f"{count:,} {name}{'' if count == 1 else 's'}" for count, name in counted if count is not None)
-    yield (f"{row.who}: " if row.url is None else f"[{row.who}]({row.url}): ") + row.where
-
-
-def _row(row: Published) -> dict[str, Any]:
-    return {
-        "model": row.model.rpartition("/")[2],
-        "task": row.task,
-        "kind": row.source.kind,
-        "what": row.what,
-        "training": row.training,
-        "parameters": 0 if row.method == "untrained" else row.parameters,
-        "accuracy": row.value,
-        "untrained": row.untrained,
-        "n": row.n,
-        "seeds": row.seeds,
-        "who": row.source.title,
-        "where": row.where + (", read off" if row.how == "F" else ""),
-        "url": row.source.url,
-    }
+    return (
+        row.what,
+        "" if row.parameters is None else f"{row.parameters:,}",
+        f"{row.accuracy:.1%}" + ("" if row.low is None else f" [{row.low:.1%}, {row.high:.1%}]"),
+        "" if row.untrained is None else f"{row.untrained:.1%}",
+        ", ".join(f"{count:,} {name}{'' if count == 1 else 's'}" for count, name in counted if count is not None),
+        (f"{row.who}: " if row.url is None else f"[{row.who}]({row.url}): ") + row.where,
+    )
