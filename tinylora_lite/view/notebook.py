@@ -1,7 +1,7 @@
 """Training as a notebook shows it: reward, length, v, scores, and completions to read, updated in place.
 
-The display must neither slow training down nor end it. It is drawn at most once a second and for at most 1 % of the
-time. An error while drawing is printed once, and lines of text take the place of the display.
+The display must neither slow training down nor end it. An error while drawing is printed once, and lines of text take
+the place of the display.
 """
 
 from __future__ import annotations
@@ -35,10 +35,7 @@ SAMPLES = 8
 """Completions of a step that are shown."""
 
 FRONT_ENDS = ("JPY_SESSION_NAME", "VSCODE_PID", "COLAB_RELEASE_TAG", "KAGGLE_URL_BASE")
-"""Environment variables of kernels that have a reader: Jupyter's, VS Code's, Colab's, Kaggle's.
-
-A notebook that a program runs from top to bottom has none of them, and would store a widget that shows nothing.
-"""
+"""Environment variables of kernels that have a reader; a program that runs a notebook would store an empty widget."""
 
 # Explicit colours, since VS Code shows widgets on white in a dark theme, too.
 FRAME = (
@@ -74,8 +71,7 @@ class Dashboard(Progress):
     ) -> None:
         super().__init__()
         self.tokenizer, self.adapter = tokenizer, adapter
-        self.live = has_front_end() if live is None else live
-        """Whether it draws; ``False`` after drawing failed."""
+        self.live = has_front_end() if live is None else live  # False after drawing failed, too
         self._samples: list[tuple[str, str]] = []
         self._box: Any = None
         self._plain = PlainProgress(sys.stdout)
@@ -96,21 +92,14 @@ class Dashboard(Progress):
             self.step(name, run.curve(self.measure), v)
 
     def on_rollouts(self, rollouts: Rollouts, rewards: Tensor) -> None:
-        """Keeps some completions of a step to read.
-
-        Args:
-            rollouts: what was sampled.
-            rewards: ``[prompts, group_size]`` float.
-        """
+        """Keeps some completions of a step to read; ``rewards`` are ``[prompts, group_size]`` float."""
         self._safely(lambda: self._keep(rollouts, rewards))
 
     def begin(self, phase: str, total: int = 0) -> None:
-        """Starts a phase of ``total`` parts; 0 means unknown."""
         self._draw_next = 0.0
         super().begin(phase, total)
 
     def tell(self, line: str, minor: bool = False) -> None:
-        """Draws, unless it is too early; prints ``line`` where nothing is drawn."""
         start = time.perf_counter()
         if self.live and start >= self._draw_next:
             self._safely(self._draw)
@@ -119,7 +108,6 @@ class Dashboard(Progress):
             self._plain.tell(line, minor)
 
     def __exit__(self, *error: object) -> None:
-        """Leaves the last state as plain HTML, since a stored widget needs its kernel."""
         if self._box is not None:
             self._safely(self._leave)
 
@@ -144,6 +132,7 @@ class Dashboard(Progress):
             self._accordion.set_title(place, title)
 
     def _leave(self) -> None:
+        """Leaves the last state as plain HTML, since a stored widget needs its kernel."""
         ipython, page = import_module("IPython.display"), self.page()
         self._box.close()
         self._box = None
@@ -156,14 +145,11 @@ class Dashboard(Progress):
         return f'<div style="{FRAME}">{text}{self._figure()}</div>'
 
     def _figure(self) -> str:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-
         from tinylora_lite.view import plot
 
-        # The style's constrained layout would take half of the time.
-        with rc_context(plot.STYLE | {"figure.constrained_layout.use": False}):
-            drawn = Figure(figsize=(2 * plot.WIDTH, 2.4))
+        with plot.style():
+            # The style's constrained layout would take half of the time.
+            drawn = plot.Figure(figsize=(2 * plot.WIDTH, 2.4), layout="none")
             drawn.subplots_adjust(left=0.05, right=0.99, bottom=0.2, wspace=0.22)
             left, middle, right = drawn.subplots(1, 3)
             for axes, title, curves, top in (
@@ -187,15 +173,18 @@ class Dashboard(Progress):
 
     def _keep(self, rollouts: Rollouts, rewards: Tensor) -> None:
         # Groups whose rewards differ come first: the others give no gradient.
-        groups = sorted(range(len(rewards)), key=lambda i: bool((rewards[i] == rewards[i, 0]).all()))
-        size = rewards.shape[1]
+        alike = (rewards == rewards[:, :1]).all(dim=1).repeat_interleave(rewards.shape[1])
         self._samples = []
-        for row in [group * size + i for group in groups for i in range(size)][:SAMPLES]:
+        for row in alike.int().argsort(stable=True)[:SAMPLES].tolist():
             shown = {"completion": rollouts.texts[row]}
             if self.tokenizer is not None:
                 ids = rollouts.prompt_ids[row][rollouts.prompt_mask[row].bool()]
                 shown = {"prompt": str(self.tokenizer.decode(ids))} | shown
-            text = "".join(f'{name}<pre style="{TEXT}">{_escaped(each)}</pre>' for name, each in shown.items())
+            # Control characters and surrogates, which a page cannot hold, are replaced.
+            shown = {
+                name: re.sub(r"[^\n\t\x20-\ud7ff\ue000-\U0010ffff]", "\ufffd", text) for name, text in shown.items()
+            }
+            text = "".join(f'{name}<pre style="{TEXT}">{escape(each)}</pre>' for name, each in shown.items())
             cut = ", cut off at the limit" if rollouts.truncated[row] else ""
             reward = f"reward {rewards.flatten()[row]:.3g}, {rollouts.lengths[row]:,} tokens{cut}"
             self._samples.append((reward, f'<div style="{FRAME};max-height:26em;overflow-y:auto">{text}</div>'))
@@ -216,8 +205,3 @@ def has_front_end() -> bool:
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     has_reader = any(name in os.environ for name in FRONT_ENDS)
     return has_reader and hasattr(shell, "kernel") and find_spec("ipywidgets") is not None
-
-
-def _escaped(text: str) -> str:
-    """Text as HTML; control characters and surrogates, which a page cannot hold, are replaced."""
-    return escape(re.sub(r"[^\n\t\x20-\ud7ff\ue000-\U0010ffff]", "\ufffd", text))
