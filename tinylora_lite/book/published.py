@@ -1,8 +1,7 @@
 """What others have published about TinyLoRA, and what was run here, in one table.
 
-``book/results/published.json`` holds the published numbers, each with its source: the paper's tables and figures,
-those who repeated it, and evaluations of the models that it trains. ``book/results/runs`` holds a folder for each run
-at full size that was sent in, with three of the files that ``tinylora train`` writes.
+``book/results/published.json`` holds the published numbers, each with its source. ``book/results/runs`` holds a folder
+for each run at full size that was sent in, with three of the files that ``tinylora train`` writes.
 """
 
 from __future__ import annotations
@@ -13,12 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveInt, TypeAdapter
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from tinylora_lite.book import glue
 from tinylora_lite.lab.store import BOOK as RESULTS
-from tinylora_lite.utils.record import Run, describe
+from tinylora_lite.utils.record import describe
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -34,15 +31,11 @@ HOW = {"P": "text or table", "F": "read off a figure", "S": "secondary source", 
 Kind = Literal["paper", "quoted by the paper", "replication", "evaluation of the untrained model", "press", "run"]
 """What gave a number, in the order of the tables."""
 
-NOT_YET = "not yet run"
-"""The kind of the row that a table ends with where a model has no run on a task."""
-
 COLUMNS = (
     *("model", "task", "kind", "what", "training", "parameters", "accuracy", "low", "high", "untrained"),
     *("n", "seeds", "who", "where", "url"),
 )
-"""Of the table. Shares (``accuracy`` with its 95 % interval, where it was measured here, and ``untrained``) are from 0
-to 1."""
+"""Of the table. ``accuracy`` with the 95 % interval of a run, and ``untrained``, are shares from 0 to 1."""
 
 TRAINING = {"grpo": "RL", "sft": "SFT", None: ""}
 
@@ -59,47 +52,32 @@ class Source(BaseModel):
 
 
 class Published(BaseModel):
-    """One published number, or one of a run. ``None`` is what its source does not say.
-
-    Attributes:
-        model, task, method: as the source calls them, the method ``"untrained"`` for a base.
-        parameters: how many were trained.
-        metric: ``"accuracy"`` (a share from 0 to 1), or another in words.
-        low, high: the 95 % interval of a run's value.
-        untrained: what the same source gives for the untrained model.
-        seeds: the runs that ``value`` is the mean of.
-        n: the problems it is measured on.
-        how: how it is known, a key of ``HOW``.
-        where: the table, figure, section or file of the source.
-        rank, u, n_tie, tying, precision: of the adapter; for the paper inferred from its counts.
-        decoding: greedy or sampled, in words.
-        approximate: the source, or the reading of a figure, gives the value roughly.
-    """
+    """One published number, or one of a run. ``None`` is what its source does not say."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     model: str
     task: str
-    method: str
-    parameters: NonNegativeInt | None
-    metric: str
+    method: str  # as its source calls it; "untrained" for a base
+    parameters: NonNegativeInt | None  # that were trained
+    metric: str  # "accuracy", a share from 0 to 1, or another in words
     value: FiniteFloat
-    untrained: FiniteFloat | None
-    seeds: PositiveInt | None
-    n: PositiveInt | None
+    low: FiniteFloat | None = None  # the 95 % interval of a run
+    high: FiniteFloat | None = None
+    untrained: FiniteFloat | None  # the value that the same source gives for the untrained model
+    seeds: PositiveInt | None  # the runs that the value is the mean of
+    n: PositiveInt | None  # the problems that it is measured on
     how: Literal["P", "F", "S", "I"]
     source: Source
-    where: Annotated[str, Field(pattern=r"\S")]
-    low: FiniteFloat | None = None
-    high: FiniteFloat | None = None
+    where: Annotated[str, Field(pattern=r"\S")]  # the table, figure, section or file of the source
     training: Literal["grpo", "sft"] | None = None
-    rank: int | None = None
+    rank: int | None = None  # this and the next four are of the adapter; the paper's are inferred from its counts
     u: int | None = None
     n_tie: int | str | None = None
     tying: str | None = None
     precision: str | None = None
     scoring: Literal["strict", "lenient"] | None = None
-    decoding: str | None = None
-    approximate: bool = False
+    decoding: str | None = None  # greedy or sampled, in words
+    approximate: bool = False  # given, or read off, roughly
 
     @property
     def what(self) -> str:
@@ -130,45 +108,30 @@ def recorded() -> list[Path]:
 
 
 def load_run(folder: str | Path) -> list[Published]:
-    """The rows of one run, one for each task that it was scored on.
-
-    Args:
-        folder: holds ``FILES``, or is the folder of a finished experiment, where ``run.json`` may be in the subfolder
-            of the learning rate that was chosen.
+    """The rows of one run, one for each task that it was scored on, from ``outcome.json`` in its folder.
 
     Raises:
-        ValueError: a file is missing or damaged, or they are of different runs.
+        ValueError: the file is missing or damaged.
     """
-    folder = Path(folder)
+    path = Path(folder) / "outcome.json"
     try:
-        settings = YAML(typ="safe").load(folder / "settings.yaml")
-        outcome = json.loads((folder / "outcome.json").read_text(encoding="utf-8"))
-        temperature, chosen = settings["evaluation"]["temperature"], outcome["learning_rate"]
-        runs = [Run.load(path) for path in sorted(folder.rglob("run.json"))]
-        run = next((run for run in runs if run.settings["learning_rate"] == chosen), None)
-        told = tuple(outcome[key] for key in ("adapter", "parameters", "model"))
-        if run is None or (run.adapter, run.parameters, settings["model"]) != told:
-            raise ValueError("the files are of different runs")
+        found = json.loads(path.read_text(encoding="utf-8"))
+        adapter, temperature = found["adapter"], found["temperature"]
         common: dict[str, Any] = {
-            "model": outcome["model"].rpartition("/")[2],
-            "method": run.adapter if isinstance(run.adapter, str) else describe(run.adapter, run.parameters),
-            "training": run.method,
-            "parameters": run.parameters,
-            "metric": "accuracy",
-            "seeds": 1,
-            "how": "P",
-            "decoding": f"seed {run.seed}, {f'temperature {temperature:g}' if temperature else 'greedy'}",
-            "source": HERE,
-            "where": f"runs/{folder.name}",
+            "model": found["model"].rpartition("/")[2],
+            "method": adapter if isinstance(adapter, str) else describe(adapter, found["parameters"]),
+            "training": found["method"],
+            "decoding": f"seed {found['seed']}, {f'temperature {temperature:g}' if temperature else 'greedy'}",
+            "where": f"runs/{path.parent.name}",
         }
-        rows = [
-            {"task": task, "value": score["accuracy"], "untrained": outcome["base"][task]["accuracy"]}
-            | {key: score[key] for key in ("low", "high", "n")}
-            for task, score in outcome["trained"].items()
-        ]
-        return [Published(**common | row) for row in rows]
-    except (KeyError, OSError, TypeError, ValueError, YAMLError) as error:
-        raise ValueError(f"{folder} is not the record of a run ({', '.join(FILES)}): {error}") from error
+        common |= {"parameters": found["parameters"], "metric": "accuracy", "seeds": 1, "how": "P", "source": HERE}
+        rows = []
+        for task, score in found["trained"].items():
+            values = {"value": score["accuracy"], "untrained": found["base"][task]["accuracy"]}
+            rows.append(Published(task=task, low=score["low"], high=score["high"], n=score["n"], **values, **common))
+        return rows
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not the outcome of a run: {error}") from error
 
 
 def table(model: str | None = None, task: str | None = None, runs: Iterable[str | Path] | None = None) -> DataFrame:
@@ -190,41 +153,33 @@ def table(model: str | None = None, task: str | None = None, runs: Iterable[str 
 
     rows = [row for row in load_published() if row.metric == "accuracy" and row.source.kind != "press"]
     rows += (row for folder in (recorded() if runs is None else runs) for row in load_run(folder))
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        values = dict(row) | {"accuracy": row.value, "kind": row.source.kind, "what": row.what}
-        values |= {"who": row.source.title, "url": row.source.url}
-        values["where"] += ", read off" if row.how == "F" else ""
-        groups.setdefault((row.model, row.task), []).append(values)
-    short = None if model is None else model.rpartition("/")[2].lower()
-    chosen = []
-    for (name, on), own in groups.items():
-        if short in (None, name.lower()) and task in (None, on):
-            chosen += sorted(own, key=lambda values: get_args(Kind).index(values["kind"]))
-            if chosen[-1]["kind"] != "run":
-                chosen.append({"model": name, "task": on, "kind": NOT_YET})
-    if not chosen:
-        known = ", ".join(sorted({name for name, _ in groups}))
+    name, known = model and model.rpartition("/")[2].lower(), ", ".join(sorted({row.model for row in rows}))
+    rows = [row for row in rows if name in (None, row.model.lower()) and task in (None, row.task)]
+    if not rows:
         raise LookupError(f"nothing is known of {model or 'any model'} on {task or 'any task'}; models are: {known}")
-    return DataFrame(chosen, columns=list(COLUMNS)).convert_dtypes()
+    values = []
+    for row in sorted(rows, key=lambda row: get_args(Kind).index(row.source.kind)):
+        where = row.where + (", read off" if row.how == "F" else "")
+        source = {"kind": row.source.kind, "who": row.source.title, "where": where, "url": row.source.url}
+        values.append(dict(row) | source | {"what": row.what, "accuracy": row.value})
+    return DataFrame(values, columns=list(COLUMNS)).convert_dtypes()
 
 
 def main_rows(rows: DataFrame, counts: tuple[int, ...] = (0, 13, 196), all_weights: bool = True) -> DataFrame:
     """Every run of ours, and what others trained by rewards with ``counts`` parameters, or with all weights."""
     others = rows.parameters.isin(counts) | (rows.what.str.startswith("all weights") & all_weights)
-    return rows[rows.kind.isin(["run", NOT_YET]) | (others & rows.training.ne("sft").fillna(True))]
+    return rows[rows.kind.eq("run") | (others & rows.training.ne("sft").fillna(True))]
 
 
 def markdown(rows: DataFrame) -> glue.Markdown:
-    """Rows of :func:`table` as the book shows them."""
+    """Rows of :func:`table` as the book shows them; where none is a run, the last line says so."""
     known = rows.astype(object).where(rows.notna(), None)
     columns = ("what trained", "numbers", "accuracy", "untrained", "measured on", "source")
-    return glue.table(columns, "lrrrrl", map(_cells, known.itertuples()))
+    missing = [] if rows.kind.eq("run").any() else [("not yet run", "", "", "", "", HERE.title)]
+    return glue.table(columns, "lrrrrl", [*map(_cells, known.itertuples()), *missing])
 
 
 def _cells(row: Any) -> tuple[str, ...]:
-    if row.kind == NOT_YET:
-        return (NOT_YET, "", "", "", "", HERE.title)
     counted = ((row.n, "problem"), (row.seeds, "seed"))
     return (
         row.what,
