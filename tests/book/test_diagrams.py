@@ -49,8 +49,3 @@ def test_the_map_shows_each_module_under_its_number(n_tie, tying, numbers):
     shown = {tuple(text.get_position()): int(text.get_text()) for text in squares}
     assert shown == {(place // 7, place % 7): group + 1 for place, group in enumerate(groups)}
     assert len(drawn.axes[0].texts) - len(squares) == numbers
-
-
-def test_the_map_of_half_a_layer():
-    with pytest.raises(ValueError, match="whole layers"):
-        diagrams.tying_map([0, 0, 1], ["q", "k"])

@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from tinylora_lite.evaluation.score import Completion, Score
     from tinylora_lite.planning.plan import Plan
 
-OVERRIDES = "TINYLORA_OVERRIDES"
-"""The environment variable with settings, ``key=value`` separated by spaces, that override those of a notebook."""
-
 DRIVE = Path("/content/drive")
 """Where Colab mounts Google Drive."""
 
@@ -53,8 +50,8 @@ def place(folder: str = "tinylora") -> Path:
 
 
 def overrides() -> list[str]:
-    """The settings in ``TINYLORA_OVERRIDES``, for :meth:`~tinylora_lite.experiment.settings.RunSettings.override`."""
-    return os.environ.get(OVERRIDES, "").split()
+    """Settings that override a notebook's: the environment's ``TINYLORA_OVERRIDES``, ``key=value`` between spaces."""
+    return os.environ.get("TINYLORA_OVERRIDES", "").split()
 
 
 def plan_table(plan: Plan) -> Markdown:

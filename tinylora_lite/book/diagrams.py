@@ -105,23 +105,16 @@ def tying_map(groups: Sequence[int], types: Sequence[str]) -> Figure:
     Args:
         groups: the group of each module in tying order, layer by layer (``adapter.groups``).
         types: the names of the modules of one layer, in the same order.
-
-    Raises:
-        ValueError: the modules do not fill whole layers.
     """
-    layers, rest = divmod(len(groups), len(types))
-    if rest or not layers:
-        raise ValueError(f"{len(groups)} modules do not make whole layers of {len(types)}")
-    grid = np.array(groups).reshape(layers, len(types)).T
-    count = grid.max() + 1
+    grid = np.array(groups).reshape(-1, len(types)).T
+    layers, count = grid.shape[1], grid.max() + 1
     numbered = len(groups) <= 100
     top = -2.2 if numbered else -2.9
     width = WIDTH if layers > 12 else 0.7 * WIDTH
     drawn, axes = figure(0.35 + 0.86 * width / max(layers, 8) * (len(types) + 0.3 - top), width)
     axes.set(xlim=(-0.6, layers - 0.4), ylim=(len(types) - 0.4, top - 0.7), aspect="equal")
     for number in range(count):
-        x = (number + 0.5) * layers / count - 0.5
-        tone = TONES[number % 2]
+        x, tone = (number + 0.5) * layers / count - 0.5, TONES[number % 2]
         for layer in np.unique(np.nonzero(grid == number)[1]):
             axes.plot([x, layer], [top, -0.5], color=tone, lw=1.0)
         axes.plot([x], [top], "o", color=tone, ms=11 if numbered else 9, mec=INK, mew=0.6)

@@ -45,14 +45,8 @@ def put_percent(
 ) -> None:
     """Makes shares known to the text in percent, under the names of :func:`put`.
 
-    Args:
-        prefix: of the names.
-        values: a share; or what has a mean and an interval and becomes ``KEY_mean``, ``KEY_low`` and ``KEY_high``: an
-            estimate, a point, or two points for the first one's lead over the second, seed by seed.
-        store: the records of the points.
-
-    Raises:
-        ValueError: a point has fewer than two records.
+    What has an interval becomes ``KEY_mean``, ``KEY_low`` and ``KEY_high``: an estimate, a point of ``store``, or two
+    points for the first one's lead over the second, seed by seed.
     """
     for key, value in values.items():
         if isinstance(value, Point | tuple):

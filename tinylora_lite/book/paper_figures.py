@@ -23,8 +23,7 @@ LABELS = {
     "LoRA": ("lora", 161_480_704, (-8, 10)),
     "all weights": ("full", 7_615_487_488, (0, 9)),
 }
-"""The methods as the paper calls them: their keys in :data:`~tinylora_lite.view.plot.METHODS`, and at which count their
-labels stand, with their offsets."""
+"""Of the paper's methods: the key in ``METHODS``, and at which count the label is, with its offset."""
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
@@ -73,11 +72,7 @@ def accuracy_against_numbers(
 
 @style()
 def untrained(rows: Sequence[tuple[str, float, int | None]]) -> Figure:
-    """What different sources give for one untrained model.
-
-    Args:
-        rows: from top to bottom: who and how, the accuracy, and the problems where they are known.
-    """
+    """What sources give for one untrained model: who and how, the accuracy, and the problems where they are known."""
     drawn, axes = figure(0.8 + 0.34 * len(rows))
     for place, (_, value, n) in enumerate(rows):
         if n is not None:
@@ -98,11 +93,7 @@ PRECISIONS = {"fp32": ("o", "-", 4), "bf16": ("D", ":", 2)}
 
 @style()
 def bytes_of_numbers(rows: Sequence[Published]) -> Figure:
-    """Figure 4 as printed and on the axis that it names: one row of panels for each tying, one column for each axis.
-
-    Args:
-        rows: of figure 4: TinyLoRA in the precisions of ``PRECISIONS``.
-    """
+    """Figure 4 as printed and on the axis that it names: one row of panels for each tying, one column for each axis."""
     drawn = Figure(figsize=(WIDTH, 4.9))
     panels = drawn.subplots(2, 2, sharey=True, sharex=True)
     for line, tying in zip(panels, ("tiled", "structured"), strict=True):
@@ -130,12 +121,7 @@ def bytes_of_numbers(rows: Sequence[Published]) -> Figure:
 
 @style()
 def strict_and_lenient(paper: Sequence[Published], repeated: Sequence[Published]) -> Figure:
-    """One grid of settings, as the paper drew it and as others scored it twice.
-
-    Args:
-        paper: the paper's rows.
-        repeated: the rows of others, of both scorings, with what each gives for the untrained model.
-    """
+    """One grid of settings, as the paper drew it and as others scored it twice, with what each gives untrained."""
     drawn, axes = figure(3.5)
     count_axis(axes, 1, _points([*paper, *repeated])[0].max())
     for scoring, marker in ((None, "o"), ("strict", "v"), ("lenient", "s")):

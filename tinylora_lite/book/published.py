@@ -135,15 +135,12 @@ def load_run(folder: str | Path) -> list[Published]:
 
 
 def table(model: str | None = None, task: str | None = None, runs: Iterable[str | Path] | None = None) -> DataFrame:
-    """The paper, those who repeated it, and every recorded run, one number a row.
+    """The paper, those who repeated it, and every recorded run, one number a row, with the columns ``COLUMNS``.
 
     Args:
         model: as the hub calls it, with or without its owner; ``None`` takes all.
         task: as ``load_task`` calls it; ``None`` takes all.
         runs: folders of runs; ``None`` takes those that were sent in.
-
-    Returns:
-        ``COLUMNS``, with missing values where nothing is known.
 
     Raises:
         LookupError: nothing is known of the model on the task.
