@@ -34,6 +34,9 @@ EVERY, SHARE = 1.0, 0.01
 SAMPLES = 8
 """Completions of a step that are shown."""
 
+UNSHOWN = re.compile(r"[^\n\t\x20-\ud7ff\ue000-\U0010ffff]")
+"""Control characters and surrogates, which a page cannot hold."""
+
 FRONT_ENDS = ("JPY_SESSION_NAME", "VSCODE_PID", "COLAB_RELEASE_TAG", "KAGGLE_URL_BASE")
 """Environment variables of kernels that have a reader; a program that runs a notebook would store an empty widget."""
 
@@ -180,11 +183,8 @@ class Dashboard(Progress):
             if self.tokenizer is not None:
                 ids = rollouts.prompt_ids[row][rollouts.prompt_mask[row].bool()]
                 shown = {"prompt": str(self.tokenizer.decode(ids))} | shown
-            # Control characters and surrogates, which a page cannot hold, are replaced.
-            shown = {
-                name: re.sub(r"[^\n\t\x20-\ud7ff\ue000-\U0010ffff]", "\ufffd", text) for name, text in shown.items()
-            }
-            text = "".join(f'{name}<pre style="{TEXT}">{escape(each)}</pre>' for name, each in shown.items())
+            clean = {name: escape(UNSHOWN.sub("\ufffd", each)) for name, each in shown.items()}
+            text = "".join(f'{name}<pre style="{TEXT}">{each}</pre>' for name, each in clean.items())
             cut = ", cut off at the limit" if rollouts.truncated[row] else ""
             reward = f"reward {rewards.flatten()[row]:.3g}, {rollouts.lengths[row]:,} tokens{cut}"
             self._samples.append((reward, f'<div style="{FRAME};max-height:26em;overflow-y:auto">{text}</div>'))
