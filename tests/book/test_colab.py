@@ -64,9 +64,9 @@ def test_in_colab_the_folder_lies_on_drive_and_elsewhere_here(monkeypatch, tmp_p
 
 
 def test_overrides_come_from_the_environment(monkeypatch):
-    monkeypatch.delenv(colab.OVERRIDES, raising=False)
+    monkeypatch.delenv("TINYLORA_OVERRIDES", raising=False)
     assert colab.overrides() == []
-    monkeypatch.setenv(colab.OVERRIDES, " training.steps=2\n  model=nano ")
+    monkeypatch.setenv("TINYLORA_OVERRIDES", " training.steps=2\n  model=nano ")
     assert colab.overrides() == ["training.steps=2", "model=nano"]
 
 

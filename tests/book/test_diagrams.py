@@ -7,8 +7,9 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
+from book import structure
 from tinylora_lite.adapter.tying import TargetModule, groups_of
-from tinylora_lite.book import diagrams, structure
+from tinylora_lite.book import diagrams
 from tinylora_lite.view import plot
 
 
@@ -35,10 +36,9 @@ def test_words_on_a_coloured_ground_can_be_read(tone):
 
 
 def test_matrices_name_every_factor():
-    words = texts(diagrams.matrices("lora", "lora_xs", "tinylora"))
+    words = texts(diagrams.matrices())
     assert words.count("W") == 3
     assert {"A", "B", "R", "U", "Σ", "Vᵀ", "P₁", "v₁", "in", "out", "r"} <= set(words)
-    assert "R" not in texts(diagrams.matrices("tinylora"))
 
 
 @pytest.mark.parametrize(("n_tie", "tying", "numbers"), [(4, "tiled", 13), (4, "structured", 14)])
@@ -49,8 +49,3 @@ def test_the_map_shows_each_module_under_its_number(n_tie, tying, numbers):
     shown = {tuple(text.get_position()): int(text.get_text()) for text in squares}
     assert shown == {(place // 7, place % 7): group + 1 for place, group in enumerate(groups)}
     assert len(drawn.axes[0].texts) - len(squares) == numbers
-
-
-def test_the_map_of_half_a_layer():
-    with pytest.raises(ValueError, match="whole layers"):
-        diagrams.tying_map([0, 0, 1], ["q", "k"])

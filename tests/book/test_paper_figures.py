@@ -52,15 +52,6 @@ def test_figure_1_holds_every_point_and_every_level(published):
     assert {"a level", "LoRA", "LoRA-XS", "TinyLoRA, paper"} <= set(texts(drawn))
 
 
-def test_an_interval_needs_a_number_of_problems(published):
-    paper = [row for row in published if row.where == "figure 1"]
-    (one, *_) = replication(published)
-    with pytest.raises(ValueError, match="on how many problems"):
-        paper_figures.accuracy_against_numbers(paper, [one.model_copy(update={"n": None})], {})
-    with pytest.raises(ValueError, match="how many numbers trained"):
-        paper_figures.accuracy_against_numbers(paper, [one.model_copy(update={"parameters": None})], {})
-
-
 def test_an_unknown_number_of_problems_has_no_interval():
     axes = paper_figures.untrained([("known", 0.9, 1319), ("unknown", 0.7, None)]).axes[0]
     bars = [line for line in axes.lines if len(line.get_xdata()) == 2]

@@ -10,8 +10,9 @@ import torch
 pytest.importorskip("grimp")
 pytest.importorskip("matplotlib")
 
+from book import structure
 from tinylora_lite import grpo_advantages
-from tinylora_lite.book import structure
+from tinylora_lite.adapter import tying
 
 STEP = {
     "training.grpo": {"training.loop", "training.losses", "sampling.sampler"},
@@ -92,11 +93,11 @@ class TestCalls:
     def test_they_come_in_the_order_of_their_first_call(self):
         def work():
             grpo_advantages(torch.tensor([[0.0, 1.0]]))
-            structure.room("a.b")
+            tying.groups_of([], "all", "tiled")
             grpo_advantages(torch.tensor([[0.0, 1.0]]))
 
         found = structure.calls(work)
-        assert list(found) == ["training.losses", "book.structure"]
+        assert list(found) == ["training.losses", "adapter.tying"]
         assert found["training.losses"] == "grpo_advantages"
 
     def test_an_error_ends_the_watch(self):

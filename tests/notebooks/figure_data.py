@@ -118,6 +118,7 @@ def run_page(page: Path) -> dict[str, Any]:
     myst_nb.glue = glue
     matplotlib.use("Agg")
     os.chdir(page.parent)
+    sys.path.insert(0, "")  # as in a kernel
     shell = InteractiveShell.instance(display_pub_class=Publisher)
     for place, (source, name) in enumerate(cells_of(page)):
         result = shell.run_cell(source)

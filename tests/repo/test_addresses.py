@@ -3,7 +3,7 @@
 import re
 from urllib.parse import urlsplit
 
-from tinylora_lite.book import setup_cell
+from book import setup_cell
 
 # In pieces, so that this file does not find itself.
 MACHINE_PATH = re.compile(r"(?<![\w.~$}\-])/(?:ro{2}t|wor{1}k|tm{1}p|hom{1}e|User{1}s)/[\w.]")

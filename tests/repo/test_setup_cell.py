@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tinylora_lite.book import setup_cell
+from book import setup_cell
 
 SMI = "GPU 0: Tesla T4 (UUID: GPU-1)\n"
 
@@ -172,7 +172,7 @@ def test_it_is_the_same_in_all_notebooks_but_for_the_extras(texts, project):
     for name, ((_, cell),) in setup_cells(texts).items():
         source = "".join(cell["source"])
         extras = setup_cell.extras_of(source)
-        assert source == setup_cell.cell(extras), f"{name}: run python -m tinylora_lite.book.setup_cell"
+        assert source == setup_cell.cell(extras), f"{name}: run python book/setup_cell.py"
         assert set(extras.split(",")) <= set(project["optional-dependencies"]), name
 
 
@@ -194,7 +194,7 @@ class TestPages:
     def test_everything_says_to_install_what_can_be_installed(self):
         """Notebooks, README and landing page; until a release is on the index, from the repository at its tag."""
         stale = [path.name for path, text in setup_cell.up_to_date().items() if text != path.read_text("utf-8")]
-        assert stale == [], "run python -m tinylora_lite.book.setup_cell"
+        assert stale == [], "run python book/setup_cell.py"
         for page in setup_cell.PAGES:
             assert f"\n{setup_cell.install_line()}\n" in (setup_cell.ROOT / page).read_text(encoding="utf-8"), page
 

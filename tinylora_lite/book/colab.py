@@ -10,25 +10,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tinylora_lite.experiment import presets
+from tinylora_lite.book.glue import Markdown, table
 from tinylora_lite.planning.gpus import GPUS
 
 if TYPE_CHECKING:
     from tinylora_lite.evaluation.score import Completion, Score
     from tinylora_lite.planning.plan import Plan
 
-OVERRIDES = "TINYLORA_OVERRIDES"
-"""The environment variable with settings, ``key=value`` separated by spaces, that override those of a notebook."""
-
 DRIVE = Path("/content/drive")
 """Where Colab mounts Google Drive."""
 
 
 def gpu_here() -> str | None:
-    """The name of this machine's GPU in :data:`~tinylora_lite.planning.gpus.GPUS`; ``None`` where it is not known.
-
-    Of GPUs that differ in memory alone it is the nearest.
-    """
+    """The name in ``GPUS`` of this machine's GPU, of several the nearest by memory; ``None`` where it is not known."""
     if not torch.cuda.is_available():
         return None
     found = torch.cuda.get_device_properties(0)
@@ -43,8 +37,6 @@ def preset_gpu(gpu: str) -> str:
     >>> [preset_gpu(name) for name in ("t4", "l4", "h200", "h100")]
     ['t4', 'a100-80gb', 'h100', 'h100']
     """
-    if gpu in presets.GPUS:
-        return gpu
     return "t4" if not GPUS[gpu].bfloat16 else "h100" if gpu.startswith("h") else "a100-80gb"
 
 
@@ -58,38 +50,32 @@ def place(folder: str = "tinylora") -> Path:
 
 
 def overrides() -> list[str]:
-    """The settings in ``TINYLORA_OVERRIDES``, for :meth:`~tinylora_lite.experiment.settings.RunSettings.override`."""
-    return os.environ.get(OVERRIDES, "").split()
+    """Settings that override a notebook's: the environment's ``TINYLORA_OVERRIDES``, ``key=value`` between spaces."""
+    return os.environ.get("TINYLORA_OVERRIDES", "").split()
 
 
-def plan_table(plan: Plan) -> str:
-    """A plan as Markdown: what takes memory and when, whether it fits, and how long it may take."""
-    lines = ["| memory | when | GiB |", "|---|---|---:|"]
-    lines += [f"| {term.name} | {term.phase} | {_gib(term.bytes)} |" for term in plan.terms]
-    lines += [f"| **all of it** | {phase} | **{_gib(needed)}** |" for phase, needed in plan.peaks.items()]
-    lines += [f"| what the GPU has for it | | {_gib(plan.gpu.usable)} |", ""]
-    hours, steps = plan.time.hours, plan.time.steps
+def plan_table(plan: Plan) -> Markdown:
+    """What takes memory and when, whether it fits, and how long it may take."""
+
+    def gib(count: float) -> str:
+        return f"{count / 2**30:,.2f}" if count >= 2**30 / 100 else "under 0.01"
+
+    rows: list[tuple[str, ...]] = [(term.name, term.phase, gib(term.bytes)) for term in plan.terms]
+    rows += [("**all of it**", phase, f"**{gib(needed)}**") for phase, needed in plan.peaks.items()]
+    rows.append(("what the GPU has for it", "", gib(plan.gpu.usable)))
     said = [f"**{plan.settings.model}, {plan.parameters:,} parameters, {plan.settings.task}, on a {plan.gpu.name}.**"]
     if plan.fits:
+        steps, hours = plan.time.steps, plan.time.hours
         said.append(f"It fits. {steps:,} steps, {hours.low:.1f} to {hours.high:.1f} hours, planned and not measured.")
         if plan.cost is not None:
             said.append(f"Cost: {plan.cost[0]:,.2f} to {plan.cost[1]:,.2f}, at {plan.price:g} an hour.")
     else:
         said += [f"It does not fit: {problem}." for problem in plan.problems]
         said.append(f"It fits with `{' '.join(plan.advice)}`." if plan.advice else "No change was found that helps.")
-    return "\n".join([*lines, " ".join(said)])
+    return Markdown(f"{table(('memory', 'when', 'GiB'), 'llr', rows)}\n\n{' '.join(said)}")
 
 
 def changed(base: Score, adapted: Score) -> Iterator[tuple[Completion, Completion]]:
-    """The problems whose first answer is rewarded differently after training, in the order of the task.
-
-    Args:
-        base: the score of the one model; of several samples of a problem the first counts.
-        adapted: the score of the other, on the same problems.
-    """
+    """The problems whose first answer is rewarded differently by the other score of the same problems, in order."""
     pairs = zip(base.completions[:: base.samples], adapted.completions[:: adapted.samples], strict=True)
     return ((before, after) for before, after in pairs if before.reward != after.reward)
-
-
-def _gib(count: float) -> str:
-    return f"{count / 2**30:,.2f}" if count >= 2**30 / 100 else "under 0.01"

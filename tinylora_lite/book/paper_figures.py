@@ -5,19 +5,25 @@ Intervals are drawn where the number of problems is known, and are then Wilson's
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from tinylora_lite.book.published import Published
 from tinylora_lite.evaluation.score import interval
-from tinylora_lite.view.plot import INK, METHODS, WIDTH, count_axis, human, style
+from tinylora_lite.lab.figures import PERCENT, percent
+from tinylora_lite.view.plot import INK, METHODS, WIDTH, count_axis, figure, human, style
 
-LOOKS = {"TinyLoRA": "tinylora", "LoRA-XS": "lora_xs", "LoRA": "lora", "all weights": "full"}
-"""The methods as sources call them, and their keys in :data:`~tinylora_lite.view.plot.METHODS`."""
+TINYLORA = METHODS["tinylora"]
+LABELS = {
+    "TinyLoRA": ("tinylora", 1, (10, -4)),
+    "LoRA-XS": ("lora_xs", 102_400, (-20, 9)),
+    "LoRA": ("lora", 161_480_704, (-8, 10)),
+    "all weights": ("full", 7_615_487_488, (0, 9)),
+}
+"""Of the paper's methods: the key in ``METHODS``, and at which count the label is, with its offset."""
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
@@ -37,58 +43,45 @@ def accuracy_against_numbers(
 
     Args:
         paper: rows of one model and task, drawn by method.
-        repeated: rows of TinyLoRA by others, with their intervals.
+        repeated: rows of TinyLoRA by others that know their number of problems, with their intervals.
         levels: what each dashed line is, and at which accuracy.
-
-    Raises:
-        ValueError: a row does not say how many numbers trained, or on how many problems others measured.
     """
-    drawn = Figure(figsize=(WIDTH, 3.9))
-    axes = drawn.subplots()
-    count_axis(axes, 1, max(_count(row) for row in paper))
+    drawn, axes = figure(3.9)
+    count_axis(axes, 1, _points(paper)[0].max())
     for label, height in levels.items():
         axes.axhline(height, ls="--", lw=1.1, color=INK)
         axes.annotate(label, (0.995, height), xytext=(0, -3), textcoords="offset points", ha="right", va="top",
                       xycoords=("axes fraction", "data"), size=9)  # fmt: skip
-    places = {"TinyLoRA": (1, (10, -4)), "LoRA-XS": (102_400, (-20, 9)), "LoRA": (161_480_704, (-8, 10)),
-              "all weights": (7_615_487_488, (0, 9))}  # fmt: skip
     for name in dict.fromkeys(row.method for row in paper):
-        look = METHODS[LOOKS[name]]
-        own = sorted((row for row in paper if row.method == name), key=_count)
-        axes.plot([_count(row) for row in own], [row.value for row in own], look.marker + look.line, color=look.colour,
-                  lw=1.4, ms=5)  # fmt: skip
-        x, offset = places[name]
-        near = min(own, key=lambda row: abs(_count(row) - x))
-        label = "TinyLoRA, paper" if name == "TinyLoRA" else look.label
-        axes.annotate(label, (_count(near), near.value), xytext=offset, textcoords="offset points",
-                      ha="left" if name == "TinyLoRA" else "right")  # fmt: skip
-    _with_intervals(axes, repeated)
-    last = max(repeated, key=_count)
-    axes.annotate("TinyLoRA, repeated by others", (_count(last), last.value), xytext=(9, 0),
+        key, place, offset = LABELS[name]
+        look, (x, y) = METHODS[key], _points(row for row in paper if row.method == name)
+        order, near = x.argsort(), np.abs(x - place).argmin()
+        axes.plot(x[order], y[order], look.marker + look.line, color=look.colour, lw=1.4, ms=5)
+        axes.annotate("TinyLoRA, paper" if name == "TinyLoRA" else look.label, (x[near], y[near]), xytext=offset,
+                      textcoords="offset points", ha="left" if name == "TinyLoRA" else "right")  # fmt: skip
+    for count, share, row in zip(*_points(repeated), repeated, strict=True):
+        assert row.n is not None
+        axes.plot([count] * 2, wilson(share, row.n), color=INK, lw=1.3)
+        axes.plot([count], [share], "o", color=TINYLORA.colour, mfc="none", mew=1.6, ms=7)
+    axes.annotate("TinyLoRA, repeated by others", max(zip(*_points(repeated), strict=True)), xytext=(9, 0),
                   textcoords="offset points", va="center")  # fmt: skip
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
-    axes.set(xlabel="numbers trained", ylabel="right on GSM8K", ylim=(0.55, 1.0))
+    percent(axes, "right on GSM8K")
+    axes.set(xlabel="numbers trained", ylim=(0.55, 1.0))
     return drawn
 
 
 @style()
 def untrained(rows: Sequence[tuple[str, float, int | None]]) -> Figure:
-    """What different sources give for one untrained model.
-
-    Args:
-        rows: from top to bottom: who and how, the accuracy, and the problems where they are known.
-    """
-    drawn = Figure(figsize=(WIDTH, 0.8 + 0.34 * len(rows)))
-    axes = drawn.subplots()
+    """What sources give for one untrained model: who and how, the accuracy, and the problems where they are known."""
+    drawn, axes = figure(0.8 + 0.34 * len(rows))
     for place, (_, value, n) in enumerate(rows):
         if n is not None:
             axes.plot(wilson(value, n), [place, place], color=INK, lw=1.6, alpha=0.6)
         axes.plot([value], [place], "o", color=INK, mfc=INK if n else "none")
         axes.annotate(f"{value:.1%}", (value, place), xytext=(0, 7), textcoords="offset points", ha="center", size=9)
     axes.set_yticks(range(len(rows)), [label for label, _, _ in rows])
-    axes.set_ylim(len(rows) - 0.5, -0.7)
-    axes.set_xlim(min(0.55, *(value - 0.04 for _, value, _ in rows)), 0.97)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+    axes.set(ylim=(len(rows) - 0.5, -0.7), xlim=(min(0.55, *(value - 0.04 for _, value, _ in rows)), 0.97))
+    axes.xaxis.set_major_formatter(PERCENT)
     axes.grid(False)
     axes.set_xlabel("right on GSM8K, nothing trained")
     return drawn
@@ -100,22 +93,18 @@ PRECISIONS = {"fp32": ("o", "-", 4), "bf16": ("D", ":", 2)}
 
 @style()
 def bytes_of_numbers(rows: Sequence[Published]) -> Figure:
-    """Figure 4 as printed and on the axis that it names: one row of panels for each tying, one column for each axis.
-
-    Args:
-        rows: of figure 4: TinyLoRA in the precisions of ``PRECISIONS``.
-    """
+    """Figure 4 as printed and on the axis that it names: one row of panels for each tying, one column for each axis."""
     drawn = Figure(figsize=(WIDTH, 4.9))
     panels = drawn.subplots(2, 2, sharey=True, sharex=True)
     for line, tying in zip(panels, ("tiled", "structured"), strict=True):
         for axes, true in zip(line, (False, True), strict=True):
             for precision, (marker, dash, size) in PRECISIONS.items():
-                own = [row for row in rows if (row.tying, row.precision) == (tying, precision)]
-                x = [_count(row) * (size if true else 1) for row in own]
-                axes.plot(x, [row.value for row in own], marker + dash, ms=4.5, lw=1.6,
-                          color=METHODS["tinylora"].colour, mfc="none" if precision == "bf16" else None)  # fmt: skip
+                x, y = _points(row for row in rows if (row.tying, row.precision) == (tying, precision))
+                x *= size if true else 1
+                axes.plot(x, y, marker + dash, ms=4.5, lw=1.6, color=TINYLORA.colour,
+                          mfc="none" if precision == "bf16" else None)  # fmt: skip
                 outer = (precision == "bf16") == true  # of the two curves this one starts further left or higher
-                axes.annotate(precision, (x[0], own[0].value), xytext=(-6, 3) if outer else (7, -4), size=9,
+                axes.annotate(precision, (x[0], y[0]), xytext=(-6, 3) if outer else (7, -4), size=9,
                               textcoords="offset points", ha="right" if outer else "left")  # fmt: skip
             axes.set_xscale("log")
             axes.set_xlim(2.5, 1600)
@@ -123,7 +112,7 @@ def bytes_of_numbers(rows: Sequence[Published]) -> Figure:
             axes.xaxis.set_major_locator(FixedLocator([8, 32, 128, 512]))
             axes.xaxis.set_minor_locator(NullLocator())
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human(value)))
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+            axes.yaxis.set_major_formatter(PERCENT)
     for axes, label in zip(panels[1], ("position on the axis", "bytes of v"), strict=True):
         axes.set_xlabel(label)
     drawn.supylabel("right on GSM8K", size=10)
@@ -132,42 +121,22 @@ def bytes_of_numbers(rows: Sequence[Published]) -> Figure:
 
 @style()
 def strict_and_lenient(paper: Sequence[Published], repeated: Sequence[Published]) -> Figure:
-    """One grid of settings, as the paper drew it and as others scored it twice.
-
-    Args:
-        paper: the paper's rows.
-        repeated: the rows of others, of both scorings, with what each gives for the untrained model.
-    """
-    drawn = Figure(figsize=(WIDTH, 3.5))
-    axes = drawn.subplots()
-    rows = [*paper, *repeated]
-    count_axis(axes, 1, max(_count(row) for row in rows))
-    looks = {
-        "paper": (paper, METHODS["tinylora"].colour, "o", 1.0),
-        "strict": ([row for row in repeated if row.scoring == "strict"], INK, "v", 0.6),
-        "lenient": ([row for row in repeated if row.scoring == "lenient"], INK, "s", 0.6),
-    }
-    for name, (own, colour, marker, alpha) in looks.items():
-        axes.plot([_count(row) for row in own], [row.value for row in own], marker, color=colour, alpha=alpha, ms=5,
-                  mfc="none" if name == "strict" else None)  # fmt: skip
+    """One grid of settings, as the paper drew it and as others scored it twice, with what each gives untrained."""
+    drawn, axes = figure(3.5)
+    count_axis(axes, 1, _points([*paper, *repeated])[0].max())
+    for scoring, marker in ((None, "o"), ("strict", "v"), ("lenient", "s")):
+        own = [row for row in (repeated if scoring else paper) if row.scoring == scoring]
+        look = {"color": INK, "alpha": 0.6} if scoring else {"color": TINYLORA.colour}
+        axes.plot(*_points(own), marker, ms=5, mfc="none" if scoring == "strict" else None, **look)
         if own[0].untrained is not None:
             axes.axhline(own[0].untrained, ls="--", lw=1.0, color=INK)
     for text, x, y in (("repeated, lenient", 1, 0.9), ("repeated, strict", 1, 0.735), ("paper", 1.6, 0.55)):
         axes.annotate(text, (x, y), ha="left", va="center")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
-    axes.set(xlabel="numbers trained", ylabel="right on GSM8K", ylim=(0.18, 0.95))
+    percent(axes, "right on GSM8K")
+    axes.set(xlabel="numbers trained", ylim=(0.18, 0.95))
     return drawn
 
 
-def _with_intervals(axes: Axes, rows: Sequence[Published]) -> None:
-    for row in rows:
-        if row.n is None:
-            raise ValueError(f"{row.where} does not say on how many problems {row.value:.1%} was measured")
-        axes.plot([_count(row)] * 2, wilson(row.value, row.n), color=INK, lw=1.3)
-        axes.plot([_count(row)], [row.value], "o", color=METHODS["tinylora"].colour, mfc="none", mew=1.6, ms=7)
-
-
-def _count(row: Published) -> int:
-    if row.parameters is None:
-        raise ValueError(f"{row.where} does not say how many numbers trained")
-    return row.parameters
+def _points(rows: Iterable[Published]) -> np.ndarray:
+    """How many numbers trained and what came of it, ``[2, rows]`` float64."""
+    return np.array([(row.parameters, row.value) for row in rows], dtype=float).T

@@ -1,28 +1,25 @@
 """What others have published about TinyLoRA, and what was run here, in one table.
 
-``book/results/published.json`` holds the published numbers, each with its source: the paper's tables and figures,
-those who repeated it, and evaluations of the models that it trains. ``book/results/runs`` holds a folder for each run
-at full size that was sent in, with three of the files that ``tinylora train`` writes.
+``book/results/published.json`` holds the published numbers, each with its source. ``book/results/runs`` holds a folder
+for each run at full size that was sent in, with three of the files that ``tinylora train`` writes.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveInt, model_validator
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveInt, TypeAdapter
 
-from tinylora_lite.lab.store import RESULTS as LAB
-from tinylora_lite.utils.record import Run, describe
+from tinylora_lite.book import glue
+from tinylora_lite.lab.store import BOOK as RESULTS
+from tinylora_lite.utils.record import describe
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-RESULTS = LAB.parent
 PUBLISHED = RESULTS / "published.json"
 RUNS = RESULTS / "runs"
 FILES = ("settings.yaml", "run.json", "outcome.json")
@@ -31,15 +28,14 @@ FILES = ("settings.yaml", "run.json", "outcome.json")
 HOW = {"P": "text or table", "F": "read off a figure", "S": "secondary source", "I": "inference"}
 """How a published number is known."""
 
-Kind = Literal["paper", "quoted by the paper", "replication", "evaluation of the untrained model", "press"]
-"""What published a number, in the order of the tables."""
+Kind = Literal["paper", "quoted by the paper", "replication", "evaluation of the untrained model", "press", "run"]
+"""What gave a number, in the order of the tables."""
 
 COLUMNS = (
     *("model", "task", "kind", "what", "training", "parameters", "accuracy", "low", "high", "untrained"),
     *("n", "seeds", "who", "where", "url"),
 )
-"""Of the table. ``kind`` is one of ``Kind``; ``"run"``; or ``"not yet run"`` where a model has none on a task. Shares
-(``accuracy`` with its 95 % interval, where it was measured here, and ``untrained``) are from 0 to 1."""
+"""Of the table. ``accuracy`` with the 95 % interval of a run, and ``untrained``, are shares from 0 to 1."""
 
 TRAINING = {"grpo": "RL", "sft": "SFT", None: ""}
 
@@ -50,56 +46,38 @@ class Source(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     kind: Kind
     title: str
-    url: str
+    url: str | None = None
     key: str | None = None
     warning: str | None = None
 
 
 class Published(BaseModel):
-    """One published number. ``None`` is what its source does not say.
-
-    Attributes:
-        model, task, method: as the source calls them, the method ``"untrained"`` for a base.
-        parameters: how many were trained.
-        metric: ``"accuracy"`` (a share from 0 to 1), or another in words.
-        untrained: what the same source gives for the untrained model.
-        seeds: the runs that ``value`` is the mean of.
-        n: the problems it is measured on.
-        how: how it is known, a key of ``HOW``.
-        where: the table, figure, section or file of the source.
-        rank, u, n_tie, tying, precision: of the adapter; for the paper inferred from its counts.
-        decoding: greedy or sampled, in words.
-        approximate: the source, or the reading of a figure, gives the value roughly.
-    """
+    """One published number, or one of a run. ``None`` is what its source does not say."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     model: str
     task: str
-    method: str
-    parameters: NonNegativeInt | None
-    metric: str
+    method: str  # as its source calls it; "untrained" for a base
+    parameters: NonNegativeInt | None  # that were trained
+    metric: str  # "accuracy", a share from 0 to 1, or another in words
     value: FiniteFloat
-    untrained: FiniteFloat | None
-    seeds: PositiveInt | None
-    n: PositiveInt | None
+    low: FiniteFloat | None = None  # the 95 % interval of a run
+    high: FiniteFloat | None = None
+    untrained: FiniteFloat | None  # the value that the same source gives for the untrained model
+    seeds: PositiveInt | None  # the runs that the value is the mean of
+    n: PositiveInt | None  # the problems that it is measured on
     how: Literal["P", "F", "S", "I"]
     source: Source
-    where: Annotated[str, Field(pattern=r"\S")]
+    where: Annotated[str, Field(pattern=r"\S")]  # the table, figure, section or file of the source
     training: Literal["grpo", "sft"] | None = None
-    rank: int | None = None
+    rank: int | None = None  # this and the next four are of the adapter; the paper's are inferred from its counts
     u: int | None = None
     n_tie: int | str | None = None
     tying: str | None = None
     precision: str | None = None
     scoring: Literal["strict", "lenient"] | None = None
-    decoding: str | None = None
-    approximate: bool = False
-
-    @model_validator(mode="after")
-    def _shares(self) -> Published:
-        if self.metric == "accuracy" and not all(0 <= share <= 1 for share in (self.value, self.untrained or 0)):
-            raise ValueError("an accuracy is a share from 0 to 1")
-        return self
+    decoding: str | None = None  # greedy or sampled, in words
+    approximate: bool = False  # given, or read off, roughly
 
     @property
     def what(self) -> str:
@@ -110,85 +88,59 @@ class Published(BaseModel):
         return ", ".join(word for word in (*words, *how) if word)
 
 
-def load_published(path: str | Path = PUBLISHED) -> list[Published]:
+HERE = Source(kind="run", title="this book")
+
+
+def load_published() -> list[Published]:
     """Every published number, in the order of the file.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or a row has no source, a field unknown or missing, or a value out of its range.
+        ValueError: a row has no source, a field unknown or missing, or a value out of its range.
     """
-    rows: list[Published] = []
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-        sources = {key: Source(**value) for key, value in found["sources"].items()}
-        for row in found["rows"]:
-            if row.get("source") not in sources:
-                raise ValueError(f"{row.get('source')!r} is none of the sources")
-            rows.append(Published(**row | {"source": sources[row["source"]]}))
-        return rows
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a list of published numbers; row {len(rows)}: {error}") from error
+    found = json.loads(PUBLISHED.read_text(encoding="utf-8"))
+    rows = [row | {"source": found["sources"].get(row.get("source"))} for row in found["rows"]]
+    return TypeAdapter(list[Published]).validate_python(rows)
 
 
-def recorded(folder: Path = RUNS) -> list[Path]:
+def recorded() -> list[Path]:
     """The folders of the runs that were sent in, by name."""
-    return sorted(path for path in folder.glob("*") if path.is_dir())
+    return sorted(path for path in RUNS.glob("*") if path.is_dir())
 
 
-def load_run(folder: str | Path) -> list[dict[str, Any]]:
-    """The rows of one run, one for each task that it was scored on.
-
-    Args:
-        folder: holds ``FILES``, or is the folder of a finished experiment, where ``run.json`` may be in the subfolder
-            of the learning rate that was chosen.
+def load_run(folder: str | Path) -> list[Published]:
+    """The rows of one run, one for each task that it was scored on, from ``outcome.json`` in its folder.
 
     Raises:
-        ValueError: a file is missing or damaged, or they are of different runs.
+        ValueError: the file is missing or damaged.
     """
-    folder = Path(folder)
+    path = Path(folder) / "outcome.json"
     try:
-        settings = YAML(typ="safe").load((folder / "settings.yaml").read_text(encoding="utf-8"))
-        outcome = json.loads((folder / "outcome.json").read_text(encoding="utf-8"))
-        temperature, chosen = settings["evaluation"]["temperature"], outcome["learning_rate"]
-        runs = [Run.load(path) for path in sorted(folder.rglob("run.json"))]
-        run = next((run for run in runs if run.settings["learning_rate"] == chosen), None)
-        told = tuple(outcome[key] for key in ("adapter", "parameters", "model"))
-        if run is None or (run.adapter, run.parameters, settings["model"]) != told:
-            raise ValueError("the files are of different runs")
-        adapter = describe(run.adapter, run.parameters) if isinstance(run.adapter, dict) else run.adapter
-        decoding = "greedy" if temperature == 0 else f"temperature {temperature:g}"
-        common = {
-            "model": outcome["model"].rpartition("/")[2],
-            "kind": "run",
-            "what": f"{adapter}, {TRAINING[run.method]}, seed {run.seed}, {decoding}",
-            "training": run.method,
-            "parameters": run.parameters,
-            "seeds": 1,
-            "who": "this book",
-            "where": f"runs/{folder.name}",
+        found = json.loads(path.read_text(encoding="utf-8"))
+        adapter, temperature = found["adapter"], found["temperature"]
+        common: dict[str, Any] = {
+            "model": found["model"].rpartition("/")[2],
+            "method": adapter if isinstance(adapter, str) else describe(adapter, found["parameters"]),
+            "training": found["method"],
+            "decoding": f"seed {found['seed']}, {f'temperature {temperature:g}' if temperature else 'greedy'}",
+            "where": f"runs/{path.parent.name}",
         }
+        common |= {"parameters": found["parameters"], "metric": "accuracy", "seeds": 1, "how": "P", "source": HERE}
         rows = []
-        for task, base in outcome["base"].items():
-            score = outcome["trained"][task]
-            if base["n"] != score["n"] or not score["low"] <= score["accuracy"] <= score["high"]:
-                raise ValueError(f"the scores on {task} are not of the same problems, or outside their interval")
-            measured = {key: score[key] for key in ("accuracy", "low", "high", "n")}
-            rows.append(common | measured | {"task": task, "untrained": base["accuracy"]})
+        for task, score in found["trained"].items():
+            values = {"value": score["accuracy"], "untrained": found["base"][task]["accuracy"]}
+            rows.append(Published(task=task, low=score["low"], high=score["high"], n=score["n"], **values, **common))
         return rows
-    except (AttributeError, KeyError, OSError, TypeError, ValueError, YAMLError) as error:
-        raise ValueError(f"{folder} is not the record of a run ({', '.join(FILES)}): {error}") from error
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not the outcome of a run: {error}") from error
 
 
 def table(model: str | None = None, task: str | None = None, runs: Iterable[str | Path] | None = None) -> DataFrame:
-    """The paper, those who repeated it, and every recorded run, one number a row.
+    """The paper, those who repeated it, and every recorded run, one number a row, with the columns ``COLUMNS``.
 
     Args:
         model: as the hub calls it, with or without its owner; ``None`` takes all.
         task: as ``load_task`` calls it; ``None`` takes all.
         runs: folders of runs; ``None`` takes those that were sent in.
-
-    Returns:
-        ``COLUMNS``, with missing values where nothing is known.
 
     Raises:
         LookupError: nothing is known of the model on the task.
@@ -196,61 +148,41 @@ def table(model: str | None = None, task: str | None = None, runs: Iterable[str 
     """
     from pandas import DataFrame
 
-    rows = [_row(row) for row in load_published() if row.metric == "accuracy" and row.source.kind != "press"]
-    for folder in recorded() if runs is None else runs:
-        rows += load_run(folder)
-    pairs = list(dict.fromkeys((row["model"], row["task"]) for row in rows))
-    done = {(row["model"], row["task"]) for row in rows if row["kind"] == "run"}
-    rows += [{"model": m, "task": t, "kind": "not yet run"} for m, t in pairs if (m, t) not in done]
-    short = None if model is None else model.rpartition("/")[2].lower()
-    chosen = [r for r in rows if short in (None, r["model"].lower()) and task in (None, r["task"])]
-    if not chosen:
-        known = ", ".join(sorted({name for name, _ in pairs}))
+    rows = [row for row in load_published() if row.metric == "accuracy" and row.source.kind != "press"]
+    rows += (row for folder in (recorded() if runs is None else runs) for row in load_run(folder))
+    name, known = model and model.rpartition("/")[2].lower(), ", ".join(sorted({row.model for row in rows}))
+    rows = [row for row in rows if name in (None, row.model.lower()) and task in (None, row.task)]
+    if not rows:
         raise LookupError(f"nothing is known of {model or 'any model'} on {task or 'any task'}; models are: {known}")
-    kinds = [*get_args(Kind), "run", "not yet run"]
-    chosen.sort(key=lambda row: (pairs.index((row["model"], row["task"])), kinds.index(row["kind"])))
-    return DataFrame(chosen, columns=list(COLUMNS)).convert_dtypes()
+    values = []
+    for row in sorted(rows, key=lambda row: get_args(Kind).index(row.source.kind)):
+        where = row.where + (", read off" if row.how == "F" else "")
+        source = {"kind": row.source.kind, "who": row.source.title, "where": where, "url": row.source.url}
+        values.append(dict(row) | source | {"what": row.what, "accuracy": row.value})
+    return DataFrame(values, columns=list(COLUMNS)).convert_dtypes()
 
 
 def main_rows(rows: DataFrame, counts: tuple[int, ...] = (0, 13, 196), all_weights: bool = True) -> DataFrame:
     """Every run of ours, and what others trained by rewards with ``counts`` parameters, or with all weights."""
     others = rows.parameters.isin(counts) | (rows.what.str.startswith("all weights") & all_weights)
-    return rows[rows.kind.isin(["run", "not yet run"]) | (others & rows.training.ne("sft").fillna(True))]
+    return rows[rows.kind.eq("run") | (others & rows.training.ne("sft").fillna(True))]
 
 
-def markdown(rows: DataFrame) -> str:
-    """Rows of :func:`table` as the book shows them."""
+def markdown(rows: DataFrame) -> glue.Markdown:
+    """Rows of :func:`table` as the book shows them; where none is a run, the last line says so."""
     known = rows.astype(object).where(rows.notna(), None)
-    head = "| what trained | numbers | accuracy | untrained | measured on | source |\n|---|---:|---:|---:|---:|---|"
-    return "\n".join([head, *(f"| {' | '.join(_cells(row))} |" for row in known.itertuples())])
+    columns = ("what trained", "numbers", "accuracy", "untrained", "measured on", "source")
+    missing = [] if rows.kind.eq("run").any() else [("not yet run", "", "", "", "", HERE.title)]
+    return glue.table(columns, "lrrrrl", [*map(_cells, known.itertuples()), *missing])
 
 
-def _cells(row: Any) -> Iterator[str]:
-    if row.kind == "not yet run":
-        yield from (row.kind, "", "", "", "", "this book")
-        return
-    yield row.what
-    yield "" if row.parameters is None else f"{row.parameters:,}"
-    yield f"{row.accuracy:.1%}" + ("" if row.low is None else f" [{row.low:.1%}, {row.high:.1%}]")
-    yield "" if row.untrained is None else f"{row.untrained:.1%}"
+def _cells(row: Any) -> tuple[str, ...]:
     counted = ((row.n, "problem"), (row.seeds, "seed"))
-    yield ", ".join(f"{count:,} {name}{'' if count == 1 else 's'}" for count, name in counted if count is not None)
-    yield (f"{row.who}: " if row.url is None else f"[{row.who}]({row.url}): ") + row.where
-
-
-def _row(row: Published) -> dict[str, Any]:
-    return {
-        "model": row.model.rpartition("/")[2],
-        "task": row.task,
-        "kind": row.source.kind,
-        "what": row.what,
-        "training": row.training,
-        "parameters": 0 if row.method == "untrained" else row.parameters,
-        "accuracy": row.value,
-        "untrained": row.untrained,
-        "n": row.n,
-        "seeds": row.seeds,
-        "who": row.source.title,
-        "where": row.where + (", read off" if row.how == "F" else ""),
-        "url": row.source.url,
-    }
+    return (
+        row.what,
+        "" if row.parameters is None else f"{row.parameters:,}",
+        f"{row.accuracy:.1%}" + ("" if row.low is None else f" [{row.low:.1%}, {row.high:.1%}]"),
+        "" if row.untrained is None else f"{row.untrained:.1%}",
+        ", ".join(f"{count:,} {name}{'' if count == 1 else 's'}" for count, name in counted if count is not None),
+        (f"{row.who}: " if row.url is None else f"[{row.who}]({row.url}): ") + row.where,
+    )

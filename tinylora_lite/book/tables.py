@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import log2
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tinylora_lite.book.glue import markdown, table
+from tinylora_lite.book.glue import Markdown, table
 from tinylora_lite.lab.claim import Point
 from tinylora_lite.lab.claims import aim, claims, controls, family, precision, seeds, size, teaching
 from tinylora_lite.lab.claims import rl_parameters as rl
@@ -18,39 +18,29 @@ from tinylora_lite.lab.statistics import difference, estimates, smallest_count
 from tinylora_lite.lab.store import Record, Store
 from tinylora_lite.lab.trial import Trial
 
-if TYPE_CHECKING:
-    from IPython.display import Markdown
-
 
 def counts_for_shares(store: Store) -> Markdown:
     """The fewest parameters that recover most of the gain of all weights."""
-    rows = []
-    for share in (0.9, 0.95, 0.975):
-        count, low, high = smallest_count(share, rl.LADDER[:-1], rl.FULL, rl.BASE, store)
-        rows.append((f"{share:.1%}", f"{count:,}", f"{low:,} to {high:,}"))
+    found = {share: smallest_count(share, rl.LADDER[:-1], rl.FULL, rl.BASE, store) for share in (0.9, 0.95, 0.975)}
+    rows = ((f"{share:.1%}", f"{count:,}", f"{low:,} to {high:,}") for share, (count, low, high) in found.items())
     return table(("of the full gain", "numbers", "95 % interval"), "lrl", rows)
 
 
 def swept(point: Point, store: Store) -> list[tuple[Trial, Record]]:
     """The runs on the validation split that a point's rate was chosen by, with their records, by rate and seed."""
-    found = [(Trial.of(record["trial"]), record) for record in store]
-    same = [(t, r) for t, r in found if t.split == "validation" and t.shape() == point.trial.shape()]
+    found = ((Trial.of(record["trial"]), record) for record in store)
+    same = ((t, r) for t, r in found if t.split == "validation" and t.shape() == point.trial.shape())
     return sorted(same, key=lambda pair: (pair[0].learning_rate, pair[0].seed))
 
 
 def sweeps_of_the_stranger(store: Store) -> Markdown:
     """What each rate does to the loss over the last ten steps and to the accuracy, with the stranger's answers."""
-    rows = [
-        (
-            point.label,
-            f"{trial.learning_rate:.2g}",
-            f"{np.mean(record['loss'][-10:]):.2f}",
-            f"{record['scores']['sampled']['accuracy']:.0%}",
-        )
-        for point in (sft.LADDERS["stranger"][3], sft.LADDERS["stranger"][-1])
-        for trial, record in swept(point, store)
-        if trial.seed == 0
-    ]
+    rows = []
+    for point in (sft.LADDERS["stranger"][3], sft.LADDERS["stranger"][-1]):
+        for trial, record in swept(point, store):
+            if trial.seed == 0:
+                loss, right = np.mean(record["loss"][-10:]), record["scores"]["sampled"]["accuracy"]
+                rows.append((point.label, f"{trial.learning_rate:.2g}", f"{loss:.2f}", f"{right:.0%}"))
     return table(("trained", "rate", "loss, nats a token", "right, validation"), "lrrr", rows)
 
 
@@ -78,10 +68,7 @@ def equal_bytes(store: Store) -> Markdown:
 
 def controls_elsewhere(store: Store) -> Markdown:
     """Right answers, the format and a coin as the reward on other bases."""
-    rows = [
-        (base, *(estimate.as_percent() for estimate in estimates(points, store)))
-        for base, points in controls.ELSEWHERE.items()
-    ]
+    rows = ((base, *_percents(points, store)) for base, points in controls.ELSEWHERE.items())
     return table(("base", "untouched", "right answers", "format", "coin"), "lllll", rows)
 
 
@@ -99,19 +86,14 @@ def new_skills(store: Store) -> Markdown:
 
 def thirteen_numbers(store: Store) -> Markdown:
     """Thirteen parameters on drawn and on calibrated directions, and the bits of all of it."""
-    both = store, store.scored("greedy")
-
-    def accuracies(point: Point) -> list[str]:
-        return [estimates([point], score)[0].as_percent() for score in both]
-
-    own = aim.own_bits(rl.THIRTEEN)
+    both, own = (store, store.scored("greedy")), aim.own_bits(rl.THIRTEEN)
     best = (f"{seeds.best_of(seeds.POINTS[13], score, seeds.DRAWS):.0%}" for score in both)
+    named = {f"calibrated, r = {point.trial.rank}": point for point in aim.CALIBRATED}
+    named |= {"*49 numbers, LoRA-XS, r = 1*": rl.LORA_XS[0], "*all weights*": rl.FULL}
     rows = [
-        ("on random directions", *accuracies(rl.THIRTEEN), own),
+        ("on random directions", *_percents([rl.THIRTEEN], *both), own),
         (f"on the best of {seeds.DRAWS} draws", *best, f"{own + log2(seeds.DRAWS):.0f}"),
-        *((f"calibrated, r = {p.trial.rank}", *accuracies(p), f"{aim.bits(p, store, True):,}") for p in aim.CALIBRATED),
-        ("*49 numbers, LoRA-XS, r = 1*", *accuracies(rl.LORA_XS[0]), aim.bits(rl.LORA_XS[0], store, True)),
-        ("*all weights*", *accuracies(rl.FULL), f"{aim.bits(rl.FULL, store, True):,}"),
+        *((name, *_percents([p], *both), f"{aim.bits(p, store, True):,}") for name, p in named.items()),
     ]
     return table(("thirteen numbers", "sampled", "greedy", "all bits but a seed"), "lllr", rows)
 
@@ -128,13 +110,13 @@ def fewer_problems(store: Store) -> Markdown:
 
 def aimed_elsewhere(store: Store) -> Markdown:
     """Calibrated directions on other bases."""
-    bits = [aim.own_bits(rl.THIRTEEN), *(aim.bits(p, store, True) for p in (aim.CALIBRATED[0], aim.CALIBRATED[3]))]
-    bits.append(aim.bits(rl.LORA_XS[0], store, True))
+    bits = [aim.own_bits(rl.THIRTEEN)]
+    bits += (aim.bits(point, store, True) for point in (aim.CALIBRATED[0], aim.CALIBRATED[3], rl.LORA_XS[0]))
     rows = [("*all bits*", "", *(f"{count:,}" for count in bits), f"{aim.BITS} for each weight")]
     for base, narrow in aim.ELSEWHERE.items():
         untouched, random, *others = (aim.LADDERS[base][name] for name in aim.BESIDE)
-        found = estimates([untouched, random, narrow, *others], store)
-        rows.append(((size.SIZES | family.FAMILIES)[base], *(estimate.as_percent() for estimate in found)))
+        found = _percents([untouched, random, narrow, *others], store)
+        rows.append(((size.SIZES | family.FAMILIES)[base], *found))
     shapes = "13 random", "13 calibrated, r = 1", "13 calibrated, r = 8", "49 LoRA-XS", "all weights"
     return table(("base", "untouched", *shapes), "lllllll", rows)
 
@@ -144,7 +126,7 @@ def sizes(store: Store) -> Markdown:
     shapes = "13 random", "13 calibrated", "49 LoRA-XS", "all weights"
     rows = []
     for base, ladder in size.LADDERS.items():
-        found = (estimate.as_percent() for estimate in estimates([ladder[name] for name in ("base", *shapes)], store))
+        found = _percents([ladder[name] for name in ("base", *shapes)], store)
         count, low, high = smallest_count(0.95, *climb(ladder), store)
         rows.append((size.SIZES[base], *found, f"{count:,} [{low:,}, {high:,}]"))
     return table(("base", "untouched", *shapes, "numbers for 95 %"), "lllllll", rows)
@@ -164,4 +146,9 @@ def verdicts(store: Store) -> Markdown:
             f":::{{dropdown}} By greedy answers{finding}\n{greedy['ours']}\n:::",
             "---",
         ]
-    return markdown("\n\n".join(entries))
+    return Markdown("\n\n".join(entries))
+
+
+def _percents(points: Sequence[Point], *stores: Store) -> list[str]:
+    """The estimate of each point by each store."""
+    return [estimate.as_percent() for store in stores for estimate in estimates(points, store)]

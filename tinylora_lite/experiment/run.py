@@ -72,6 +72,8 @@ class Outcome:
             "adapter": self.run.adapter,
             "parameters": self.run.parameters,
             "learning_rate": self.run.settings["learning_rate"],
+            "seed": self.run.seed,
+            "temperature": self.settings.evaluation.temperature,
             "rates": {f"{rate:g}": score.summary() for rate, score in self.rates.items()},
             "base": {name: score.summary() for name, score in self.base.items()},
             "trained": {name: score.summary() for name, score in self.adapted.items()},

@@ -1,7 +1,7 @@
 """Training as a notebook shows it: reward, length, v, scores, and completions to read, updated in place.
 
-The display must neither slow training down nor end it. It is drawn at most once a second and for at most 1 % of the
-time. An error while drawing is printed once, and lines of text take the place of the display.
+The display must neither slow training down nor end it. An error while drawing is printed once, and lines of text take
+the place of the display.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ EVERY, SHARE = 1.0, 0.01
 SAMPLES = 8
 """Completions of a step that are shown."""
 
-FRONT_ENDS = ("JPY_SESSION_NAME", "VSCODE_PID", "COLAB_RELEASE_TAG", "KAGGLE_URL_BASE")
-"""Environment variables of kernels that have a reader: Jupyter's, VS Code's, Colab's, Kaggle's.
+UNSHOWN = re.compile(r"[^\n\t\x20-\ud7ff\ue000-\U0010ffff]")
+"""Control characters and surrogates, which a page cannot hold."""
 
-A notebook that a program runs from top to bottom has none of them, and would store a widget that shows nothing.
-"""
+FRONT_ENDS = ("JPY_SESSION_NAME", "VSCODE_PID", "COLAB_RELEASE_TAG", "KAGGLE_URL_BASE")
+"""Environment variables of kernels that have a reader; a program that runs a notebook would store an empty widget."""
 
 # Explicit colours, since VS Code shows widgets on white in a dark theme, too.
 FRAME = (
@@ -49,7 +49,7 @@ TEXT = "white-space:pre-wrap;overflow-wrap:anywhere;font:12px/1.45 ui-monospace,
 
 
 class Dashboard(Progress):
-    """A live view of training in a notebook, for every loop that takes ``on_step`` and ``on_rollouts``.
+    """A live view of training in a notebook, for every loop of one run that takes ``on_step`` and ``on_rollouts``.
 
     In Jupyter, VS Code, Colab and Kaggle it needs ipywidgets and matplotlib, and stays behind as plain HTML. Elsewhere,
     or without them, it prints lines.
@@ -74,43 +74,32 @@ class Dashboard(Progress):
     ) -> None:
         super().__init__()
         self.tokenizer, self.adapter = tokenizer, adapter
-        self.live = has_front_end() if live is None else live
-        """Whether it draws; ``False`` after drawing failed."""
+        self.live = has_front_end() if live is None else live  # False after drawing failed, too
         self._samples: list[tuple[str, str]] = []
         self._box: Any = None
         self._plain = PlainProgress(sys.stdout)
         self._draw_next = 0.0
 
-    def on_step(self, runs: Run | list[Run]) -> None:
-        """Shows a run, or the runs of a population, after each step."""
-        runs = runs if isinstance(runs, list) else [runs]
-        for number, run in enumerate(runs):
-            name = run.method if len(runs) == 1 else f"{run.method}, adapter {number}"
-            self.steps = run.settings.get("steps", len(run.steps))
-            self.measure = "reward" if "reward" in run.steps[-1] else "loss"
-            if number == 0 and (name not in self.curves or len(run.steps) == 1):
-                self.begin(f"training: {run.method}", self.steps)
-            if "length" in run.steps[-1]:
-                self.lengths[name] = run.curve("length")
-            v = [] if self.adapter is None else self.adapter.vectors.flatten().tolist()
-            self.step(name, run.curve(self.measure), v)
+    def on_step(self, run: Run) -> None:
+        """Shows a run after each step."""
+        name, last = run.method, run.steps[-1]
+        self.steps, self.measure = run.settings.get("steps", 1), "reward" if "reward" in last else "loss"
+        if name not in self.curves or len(run.steps) == 1:
+            self.begin(f"training: {name}", self.steps)
+        if "length" in last:
+            self.lengths[name] = run.curve("length")
+        v = [] if self.adapter is None else self.adapter.vectors.flatten().tolist()
+        self.step(name, run.curve(self.measure), v)
 
     def on_rollouts(self, rollouts: Rollouts, rewards: Tensor) -> None:
-        """Keeps some completions of a step to read.
-
-        Args:
-            rollouts: what was sampled.
-            rewards: ``[prompts, group_size]`` float.
-        """
+        """Keeps some completions of a step to read; ``rewards`` are ``[prompts, group_size]`` float."""
         self._safely(lambda: self._keep(rollouts, rewards))
 
     def begin(self, phase: str, total: int = 0) -> None:
-        """Starts a phase of ``total`` parts; 0 means unknown."""
         self._draw_next = 0.0
         super().begin(phase, total)
 
     def tell(self, line: str, minor: bool = False) -> None:
-        """Draws, unless it is too early; prints ``line`` where nothing is drawn."""
         start = time.perf_counter()
         if self.live and start >= self._draw_next:
             self._safely(self._draw)
@@ -119,7 +108,6 @@ class Dashboard(Progress):
             self._plain.tell(line, minor)
 
     def __exit__(self, *error: object) -> None:
-        """Leaves the last state as plain HTML, since a stored widget needs its kernel."""
         if self._box is not None:
             self._safely(self._leave)
 
@@ -144,6 +132,7 @@ class Dashboard(Progress):
             self._accordion.set_title(place, title)
 
     def _leave(self) -> None:
+        """Leaves the last state as plain HTML, since a stored widget needs its kernel."""
         ipython, page = import_module("IPython.display"), self.page()
         self._box.close()
         self._box = None
@@ -187,15 +176,15 @@ class Dashboard(Progress):
 
     def _keep(self, rollouts: Rollouts, rewards: Tensor) -> None:
         # Groups whose rewards differ come first: the others give no gradient.
-        groups = sorted(range(len(rewards)), key=lambda i: bool((rewards[i] == rewards[i, 0]).all()))
-        size = rewards.shape[1]
+        alike = (rewards == rewards[:, :1]).all(dim=1).repeat_interleave(rewards.shape[1])
         self._samples = []
-        for row in [group * size + i for group in groups for i in range(size)][:SAMPLES]:
+        for row in alike.int().argsort(stable=True)[:SAMPLES].tolist():
             shown = {"completion": rollouts.texts[row]}
             if self.tokenizer is not None:
                 ids = rollouts.prompt_ids[row][rollouts.prompt_mask[row].bool()]
                 shown = {"prompt": str(self.tokenizer.decode(ids))} | shown
-            text = "".join(f'{name}<pre style="{TEXT}">{_escaped(each)}</pre>' for name, each in shown.items())
+            clean = {name: escape(UNSHOWN.sub("\ufffd", each)) for name, each in shown.items()}
+            text = "".join(f'{name}<pre style="{TEXT}">{each}</pre>' for name, each in clean.items())
             cut = ", cut off at the limit" if rollouts.truncated[row] else ""
             reward = f"reward {rewards.flatten()[row]:.3g}, {rollouts.lengths[row]:,} tokens{cut}"
             self._samples.append((reward, f'<div style="{FRAME};max-height:26em;overflow-y:auto">{text}</div>'))
@@ -216,8 +205,3 @@ def has_front_end() -> bool:
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     has_reader = any(name in os.environ for name in FRONT_ENDS)
     return has_reader and hasattr(shell, "kernel") and find_spec("ipywidgets") is not None
-
-
-def _escaped(text: str) -> str:
-    """Text as HTML; control characters and surrogates, which a page cannot hold, are replaced."""
-    return escape(re.sub(r"[^\n\t\x20-\ud7ff\ue000-\U0010ffff]", "\ufffd", text))

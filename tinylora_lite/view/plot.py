@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from xml.sax.saxutils import quoteattr
 
 import numpy as np
 
@@ -27,7 +28,13 @@ except ModuleNotFoundError as error:
 if TYPE_CHECKING:
     from tinylora_lite.utils.record import Run
 
-INK = "#24292f"
+STYLE = matplotlib.rc_params_from_file(Path(__file__).with_name("book.mplstyle"), use_default_template=False)
+"""For good: ``matplotlib.rcParams.update(plot.STYLE)``."""
+
+style = partial(matplotlib.rc_context, STYLE)
+"""The style as a context manager or decorator: ``with plot.style():``."""
+
+INK: str = STYLE["text.color"]
 """Of text, axes and everything that is not a method; :func:`show` turns it into the colour of the page's text."""
 
 BLACK = "#010101"
@@ -55,45 +62,6 @@ METHODS = {
     "base": Method("untrained base", INK, "", "--"),
 }
 
-STYLE: dict[Any, Any] = {
-    "axes.edgecolor": INK,
-    "axes.facecolor": "none",
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.labelcolor": INK,
-    "axes.spines.left": False,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "figure.constrained_layout.use": True,
-    "figure.facecolor": "none",
-    "figure.figsize": (WIDTH, 3.0),
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 10,
-    "grid.alpha": 0.18,
-    "grid.color": INK,
-    "legend.frameon": False,
-    "lines.linewidth": 2.0,
-    "lines.markersize": 6,
-    "savefig.facecolor": "none",
-    "svg.fonttype": "none",
-    "text.color": INK,
-    "xtick.color": INK,
-    "xtick.direction": "out",
-    "ytick.color": INK,
-    "ytick.left": False,
-}
-
-
-@contextmanager
-def style() -> Iterator[None]:
-    """The style as a context manager or decorator; ``matplotlib.rcParams.update(plot.STYLE)`` sets it for good."""
-    with matplotlib.rc_context(STYLE):
-        yield
-
 
 @style()
 def figure(height: float = 3.0, width: float = WIDTH) -> tuple[Figure, Axes]:
@@ -102,8 +70,7 @@ def figure(height: float = 3.0, width: float = WIDTH) -> tuple[Figure, Axes]:
     return drawn, drawn.subplots()
 
 
-@dataclass(frozen=True)
-class Drawing:
+class Drawing(NamedTuple):
     """A figure as a notebook shows it, with its alternative text."""
 
     svg: str
@@ -132,17 +99,14 @@ def show(drawn: Figure, alt: str) -> Drawing:
     # The salt makes identifiers unique on the page and equal in every build.
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": alt}):
         drawn.savefig(text, format="svg", metadata={"Date": None})
-    svg = text.getvalue()
-    svg = svg[svg.index("<svg") :]
+    svg = text.getvalue().partition("<svg")[2]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
     svg = re.sub(f"{INK}|#000000", "currentColor", svg)
     svg = re.sub(r"'DejaVu Sans'(, ?'[^']*')*(, ?sans-serif)?", "var(--pst-font-family-base, sans-serif)", svg)
-    described = alt.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
     measure = 39 * drawn.get_figwidth() / WIDTH
     look = f"display:block;height:auto;max-width:{measure:.3g}rem;overflow:visible;stroke-linejoin:round;width:100%"
-    root = f'<svg role="img" aria-label="{described}" fill="currentColor" style="{look}"'
-    return Drawing(svg.replace("<svg", root, 1), alt)
+    return Drawing(f'<svg role="img" aria-label={quoteattr(alt)} fill="currentColor" style="{look}"{svg}', alt)
 
 
 def human(number: float) -> str:
@@ -177,42 +141,27 @@ class Curves(NamedTuple):
 
 
 @style()
-def learning_curves(
-    curves: Sequence[Curves], *, key: str = "reward", base: float | None = None, ylabel: str = "mean reward"
-) -> Figure:
-    """Runs against steps: a thin line for each seed, a thick one for their mean, its label at the right.
+def learning_curves(curves: Sequence[Curves], base: float | None = None) -> Figure:
+    """Rewards against steps: a thin line for each seed, a thick one for their mean, its label at the right.
 
     Args:
         curves: the runs; the mean ends where the shortest run ends.
-        key: a column of ``run.steps``, or ``"accuracy"`` for that of ``run.evaluations``.
-        base: value of the untrained model, drawn as a dashed line.
-        ylabel: what ``key`` is, in words.
-
-    Raises:
-        ValueError: there are no curves, or a curve has no runs or no rows.
+        base: the mean reward of the untrained model, drawn as a dashed line.
     """
-    ends: list[tuple[float, str, str]] = []
+    ends, last = [], 0.0
     drawn, axes = figure()
-    last = 0.0
     for method, runs, label in curves:
-        look = METHODS[method]
-        rows = [run.evaluations if key == "accuracy" else run.steps for run in runs]
-        length = min(map(len, rows), default=0)
-        if length == 0:
-            raise ValueError(f"the curve of {label or look.label} has no {key} to draw")
-        steps = [row["step"] for row in rows[0][:length]]
-        for seed in rows:
-            axes.plot([row["step"] for row in seed], [row[key] for row in seed], color=look.colour, lw=0.8, alpha=0.45)
-        mean = np.mean([[row[key] for row in seed[:length]] for seed in rows], axis=0)
+        look, length = METHODS[method], min(len(run.steps) for run in runs)
+        for run in runs:
+            axes.plot(run.curve("step"), run.curve(), color=look.colour, lw=0.8, alpha=0.45)
+        steps, mean = runs[0].curve("step")[:length], np.mean([run.curve()[:length] for run in runs], axis=0)
         axes.plot(steps, mean, look.line, color=look.colour, lw=2.4)
         ends.append((float(mean[-1]), label or look.label, look.colour))
         last = max(last, steps[-1])
-    if not ends:
-        raise ValueError("there are no curves to draw")
     if base is not None:
         axes.axhline(base, ls="--", lw=1.2, color=INK)
         ends.append((base, METHODS["base"].label, INK))
-    axes.set(xlabel="step", ylabel=ylabel)
+    axes.set(xlabel="step", ylabel="mean reward")
     axes.set_xlim(right=last)
     label_at_the_right(axes, ends)
     return drawn
@@ -233,21 +182,14 @@ def label_at_the_right(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
 
 
 @style()
-def accuracy_against_numbers(rows: Iterable[Mapping[str, Any]], *, ylabel: str = "accuracy on the test set") -> Figure:
+def accuracy_against_numbers(rows: Iterable[Mapping[str, Any]], ylabel: str) -> Figure:
     """Accuracy with its interval against the number of trained parameters, one line for each method.
 
-    Args:
-        rows: mappings with ``method`` (a key of ``METHODS``), ``parameters``, ``accuracy``, ``low`` and ``high``,
-            accuracies from 0 to 1. A row of ``"base"`` becomes a dashed line with a band.
-        ylabel: what was measured.
-
-    Raises:
-        ValueError: there are only rows of ``"base"``, or none.
+    A row has ``method`` (a key of ``METHODS``), ``parameters``, and ``accuracy``, ``low`` and ``high`` from 0 to 1. One
+    of ``"base"`` becomes a dashed line with a band.
     """
     rows = sorted(rows, key=lambda row: row["parameters"])
     trained = [row for row in rows if row["method"] != "base"]
-    if not trained:
-        raise ValueError("there are no rows of a trained method to draw")
     drawn, axes = figure(3.4)
     count_axis(axes, min(1, trained[0]["parameters"]), trained[-1]["parameters"])
     for row in rows:
@@ -274,11 +216,7 @@ def accuracy_against_numbers(rows: Iterable[Mapping[str, Any]], *, ylabel: str =
 
 @style()
 def counts(rows: Sequence[tuple[str, str, int]]) -> Figure:
-    """A ladder of parameter counts on a logarithmic axis.
-
-    Args:
-        rows: ``(method, label, count)`` from top to bottom; the method is a key of ``METHODS``.
-    """
+    """A ladder of parameter counts on a logarithmic axis: ``(method, label, count)`` from top to bottom."""
     drawn, axes = figure(0.9 + 0.27 * len(rows))
     count_axis(axes, 1, max(count for _, _, count in rows))
     for place, (method, _, count) in enumerate(rows):

@@ -17,7 +17,7 @@ from rich.text import Text
 from tinylora_lite.evaluation.score import Score
 
 COLOURS = ("#D55E00", "#009E73", "#0072B2")
-"""Okabe and Ito's, one for each run in order; the book's figures use the same."""
+"""One for each run in order, of those in the book's figures."""
 
 LOG_EVERY = 30.0
 """Seconds without a line after which a log gets one."""
@@ -30,9 +30,8 @@ class Progress:
         bar: the current phase, the time it took and the time it may still take, for rich to print.
         steps: the length of a complete curve.
         measure: what the curves hold, ``"reward"`` or ``"loss"``.
-        curves: one value per step, by the name of the run.
-        lengths: mean tokens of a completion per step, by the same names; empty if nothing is sampled.
-        vectors: the trained parameters at the last step, by the same names.
+        curves, lengths: a value and the mean tokens of a completion per step, by the name of the run.
+        vectors: the trained parameters at the last step, by the name of the run.
         scores: pass@1 by the name of what was evaluated.
     """
 
@@ -135,13 +134,9 @@ def progress_for(console: Console, plain: bool = False) -> Progress:
 
 
 def sparkline(values: Sequence[float], width: int, scale: Sequence[float], length: int = 0) -> str:
-    """Values as a row of blocks, the mean of those that share a block; a value that is not finite is left out.
+    """Values as a row of at most ``width`` blocks, the mean of those that share a block.
 
-    Args:
-        values: in order.
-        width: blocks at most.
-        scale: values that the scale includes besides those drawn.
-        length: how many values the complete row has, if some are still to come.
+    The scale includes ``scale``, too. A row that is complete with ``length`` values leaves space for those to come.
 
     >>> sparkline([0.1, 0.5, 1.0], 8, (0.0, 1.0), length=4)
     '▁▅█ '
@@ -159,9 +154,8 @@ def sparkline(values: Sequence[float], width: int, scale: Sequence[float], lengt
 
 def score_table(scores: Mapping[str, Score]) -> Table:
     """pass@1 with its 95 % interval, one row for each score; the interval is drawn on a scale from 0 to 100 %."""
-    table = Table(box=None, padding=(0, 1, 0, 0), show_header=bool(scores))
-    for title in ("", "pass@1 [95 % interval]", "0    50   100"):
-        table.add_column(title)
+    titles = ("", "pass@1 [95 % interval]", "0    50   100")
+    table = Table(*titles, box=None, padding=(0, 1, 0, 0), show_header=bool(scores))
     for name, score in list(scores.items()):
         low, middle, high = (round(12 * min(1.0, max(0.0, x))) for x in (score.low, score.accuracy, score.high))
         scale = "".join("●" if i == middle else "━" if low <= i <= high else "·" for i in range(13))

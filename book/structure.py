@@ -15,7 +15,7 @@ from matplotlib.patches import Rectangle
 
 from tinylora_lite.view.plot import BLACK, INK, WIDTH, style
 
-PACKAGE = Path(__file__).parents[1]
+PACKAGE = Path(__file__).parents[1] / "tinylora_lite"
 PAPER = "#d9d9d6"
 """The ground of a box: opaque, so that lines pass behind it, and light enough for black letters on any page."""
 

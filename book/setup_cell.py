@@ -1,6 +1,6 @@
 """Writes the cell that sets a notebook up into every notebook, and the line that installs the library into its pages.
 
-``python -m tinylora_lite.book.setup_cell``, in a checkout, after a change of the version, of the address or of
+``python book/setup_cell.py``, in a checkout, after a change of the version, of the address or of
 ``[tool.tinylora_lite] on-index`` in ``pyproject.toml``; a test says when it is due. A notebook names its extras in the
 line ``EXTRAS = "..."``; everything else in the cell is the same in all of them.
 """
@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "book/intro.md")
 TAGS = ["colab-setup", "remove-cell"]
 METADATA: dict[str, Any] = {"cellView": "form", "jupyter": {"source_hidden": True}, "tags": TAGS}
@@ -27,7 +27,7 @@ SOURCE = "<source>"
 
 
 def set_up(extras):
-    """The same in all notebooks: tinylora_lite/book/setup_cell.py."""
+    """The same in all notebooks: book/setup_cell.py."""
     import importlib
     import shutil
     import subprocess
