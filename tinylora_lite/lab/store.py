@@ -45,13 +45,12 @@ class Store:
         self.score = "sampled"
         self._records: dict[str, Record] = {}
         for path in sorted(self.folder.glob("*.jsonl")):
-            for record in filter(None, map(_parsed, path.read_text(encoding="utf-8").splitlines())):
+            for record in map(_parsed, path.read_text(encoding="utf-8").splitlines()):
                 try:
-                    self._records[Trial.of(record["trial"]).key] = record
+                    if record is not None:
+                        self._records[Trial.of(record["trial"]).key] = record
                 except (KeyError, TypeError) as error:
-                    raise ValueError(
-                        f"{path} holds a record that this version of the lab does not know: {error}"
-                    ) from error
+                    raise ValueError(f"{path} holds a record of unknown settings: {error}") from error
 
     def __len__(self) -> int:
         return len(self._records)

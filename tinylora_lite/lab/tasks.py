@@ -50,13 +50,13 @@ def task_of(name: str, base: str) -> Task:
     return TASKS[name]()
 
 
-def own_demonstrations(base: str, folder: Path | None = None) -> Task:
+def own_demonstrations(base: str) -> Task:
     """The nano task whose worked answers are the base's own: for each problem the first of its answers that is right.
 
     Problems that none of ``SAMPLES`` answers solves are left out. Imitating them is on-policy at the start, and so
     tells whether SFT falls behind because it is SFT, or because it imitates somebody else.
     """
-    path = made_from(base, base, folder) / "own-demonstrations.json"
+    path = made_from(base, base) / "own-demonstrations.json"
     plain = nano.task()
     if not path.exists():
         model, tokenizer = nano.load(base)
@@ -76,12 +76,9 @@ def own_demonstrations(base: str, folder: Path | None = None) -> Task:
     return replace(plain, name=f"nano by {base}", train=answered(tuple(plain.train)))
 
 
-def made_from(source: str, base: str, folder: Path | None = None) -> Path:
-    """The folder of what was made from one base for another, in ``folder`` or in the user's cache.
-
-    A base that was trained again has another folder.
-    """
-    kept = folder or cache_folder("lab") or Path(gettempdir()) / "tinylora_lite-lab"
+def made_from(source: str, base: str) -> Path:
+    """The folder in the user's cache of what was made from one base for another; it is new for a base trained again."""
+    kept = cache_folder("lab") or Path(gettempdir()) / "tinylora_lite-lab"
     return kept / f"{base}-{_fingerprint(source)}"
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from matplotlib.figure import Figure
-
-from tinylora_lite.lab.claim import Claim, Point, Verdict
+from tinylora_lite.lab.claim import Claim, Point, Verdict, flat
 from tinylora_lite.lab.claims.rl_parameters import BASE, CALIBRATED, FULL, LORA_XS, THIRTEEN
 from tinylora_lite.lab.estimate import Estimate
 from tinylora_lite.lab.figures import side_by_side
@@ -14,6 +12,7 @@ from tinylora_lite.lab.shapes import ladder_on, untouched
 from tinylora_lite.lab.statistics import difference, listed
 from tinylora_lite.lab.store import Store
 from tinylora_lite.nano.writers import WRITERS
+from tinylora_lite.view import plot
 
 TRAINED = {point.label: point for point in (THIRTEEN, CALIBRATED[-1], LORA_XS[0], FULL)}
 NORMS = (0.5, 0.75, 1.0, 2.0, 4.0)
@@ -28,25 +27,19 @@ NOISE = {
 """Of all weights there is none: the lab draws noise for the numbers of an adapter."""
 
 
-def rewarded(point: Point, task: str, label: str) -> Point:
-    """The same numbers trained on another reward for the same problems, and scored on the plain task."""
-    # The rate is the plain reward's: to choose one by the plain score would train on what is to be ruled out.
-    return replace(point.varied(label, trained_on=task), like=point)
-
-
 def others(point: Point) -> tuple[Point, Point]:
-    """The two other rewards."""
+    """The same numbers trained on two other rewards for the same problems, and scored on the plain task."""
+    # The rate is the plain reward's: to choose one by the plain score would train on what is to be ruled out.
+    same_rate = replace(point, like=point)
     return (
-        rewarded(point, "format only", "rewarded for the format"),
-        rewarded(point, "unrelated", "rewarded at random"),
+        same_rate.varied("rewarded for the format", trained_on="format only"),
+        same_rate.varied("rewarded at random", trained_on="unrelated"),
     )
 
 
 OTHERS = {kind: others(point) for kind, point in TRAINED.items()}
 FORMAT_SLOWER = replace(
-    OTHERS["49 LoRA-XS"][0],
-    label="rewarded for the format, at a quarter of the rate",
-    trial=replace(OTHERS["49 LoRA-XS"][0].trial, learning_rate=0.025),
+    OTHERS["49 LoRA-XS"][0].varied("rewarded for the format, at a quarter of the rate", learning_rate=0.025),
     rates=(),
     like=None,
 )
@@ -70,7 +63,7 @@ def lenient(point: Point, store: Store) -> Estimate:
     return Estimate.of([record["scores"][store.score]["lenient"] for record in point.records(store)])
 
 
-def draw(store: Store) -> Figure:
+def draw(store: Store) -> plot.Figure:
     """Trained numbers above what should not reach them."""
     rows = [BASE, *HEADERS.values()]
     for kind, point in SHOWN.items():
@@ -106,13 +99,8 @@ CLAIM = Claim(
     title="Does the gain come from training on right answers?",
     paper="No controls.",
     where="left open",
-    points=(
-        BASE,
-        *HEADERS.values(),
-        *TRAINED.values(),
-        *(point for kind in TRAINED for point in (*OTHERS[kind], *NOISE.get(kind, ()))),
-        FORMAT_SLOWER,
-        *(point for points in ELSEWHERE.values() for point in points),
+    points=flat(
+        *(BASE, HEADERS, TRAINED, [(OTHERS[kind], NOISE.get(kind, ())) for kind in TRAINED], FORMAT_SLOWER, ELSEWHERE)
     ),
     draw=draw,
     judge=judge,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from tinylora_lite.lab.claim import Claim, Point, Verdict
+from tinylora_lite.lab.claim import Claim, Point, Verdict, flat
 from tinylora_lite.lab.claims.rl_parameters import BASE, FULL
 from tinylora_lite.lab.figures import side_by_side
 from tinylora_lite.lab.shapes import around, random_numbers
@@ -43,7 +43,7 @@ CLAIM = Claim(
     title="The frozen rank should be small: two directions are better than many.",
     paper="Qwen2.5-3B, u = 1: 80, 82, 81, 78, 75 % at r = 1, 2, 4, 16, 64, without intervals.",
     where="Figure 7 and section 6.4",
-    points=(BASE, FULL, *THIRTEEN.values(), *FORTY_NINE.values()),
+    points=flat(BASE, FULL, THIRTEEN, FORTY_NINE),
     draw=partial(side_by_side, GROUPS, base=BASE, full=FULL),
     judge=judge,
 )

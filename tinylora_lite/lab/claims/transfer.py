@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from matplotlib.figure import Figure
-
-from tinylora_lite.lab.claim import Claim, Point, Verdict
+from tinylora_lite.lab.claim import Claim, Point, Verdict, flat
 from tinylora_lite.lab.claims.rl_parameters import BASE, CALIBRATED, FULL, THIRTEEN
 from tinylora_lite.lab.figures import draw_rows, score_label
 from tinylora_lite.lab.shapes import untouched
@@ -54,11 +52,10 @@ NAMES = {"nano": "plain", "multiplying": "with products", "worded": "chatty form
 
 
 @plot.style()
-def draw(store: Store) -> Figure:
+def draw(store: Store) -> plot.Figure:
     """Accuracy by where the directions come from, a panel for each task, with lines of that task's own."""
     rows = [len(points) for points in GROUPS.values()]
-    drawn = Figure(figsize=(plot.WIDTH, 1.7 + 0.27 * sum(rows)))
-    panels = drawn.subplots(len(rows), 1, sharex=True, height_ratios=rows)
+    drawn, panels = plot.panels(len(rows), 1, 1.7 + 0.27 * sum(rows), sharex=True, height_ratios=rows)
     for axes, (task, points) in zip(panels, GROUPS.items(), strict=True):
         # All weights were trained on the plain task alone, whose base is not among its rows.
         base, full = (BASE, FULL) if task == "nano" else (points[0], None)
@@ -91,7 +88,7 @@ CLAIM = Claim(
     title="Does a calibration serve another task, and another base?",
     paper="Nothing: its directions are random.",
     where="an idea of this book",
-    points=(BASE, FULL, *(point for points in GROUPS.values() for point in points)),
+    points=flat(BASE, FULL, GROUPS),
     draw=draw,
     judge=judge,
 )

@@ -7,7 +7,6 @@ from functools import partial
 
 from tinylora_lite.lab.claim import Claim, Point, Verdict
 from tinylora_lite.lab.claims import rl_parameters as rl
-from tinylora_lite.lab.claims.rl_parameters import BASE, FULL
 from tinylora_lite.lab.figures import side_by_side
 from tinylora_lite.lab.shapes import random_numbers
 from tinylora_lite.lab.statistics import difference, verdict_on, verdict_over
@@ -62,7 +61,7 @@ CLAIM = Claim(
         "points above structured at 63 and 126 numbers."
     ),
     where="Figures 4 and 8, sections 6.4 and 6.5",
-    points=(BASE, FULL, *AROUND_49, *AROUND_13, *TYING),
-    draw=partial(side_by_side, [("", points) for points in (AROUND_49, AROUND_13, TYING)], base=BASE, full=FULL),
+    points=(rl.BASE, rl.FULL, *AROUND_49, *AROUND_13, *TYING),
+    draw=partial(side_by_side, [("", points) for points in (AROUND_49, AROUND_13, TYING)], base=rl.BASE, full=rl.FULL),
     judge=judge,
 )
