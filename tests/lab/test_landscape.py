@@ -156,12 +156,6 @@ def test_one_number_is_drawn_with_where_training_ended(tmp_path):
 def test_drawings_refuse_what_they_cannot_show():
     with pytest.raises(ValueError, match="has 1 numbers, and this draws 2"):
         drawn.contours(made_up(1))
-    with pytest.raises(ValueError, match="writer must be one of"):
-        drawn.contours(made_up(2), "nobody")
-    cut = made_up(1)
-    cut["stranger"] = cut["stranger"][:3]
-    with pytest.raises(ValueError, match="not complete"):
-        drawn.along(cut)
 
 
 def test_the_command_names_what_there_is(tmp_path, capsys):

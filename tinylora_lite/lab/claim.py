@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -42,9 +42,10 @@ class Point:
     like: Point | None = None
     reach: int = 6
 
-    def varied(self, label: str, **settings: Any) -> Point:
-        """The same point under another label, with other settings of its trial."""
-        return replace(self, label=label, trial=replace(self.trial, **settings))
+    def varied(self, label: str, **changes: Any) -> Point:
+        """The same point under another label, with other attributes of its own or settings of its trial."""
+        own = {name: changes.pop(name) for name in [f.name for f in fields(self)] if name in changes}
+        return replace(self, label=label, trial=replace(self.trial, **changes), **own)
 
     def sweep(self, rates: Iterable[float]) -> list[Trial]:
         """The runs that compare learning rates, scored on the validation split."""

@@ -74,17 +74,13 @@ def against_numbers(series: Sequence[Series], store: Store, base: Point) -> plot
 
 
 @plot.style()
-def side_by_side(
-    groups: Sequence[tuple[str, Sequence[Point]]], store: Store, base: Point, *, full: Point | None = None
-) -> plot.Figure:
+def side_by_side(points: Sequence[Point], store: Store, base: Point, full: Point | None = None) -> plot.Figure:
     """Accuracy of named settings, one below the other: every seed a dot, the mean with its interval.
 
-    ``groups`` are a heading, which may be empty, and its points; ``base`` is a dashed line, ``full`` a dotted one.
+    ``base`` is a dashed line across, ``full`` a dotted one.
     """
-    points = [(heading, point) for heading, under in groups for point in under]
     drawn, axes = plot.figure(0.9 + 0.3 * len(points))
-    draw_rows(axes, [point for _, point in points], store, base, full)
-    axes.set_yticks(range(len(points)), [f"{heading}  {point.label}".strip() for heading, point in points])
+    draw_rows(axes, points, store, base, full)
     axes.set_xlabel(score_label(store))
     return drawn
 
@@ -97,7 +93,7 @@ def draw_rows(
     full: Point | None = None,
     method: str = "tinylora",
 ) -> None:
-    """The rows of :func:`side_by_side`, named by their labels, and its lines across, into axes that are there."""
+    """The rows of :func:`side_by_side` and its lines across, into axes that are there."""
     look = plot.METHODS[method]
     for place, point in enumerate(points):
         estimate = point.estimate(store)

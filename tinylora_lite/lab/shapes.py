@@ -44,15 +44,14 @@ def calibrated_numbers(u: int = 13, base: str = BASE, rank: int = 8) -> Point:
     return Point(f"{u} calibrated", trial, around(0.2))
 
 
-def lora_numbers(rank: int = 1, base: str = BASE) -> Point:
-    """LoRA, as PEFT implements it."""
-    return Point(f"LoRA, r = {rank}", Trial(base=base, numbers="LoRA", rank=rank), (1e-3, 3e-3))
+def lora_numbers(base: str = BASE) -> Point:
+    """LoRA of rank 1, as PEFT implements it."""
+    return Point("LoRA, r = 1", Trial(base=base, numbers="LoRA", rank=1), (1e-3, 3e-3))
 
 
-def all_weights(base: str = BASE, steps: int = 20) -> Point:
+def all_weights(base: str = BASE) -> Point:
     """Full finetuning."""
-    label = "all weights" if steps == 20 else f"all weights, {steps} steps"
-    return Point(label, Trial(base=base, numbers="all weights", steps=steps), (5e-4, 1e-3))
+    return Point("all weights", Trial(base=base, numbers="all weights"), (5e-4, 1e-3))
 
 
 def untouched(base: str = BASE, task: str = "nano") -> Point:
@@ -62,13 +61,13 @@ def untouched(base: str = BASE, task: str = "nano") -> Point:
 
 def by_imitation(point: Point, demonstrations: str) -> Point:
     """The same numbers, trained by SFT on demonstrations of a kind: ``"stranger"``, ``"careful"`` or ``"own"``."""
-    trial = replace(point.trial, method="sft", trained_on=f"demonstrations: {demonstrations}", steps=60)
     rates = point.rates
     if demonstrations == "stranger":
         # Where imitation harms at first, the best rates are those that hardly move and those that learn it all, with a
         # valley between them: a sweep that climbs from one side alone would miss the other.
         rates = (*(rates[0] / factor for factor in (64, 16, 4)), *rates, rates[-1] * 2, rates[-1] * 4)
-    return replace(point, trial=trial, rates=rates)
+    settings = {"method": "sft", "trained_on": f"demonstrations: {demonstrations}", "steps": 60}
+    return point.varied(point.label, rates=rates, **settings)
 
 
 def ladder_on(base: str, seeds: int = 5) -> dict[str, Point]:
@@ -76,11 +75,10 @@ def ladder_on(base: str, seeds: int = 5) -> dict[str, Point]:
 
     On the lab's own base they are those of its first claim. Other bases must have 49 modules, too.
     """
-    points = [
-        *(untouched(base), random_numbers(13, base=base), random_numbers(4, base=base), random_numbers(1, base=base)),
-        *(random_numbers(1, u=2, base=base), *(lora_xs_numbers(rank, base) for rank in (1, 2, 4))),
-        *(lora_numbers(1, base), all_weights(base), calibrated_numbers(13, base)),
-    ]
+    random = [random_numbers(n_tie, base=base) for n_tie in (13, 4, 1)]
+    points = [untouched(base), *random, random_numbers(1, u=2, base=base)]
+    points += [lora_xs_numbers(rank, base) for rank in (1, 2, 4)]
+    points += [lora_numbers(base), all_weights(base), calibrated_numbers(13, base)]
     return {point.label: point if base == BASE else replace(point, seeds=seeds) for point in points}
 
 

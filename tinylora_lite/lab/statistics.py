@@ -12,6 +12,8 @@ from tinylora_lite.lab.store import Store
 
 Ends = tuple[Sequence[Point], Point, Point]
 """The shapes of a base in any order, its ceiling (all weights) and its floor (the untouched base)."""
+DRAWS = 2000
+"""Of the bootstrap over seeds."""
 
 
 def estimates(points: Sequence[Point], store: Store) -> list[Estimate]:
@@ -68,32 +70,32 @@ def smallest_reaching(share: float, ladder: Sequence[Point], full: Point, base: 
 
 
 def smallest_count(
-    share: float, ladder: Sequence[Point], full: Point, base: Point, store: Store, draws: int = 2000
+    share: float, ladder: Sequence[Point], full: Point, base: Point, store: Store
 ) -> tuple[int, int, int]:
     """The fewest numbers that recover a share of the full gain, and the ends of its 95 % interval.
 
-    The interval is the bootstrap's: each of ``draws`` takes seeds of every shape, of ceiling and floor with
-    replacement, and the first rung whose mean is high enough; all weights are the last rung and reach any share. Raises
-    as :func:`estimates`.
+    The interval is the bootstrap's: each draw takes seeds of every shape, of ceiling and floor with replacement, and
+    the first rung whose mean is high enough; all weights are the last rung and reach any share. Raises as
+    :func:`estimates`.
     """
-    count, drawn = _smallest(share, (ladder, full, base), store, draws)
+    count, drawn = _smallest(share, (ladder, full, base), store)
     low, high = np.percentile(drawn, (2.5, 97.5), method="nearest")
     return count, int(low), int(high)
 
 
-def times_fewer(share: float, few: Ends, many: Ends, store: Store, draws: int = 2000) -> Estimate:
+def times_fewer(share: float, few: Ends, many: Ends, store: Store) -> Estimate:
     """How many times fewer numbers recover a share of each base's own full gain on one base than on another.
 
     It is the ratio of the two counts of :func:`smallest_count`; ``values`` are the bootstrap's.
     """
-    (fewer, drawn_few), (more, drawn_many) = (_smallest(share, ends, store, draws) for ends in (few, many))
+    (fewer, drawn_few), (more, drawn_many) = (_smallest(share, ends, store) for ends in (few, many))
     ratios = drawn_many / drawn_few
     low, high = np.percentile(ratios, (2.5, 97.5), method="nearest")
     return Estimate(more / fewer, float(low), float(high), tuple(ratios.tolist()))
 
 
-def _smallest(share: float, ends: Ends, store: Store, draws: int) -> tuple[int, np.ndarray]:
-    """The smallest count by the means, and in every draw of the bootstrap, ``[draws]`` float64."""
+def _smallest(share: float, ends: Ends, store: Store) -> tuple[int, np.ndarray]:
+    """The smallest count by the means, and in every draw of the bootstrap, ``[DRAWS]`` float64."""
     ladder, full, base = ends
     rungs = [base, *sorted(ladder, key=lambda point: point.parameters(store)), full]
     values = [np.array(estimate.values) for estimate in estimates(rungs, store)]
@@ -109,8 +111,8 @@ def _smallest(share: float, ends: Ends, store: Store, draws: int) -> tuple[int, 
         smallest: np.ndarray = counts[reached.argmax(axis=1)]
         return smallest
 
-    # All values of a rung at once: [draws, seeds], drawn with replacement.
-    means = np.stack([rng.choice(v, (draws, len(v))).mean(axis=1) for v in values], axis=1)
+    # All values of a rung at once: [DRAWS, seeds], drawn with replacement.
+    means = np.stack([rng.choice(v, (DRAWS, len(v))).mean(axis=1) for v in values], axis=1)
     return int(first(np.array([[v.mean() for v in values]]))[0]), first(means)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from tinylora_lite.nano.task import MAX_NEW_TOKENS
@@ -43,7 +43,7 @@ class Trial:
         precision: of v after each update: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
         task: a task of :mod:`tinylora_lite.lab.tasks`; what is trained on, and what the result is scored on.
         trained_on: another task to train on, where it is not the one that is scored.
-        calibration: how the basis of calibrated numbers is made, by a name of :mod:`tinylora_lite.lab.bases`.
+        calibration: how the basis of calibrated numbers is made (:func:`tinylora_lite.lab.bases.calibrated_basis`).
         steps: updates.
         learning_rate: of Adam at the first step; it falls linearly to zero. With ``"es"`` it is CMA-ES's first sigma.
         seed: moves the order of the problems and the sampling.
@@ -79,9 +79,8 @@ class Trial:
         return json.dumps(self.settings(), sort_keys=True)
 
     def settings(self) -> dict[str, Any]:
-        """The settings that are not at their defaults."""
-        default = {f.name: f.default for f in fields(self)}
-        return {name: value for name, value in asdict(self).items() if value != default[name]}
+        """The settings that are not at their defaults, of which ``Trial(**settings)`` makes the same trial."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
 
     @property
     def p_seed(self) -> int:
@@ -106,11 +105,6 @@ class Trial:
             projection_seed=self.p_seed if self.directions in DRAWN else None,
             calibration="",
         )
-
-    @classmethod
-    def of(cls, settings: dict[str, Any]) -> Trial:
-        """A trial from what :meth:`settings` gave. Raises ``TypeError`` for a setting that is not known."""
-        return cls(**settings)
 
 
 def settings_of(trial: Trial) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from math import ceil, log2
 
 from tinylora_lite.lab.claim import Claim, Point, Verdict, flat
@@ -21,11 +20,13 @@ SEED_BITS = 64
 """Of the seed that P is drawn from."""
 MODULES = 49
 """Of every base of the lab."""
-NARROW = tuple(replace(calibrated_numbers(13, rank=rank), label=f"13 calibrated, r = {rank}") for rank in (1, 2, 4))
-CALIBRATED = (*NARROW, replace(rl.CALIBRATED[-1], label="13 calibrated, r = 8"))
+NARROW = tuple(calibrated_numbers(13, rank=rank).varied(f"13 calibrated, r = {rank}") for rank in (1, 2, 4))
+CALIBRATED = (*NARROW, rl.CALIBRATED[-1].varied("13 calibrated, r = 8"))
 
-WIDE = replace(rl.CALIBRATED[-1], seeds=3, sweep_seeds=2)
-FEWER = tuple(WIDE.varied(f"{n} problems", calibration=f"problems={n}") for n in (24, 48, 96, 192))
+FEWER = tuple(
+    rl.CALIBRATED[-1].varied(f"{n} problems", calibration=f"problems={n}", seeds=3, sweep_seeds=2)
+    for n in (24, 48, 96, 192)
+)
 """On bases from fewer problems. Such a basis varies more with them, and a rate that suits one can ruin another."""
 SHOWN = [Series(p) for p in (rl.RANDOM, (*CALIBRATED, *rl.CALIBRATED[:-1]), rl.LORA_XS, (rl.LORA,), (rl.FULL,))]
 NAMES = {base: name for base, name in (size.SIZES | family.FAMILIES).items() if base != BASE}

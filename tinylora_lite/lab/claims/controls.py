@@ -18,9 +18,7 @@ TRAINED = {point.label: point for point in (THIRTEEN, CALIBRATED[-1], LORA_XS[0]
 NORMS = (0.5, 0.75, 1.0, 2.0, 4.0)
 """Of random v; training ends at norms between the first and a little below the fourth."""
 NOISE = {
-    kind: tuple(
-        replace(point.varied(f"noise of norm {norm:g}", method="noise", learning_rate=norm), rates=()) for norm in NORMS
-    )
+    kind: tuple(point.varied(f"noise of norm {norm:g}", method="noise", learning_rate=norm, rates=()) for norm in NORMS)
     for kind, point in TRAINED.items()
     if point is not FULL
 }
@@ -30,18 +28,15 @@ NOISE = {
 def others(point: Point) -> tuple[Point, Point]:
     """The same numbers trained on two other rewards for the same problems, and scored on the plain task."""
     # The rate is the plain reward's: to choose one by the plain score would train on what is to be ruled out.
-    same_rate = replace(point, like=point)
     return (
-        same_rate.varied("rewarded for the format", trained_on="format only"),
-        same_rate.varied("rewarded at random", trained_on="unrelated"),
+        point.varied("rewarded for the format", trained_on="format only", like=point),
+        point.varied("rewarded at random", trained_on="unrelated", like=point),
     )
 
 
 OTHERS = {kind: others(point) for kind, point in TRAINED.items()}
-FORMAT_SLOWER = replace(
-    OTHERS["49 LoRA-XS"][0].varied("rewarded for the format, at a quarter of the rate", learning_rate=0.025),
-    rates=(),
-    like=None,
+FORMAT_SLOWER = OTHERS["49 LoRA-XS"][0].varied(
+    "rewarded for the format, at a quarter of the rate", learning_rate=0.025, rates=(), like=None
 )
 """The format's reward at a second rate, since the first was chosen for another reward."""
 ELSEWHERE = {
@@ -50,12 +45,10 @@ ELSEWHERE = {
     for ladder in (ladder_on(base),)
 }
 """On other bases: untouched, 49 numbers of LoRA-XS by rewards for right answers, and by the two other rewards."""
-HEADERS = {
-    name: replace(untouched(task=f"header: {name}"), label=f"base, told to be the {name} writer") for name in WRITERS
-}
+HEADERS = {name: untouched(task=f"header: {name}").varied(f"base, told to be the {name} writer") for name in WRITERS}
 """Prompts that the base knows, one for each writer whom it read."""
 HEADER = HEADERS["careful"]
-SHOWN = {kind: replace(point, label=f"{kind}: right answers") for kind, point in TRAINED.items()}
+SHOWN = {kind: point.varied(f"{kind}: right answers") for kind, point in TRAINED.items()}
 
 
 def lenient(point: Point, store: Store) -> Estimate:
@@ -69,7 +62,7 @@ def draw(store: Store) -> plot.Figure:
     for kind, point in SHOWN.items():
         slower = [FORMAT_SLOWER] if kind == "49 LoRA-XS" else []
         rows += [point, *OTHERS[kind], *slower, *NOISE.get(kind, ())]
-    return side_by_side([("", rows)], store, BASE, full=FULL)
+    return side_by_side(rows, store, BASE, FULL)
 
 
 def judge(store: Store) -> Verdict:
@@ -87,7 +80,7 @@ def judge(store: Store) -> Verdict:
         parts.append(f"{name} over the base {gain}; {listed(beside, store)}")
     for base, (_, point, *beside) in ELSEWHERE.items():
         parts.append(f"on {base} {listed((point, *beside), store)}")
-    under = listed([replace(point, label=name) for name, point in HEADERS.items()], store)
+    under = listed([point.varied(name) for name, point in HEADERS.items()], store)
     parts.append(f"the base under each writer's header: {under}")
     read = ", ".join(f"{point.label} {lenient(point, store).as_percent()}" for point in (BASE, *TRAINED.values()))
     return Verdict("; ".join(parts) + f"; read leniently: {read}.", "not in the paper")

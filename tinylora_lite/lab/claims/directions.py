@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from tinylora_lite.lab.claim import Claim, Verdict, flat
 from tinylora_lite.lab.claims.rl_parameters import BASE, FORTY_NINE, FULL
 from tinylora_lite.lab.figures import side_by_side
@@ -28,6 +26,6 @@ CLAIM = Claim(
     paper="Takes the leading directions throughout and tests no others.",
     where="section 4; assumed",
     points=flat(BASE, FULL, POINTS),
-    draw=partial(side_by_side, [("", list(POINTS.values()))], base=BASE, full=FULL),
+    draw=lambda store: side_by_side(list(POINTS.values()), store, BASE, FULL),
     judge=judge,
 )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from tinylora_lite.lab.claim import Claim, Verdict, flat
 from tinylora_lite.lab.figures import share_against_numbers
 from tinylora_lite.lab.shapes import climb, counts_on, ladder_on
@@ -58,6 +56,6 @@ CLAIM = Claim(
     ),
     where="Figures 7 to 9 and the text beside them",
     points=flat(LADDERS),
-    draw=partial(share_against_numbers, {FAMILIES[base]: LADDERS[base] for base in LADDERS}, shares=(SHARE,)),
+    draw=lambda store: share_against_numbers({FAMILIES[base]: LADDERS[base] for base in LADDERS}, store, (SHARE,)),
     judge=judge,
 )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 
 from tinylora_lite.lab.claim import Claim, Point, Verdict, flat
@@ -22,8 +20,8 @@ GENERATIONS = 60
 
 def both_ways(point: Point, sigma: float) -> tuple[Point, Point]:
     """A shape by GRPO, and by CMA-ES with its first sigma swept as learning rates are, both from three seeds."""
-    evolved = point.varied(point.label, method="es", steps=GENERATIONS)
-    return replace(point, seeds=SEEDS), replace(evolved, rates=around(sigma), seeds=SEEDS, sweep_seeds=1)
+    strategy = {"method": "es", "steps": GENERATIONS, "rates": around(sigma), "sweep_seeds": 1}
+    return point.varied(point.label, seeds=SEEDS), point.varied(point.label, seeds=SEEDS, **strategy)
 
 
 SHAPES = {

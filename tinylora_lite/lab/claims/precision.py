@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from tinylora_lite.lab.claim import Claim, Verdict, flat
 from tinylora_lite.lab.claims.rl_parameters import BASE, FULL, RANDOM
 from tinylora_lite.lab.figures import base_line, counted, legend, marks, percent, score_label
@@ -19,7 +17,7 @@ EQUAL_BYTES = ((13, 25), (25, 49), (49, 98))
 COUNTS = {13: RANDOM[4], 25: RANDOM[5], 49: RANDOM[6], 98: RANDOM[7]}
 POINTS = {
     precision: {
-        count: replace(point.varied(f"{point.label}, {precision}", precision=precision), seeds=SEEDS)
+        count: point.varied(f"{point.label}, {precision}", precision=precision, seeds=SEEDS)
         for count, point in COUNTS.items()
     }
     for precision in BYTES

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from tinylora_lite.lab import shapes
 from tinylora_lite.lab.claim import Claim, Verdict, flat
 from tinylora_lite.lab.figures import Series, against_numbers
@@ -18,8 +16,8 @@ LORA_XS = tuple(map(shapes.lora_xs_numbers, (1, 2, 4, 8)))
 CALIBRATED = tuple(map(shapes.calibrated_numbers, (1, 2, 4, 8, 13)))
 THIRTEEN, FORTY_NINE = RANDOM[4], RANDOM[6]
 """The first as the paper has it. Of 49, one to a module, the draw of P moves the result less."""
-LORA, FULL = shapes.lora_numbers(1), shapes.all_weights()
-FULL_LONG = shapes.all_weights(steps=60)
+LORA, FULL = shapes.lora_numbers(), shapes.all_weights()
+FULL_LONG = FULL.varied("all weights, 60 steps", steps=60)
 BASE = shapes.untouched()
 LADDER = (*RANDOM, *LORA_XS, LORA, FULL)
 """From few numbers to many but for the last of the random shapes, which has more than the first LoRA-XS."""
@@ -46,6 +44,6 @@ CLAIM = Claim(
     ),
     where="Figure 1 and sections 1 and 6.1",
     points=flat(BASE, FULL, FULL_LONG, RANDOM, CALIBRATED, LORA_XS, LORA),
-    draw=partial(against_numbers, SERIES, base=BASE),
+    draw=lambda store: against_numbers(SERIES, store, BASE),
     judge=judge,
 )

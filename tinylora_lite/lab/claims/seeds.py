@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 
 from tinylora_lite.lab.claim import Claim, Point, Verdict, flat
@@ -19,7 +17,7 @@ REPEATS = 3
 COUNTS = {1: RANDOM[0], 4: RANDOM[2], 13: THIRTEEN}
 POINTS = {
     count: [
-        replace(point.varied(f"{count} numbers, P {draw}", projection_seed=draw), seeds=REPEATS, like=point)
+        point.varied(f"{count} numbers, P {draw}", projection_seed=draw, seeds=REPEATS, like=point)
         for draw in range(DRAWS)
     ]
     for count, point in COUNTS.items()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from tinylora_lite.lab.claim import Claim, Verdict, flat
 from tinylora_lite.lab.claims.rl_parameters import BASE, FORTY_NINE, FULL
 from tinylora_lite.lab.figures import side_by_side
@@ -28,6 +26,6 @@ CLAIM = Claim(
     paper="Σ stands beside U; PEFT splits it, and LoRA-XS's code has it beside V.",
     where="section 4; the side is left open",
     points=flat(BASE, FULL, POINTS),
-    draw=partial(side_by_side, [("", list(POINTS.values()))], base=BASE, full=FULL),
+    draw=lambda store: side_by_side(list(POINTS.values()), store, BASE, FULL),
     judge=judge,
 )

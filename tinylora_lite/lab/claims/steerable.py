@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from tinylora_lite.lab.claim import Claim, Point, Verdict, flat
 from tinylora_lite.lab.claims.size import SMALLEST
 from tinylora_lite.lab.figures import share_beside
@@ -55,6 +53,6 @@ CLAIM = Claim(
     paper="Finds that Qwen needs ten times fewer numbers than Llama, and leaves the reason open.",
     where="section 7; a hypothesis of this book",
     points=flat(LADDERS),
-    draw=partial(share_beside, (TWINS[BASE], LADDERS[BASE]), OTHERS, shares=SHARES),
+    draw=lambda store: share_beside((TWINS[BASE], LADDERS[BASE]), OTHERS, store, SHARES),
     judge=judge,
 )

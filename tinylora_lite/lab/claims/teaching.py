@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 
 from tinylora_lite.lab.claim import Claim, Finding, Point, Verdict, flat
@@ -32,8 +30,8 @@ def taught(name: str, skill: str, way: str) -> Point:
     """A shape trained on a new skill and scored on it; calibrated numbers are calibrated on it too."""
     calibration = f"task={skill}" if SHAPES[name].trial.numbers == "calibrated" else ""
     by = {"method": "sft", "steps": 60} if way == "demonstrations" else {}
-    point = SHAPES[name].varied(f"{name}, {way}", task=skill, calibration=calibration, **by)
-    return replace(point, sweep_seeds=1, seeds=3)
+    settings = {"task": skill, "calibration": calibration, "sweep_seeds": 1, "seeds": 3}
+    return SHAPES[name].varied(f"{name}, {way}", **settings, **by)
 
 
 POINTS = {skill: {way: {name: taught(name, skill, way) for name in SHAPES} for way in WAYS} for skill in SKILLS}

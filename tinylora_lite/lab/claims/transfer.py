@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from tinylora_lite.lab.claim import Claim, Point, Verdict, flat
 from tinylora_lite.lab.claims.rl_parameters import BASE, CALIBRATED, FULL, THIRTEEN
 from tinylora_lite.lab.figures import draw_rows, score_label
@@ -17,18 +15,18 @@ SEEDS = 3
 
 def aimed(label: str, calibration: str, task: str = "nano") -> Point:
     """Thirteen numbers trained on a task, on directions that were made elsewhere."""
-    return replace(CALIBRATED[-1].varied(label, task=task, calibration=calibration), seeds=SEEDS)
+    return CALIBRATED[-1].varied(label, task=task, calibration=calibration, seeds=SEEDS)
 
 
 def random(task: str) -> Point:
     """Thirteen numbers on random directions, on a task."""
-    return replace(THIRTEEN.varied("random directions", task=task), seeds=SEEDS)
+    return THIRTEEN.varied("random directions", task=task, seeds=SEEDS)
 
 
 GROUPS = {
     "nano": (
-        replace(THIRTEEN, label="random directions"),
-        replace(CALIBRATED[-1], label="its own"),
+        THIRTEEN.varied("random directions"),
+        CALIBRATED[-1].varied("its own"),
         aimed("of a twin base", "base=qwen2-0.4m-unnamed"),
         aimed("of a base of another seed", "base=qwen2-0.4m-seed1"),
         aimed("of the format's reward", "task=format only"),
@@ -36,13 +34,13 @@ GROUPS = {
         aimed("from the unseen writer's text", "gradients=stranger"),
     ),
     "multiplying": (
-        replace(untouched(task="multiplying"), label="untrained", seeds=SEEDS),
+        untouched(task="multiplying").varied("untrained", seeds=SEEDS),
         random("multiplying"),
         aimed("its own", "task=multiplying", "multiplying"),
         aimed("of problems without it", "task=adding", "multiplying"),
     ),
     "worded": (
-        replace(untouched(task="worded"), label="untrained", seeds=SEEDS),
+        untouched(task="worded").varied("untrained", seeds=SEEDS),
         random("worded"),
         aimed("its own", "task=worded", "worded"),
         aimed("of the other format", "", "worded"),
