@@ -54,17 +54,16 @@ def path_of(name: str, folder: Path = RESULTS) -> Path:
 def contours(found: Found, writer: str = "stranger") -> plot.Figure:
     """The mean reward beside the loss of imitation over two numbers, with every path of training on both.
 
-    Dark is where reinforcement, or imitation, wants to be; a path starts at v = 0 and ends at its marker.
-
-    ``writer`` is whose worked answers the loss is taken on. Raises ``ValueError`` for a landscape of another count of
-    numbers.
+    Dark is where reinforcement, or imitation, wants to be; a path starts at v = 0 and ends at its marker. ``writer`` is
+    the one whose worked answers the loss is taken on. Raises ``ValueError`` where the landscape is not of two numbers.
     """
     x, y = _axes_of(found, 2)
     drawn, panels = plot.panels(1, 2, 3.9, sharex=True, sharey=True)
     for axes, key, title in zip(panels, ("reward", writer), ("mean reward", "loss, nats a token"), strict=True):
         heights = np.reshape(found[key], (len(x), len(y))).T
         bands = axes.contourf(x, y, heights, LEVELS, cmap="Greys" if key == "reward" else "Greys_r")
-        bar = drawn.colorbar(bands, ax=axes, orientation="horizontal", pad=0.02, ticks=bands.levels[:: LEVELS // 3])
+        ticks = list(bands.levels)[:: LEVELS // 3]
+        bar = drawn.colorbar(bands, ax=axes, orientation="horizontal", pad=0.02, ticks=ticks)
         if key == "reward":
             bar.ax.xaxis.set_major_formatter(in_percent)
         axes.set(title=title, xlim=(x[0], x[-1]), ylim=(y[0], y[-1]), aspect="equal", xlabel="first number")

@@ -22,7 +22,6 @@ MODULES = 49
 """Of every base of the lab."""
 NARROW = tuple(calibrated_numbers(13, rank=rank).varied(f"13 calibrated, r = {rank}") for rank in (1, 2, 4))
 CALIBRATED = (*NARROW, rl.CALIBRATED[-1].varied("13 calibrated, r = 8"))
-
 FEWER = tuple(
     rl.CALIBRATED[-1].varied(f"{n} problems", calibration=f"problems={n}", seeds=3, sweep_seeds=2)
     for n in (24, 48, 96, 192)
@@ -91,10 +90,8 @@ CLAIM = Claim(
     title="Are 13 numbers worth more on directions that are calibrated on the task?",
     paper="Takes random directions; 26 bytes count the numbers and neither P's seed nor the base.",
     where="section 4; an idea of this book",
-    points=flat(
-        *(rl.BASE, rl.FULL, rl.RANDOM, rl.CALIBRATED, rl.LORA_XS, rl.LORA, NARROW, FEWER, ELSEWHERE),
-        *([LADDERS[base][name] for base in ELSEWHERE for name in BESIDE], seeds.POINTS[13]),
-    ),
+    points=flat(rl.BASE, rl.FULL, rl.RANDOM, rl.CALIBRATED, rl.LORA_XS, rl.LORA)
+    + flat(NARROW, FEWER, ELSEWHERE, [LADDERS[base][name] for base in NAMES for name in BESIDE], seeds.POINTS[13]),
     draw=draw,
     judge=judge,
 )
