@@ -50,13 +50,10 @@ def factors_along(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tr
     """
     if trial.directions not in DIRECTIONS:
         raise ValueError(f"directions must be one of {', '.join(DIRECTIONS)}, not {trial.directions!r}")
-    modules = dict(model.named_modules())
-    weights = {
-        target.name: modules[target.name].get_parameter("weight").detach().float()
-        for target in find_target_modules(model)
-    }
+    names = [target.name for target in find_target_modules(model)]
+    weights = {name: model.get_submodule(name).get_parameter("weight").detach().float() for name in names}
     weighted = trial.directions in ("activations", "Fisher")
-    moments = _moments(model, tokenizer, trial, list(weights)) if weighted else {}
+    moments = _moments(model, tokenizer, trial, names) if weighted else {}
     found = {}
     for name, W in weights.items():
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)

@@ -189,7 +189,7 @@ def _together(trials: Sequence[Trial]) -> list[Record]:
         runs = train(trials, model, tokenizer, population, rounded if first.precision in PRECISIONS else None)
         # All answer with the same random numbers: a score must not depend on which other trials are in the batch.
         scored = _scored(replace(first, seed=0))
-        scores = {name: evaluate(model, tokenizer, population=population, **how) for name, how in scored}
+        scores = {n: evaluate(model, tokenizer, population=population, **how) for n, how in scored}
     except FloatingPointError:
         # The parameters of one trial diverged; the others are run again without it.
         return [_diverged(first)] if len(trials) == 1 else [_together([trial])[0] for trial in trials]
