@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import tinylora_lite as tl
 from tinylora_lite import nano
 from tinylora_lite.lab.claims import chapters
-from tinylora_lite.lab.settings import grpo_settings
+from tinylora_lite.lab.trial import settings_of
 from tinylora_lite.sampling.logprobs import completion_logprobs
 from tinylora_lite.sampling.rollouts import encode_prompts
 from tinylora_lite.sampling.sampler import sample
@@ -47,7 +47,7 @@ def train(folder: Path) -> None:
     trial = chapters.CALIBRATED.trial
     config = tl.TinyLoraConfig(rank=trial.rank, u=trial.u, n_tie="all", projection=nano.basis())
     adapter = tl.attach(model, config)
-    run = tl.train_grpo(model, tokenizer, adapter, nano.task(), grpo_settings(trial))
+    run = tl.train_grpo(model, tokenizer, adapter, nano.task(), settings_of(trial))
     path = tl.save(adapter, folder / ADAPTER)
     trained = adapter.vectors.detach().clone()
     adapter.detach()
@@ -69,7 +69,7 @@ def train(folder: Path) -> None:
             **scores,
             "seconds": round(run.seconds, 1),
             "rewards": [round(reward, 4) for reward in run.curve("reward")],
-            "settings": asdict(grpo_settings(trial)),
+            "settings": asdict(settings_of(trial)),
             "environment": run.environment,
         },
     )

@@ -10,7 +10,7 @@ from tinylora_lite import nano
 from tinylora_lite.adapter.basis import Basis
 from tinylora_lite.adapter.tying import find_target_modules
 from tinylora_lite.lab import bases, tasks
-from tinylora_lite.lab.bases import calibrated_basis, calibration_of, imitated_basis
+from tinylora_lite.lab.bases import calibrated_basis, imitated_basis
 from tinylora_lite.lab.tasks import own_demonstrations
 from tinylora_lite.lab.trial import Trial
 from tinylora_lite.tasks.task import Example, Task
@@ -21,11 +21,14 @@ from tinylora_lite.training.sft import encode_solutions
 TRIAL = Trial(numbers="calibrated", rank=2, u=3, n_tie="all")
 
 
-def test_settings_of_a_calibration_are_read_and_unknown_ones_named():
-    assert calibration_of("") == {}
-    assert calibration_of("problems=32, base=llama-0.4m") == {"problems": 32, "base": "llama-0.4m"}
-    with pytest.raises(ValueError, match="no setting 'wings'; there are: problems, passes"):
-        calibration_of("wings=2")
+@pytest.fixture(autouse=True)
+def kept_in(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("TINYLORA_CACHE", str(tmp_path))
+
+
+def test_a_setting_that_calibration_does_not_have_is_named():
+    with pytest.raises(TypeError, match="'wings'"):
+        calibrated_basis(replace(TRIAL, calibration="wings=2"))
 
 
 def test_each_setting_reaches_the_calibration_and_has_a_file_of_its_own(tmp_path, monkeypatch):
@@ -42,8 +45,8 @@ def test_each_setting_reaches_the_calibration_and_has_a_file_of_its_own(tmp_path
     monkeypatch.setattr(bases, "task_of", lambda name, base: name)
     for calibration in ("", "problems=32", "task=adding", "base=llama-0.4m"):
         for seed in (0, 1):
-            calibrated_basis(replace(TRIAL, calibration=calibration, seed=seed), tmp_path)
-    calibrated_basis(TRIAL, tmp_path)
+            calibrated_basis(replace(TRIAL, calibration=calibration, seed=seed))
+    calibrated_basis(TRIAL)
     assert [options.get("problems") for _, _, options in calls] == [None, None, 32, 32, None, None, None, None]
     assert [task for _, task, _ in calls] == ["nano"] * 4 + ["adding"] * 2 + ["nano"] * 2
     assert loaded == ["qwen2-0.4m"] * 6 + ["llama-0.4m"] * 2
@@ -51,7 +54,7 @@ def test_each_setting_reaches_the_calibration_and_has_a_file_of_its_own(tmp_path
     assert len(list(tmp_path.rglob("*.safetensors"))) == 8
     # A base that was trained again is another base, whatever its name.
     monkeypatch.setattr(tasks, "_fingerprint", lambda base: f"second {base}")
-    calibrated_basis(TRIAL, tmp_path)
+    calibrated_basis(TRIAL)
     assert len(list(tmp_path.rglob("*.safetensors"))) == len(calls) == 9
 
 
@@ -92,23 +95,23 @@ def test_directions_of_imitation_are_those_of_dense_gradients(model, tokenizer, 
     )
 
 
-def test_own_answers_are_right_and_made_once(tmp_path, monkeypatch):
+def test_own_answers_are_right_and_made_once(monkeypatch):
     whole = nano.task()
     few = replace(whole, train=whole.train[:24], validation=whole.validation[:4], test=whole.test[:4])
     monkeypatch.setattr(tasks.nano, "task", lambda: few)
-    found = own_demonstrations("qwen2-0.4m", tmp_path)
+    found = own_demonstrations("qwen2-0.4m")
     assert 0 < len(found.train) < 24
     golds = {example.prompt: example.gold for example in few.train}
     for example in found.train:
         assert example.gold == golds[example.prompt]
         assert few.reward(example.solution, example.gold) == 1.0
     monkeypatch.setattr(tasks, "evaluate", lambda *_, **__: pytest.fail("the answers were there"))
-    assert own_demonstrations("qwen2-0.4m", tmp_path).train == found.train
+    assert own_demonstrations("qwen2-0.4m").train == found.train
 
 
-def test_the_first_right_answer_is_the_one_that_is_kept(tmp_path, monkeypatch):
+def test_the_first_right_answer_is_the_one_that_is_kept(monkeypatch):
     example = nano.task().train[0]
     told = [SimpleNamespace(prompt=example.prompt, text=text, reward=r) for text, r in (("a", 0), ("b", 1), ("c", 1))]
     monkeypatch.setattr(tasks, "evaluate", lambda *_, **__: SimpleNamespace(completions=told))
-    found = own_demonstrations("qwen2-0.4m", tmp_path)
+    found = own_demonstrations("qwen2-0.4m")
     assert [e.solution for e in found.train] == ["b"]

@@ -8,11 +8,11 @@ import pytest
 from tinylora_lite import lora_xs, nano
 from tinylora_lite.cli import main
 from tinylora_lite.lab import running
+from tinylora_lite.lab.bases import config_of
 from tinylora_lite.lab.claim import Claim, Point, Verdict
 from tinylora_lite.lab.claims import chapters, claim_of, claims, everything
 from tinylora_lite.lab.plan import missing, progress_of
 from tinylora_lite.lab.running import KEPT, execute, run_trials
-from tinylora_lite.lab.settings import config_of
 from tinylora_lite.lab.store import CHAPTERS, RESULTS, Store
 from tinylora_lite.nano.task import task as make_task
 
@@ -52,7 +52,7 @@ def test_the_rate_is_the_best_of_the_sweep_and_no_other_is_tried(tmp_path):
 def test_one_command_sweeps_on_validation_and_reports_the_best_rate_on_test(tmp_path, monkeypatch):
     done = []
 
-    def pretend(trials, bases):
+    def pretend(trials):
         done.extend(trials)
         return [record(trial.learning_rate) for trial in trials]
 

@@ -61,7 +61,7 @@ def record(trial: Trial, accuracy: float) -> dict:
 
 
 def rate_of(found: dict) -> float:
-    return Trial.of(found["trial"]).learning_rate
+    return Trial(**found["trial"]).learning_rate
 
 
 def filled(claim: Claim, store: Store, accuracy: Accuracy) -> Store:
@@ -99,7 +99,7 @@ def test_a_claim_draws_what_little_there_is(claim, tmp_path, recwarn):
     store = filled(claim, Store(tmp_path / "all"), by_count)
     half = Store(tmp_path / "half")
     for found in list(store)[::2]:
-        half.add(Trial.of(found["trial"]), {key: value for key, value in found.items() if key != "trial"})
+        half.add(Trial(**found["trial"]), {key: value for key, value in found.items() if key != "trial"})
     claim.draw(half).savefig(tmp_path / "half.svg")
     assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning | UserWarning)]
 
@@ -192,7 +192,7 @@ def test_demonstrations_that_carry_far_more_bits_in_one_kind_only_are_a_claim_in
     def found(long: tuple[str, ...]) -> str:
         store = filled(claim, Store(tmp_path / "-".join(long)), by_count)
         for old in list(store):
-            trial = Trial.of(old["trial"])
+            trial = Trial(**old["trial"])
             if trial.method == "sft":
                 bits = 100.0 if trial.trained_on.removeprefix("demonstrations: ") in long else 0.01
                 again = {key: value for key, value in old.items() if key != "trial"}

@@ -7,8 +7,8 @@ import torch
 
 from tinylora_lite.adapter.tying import find_target_modules
 from tinylora_lite.lab import directions
-from tinylora_lite.lab.directions import WHICH, factors_along
-from tinylora_lite.lab.trial import Trial
+from tinylora_lite.lab.directions import factors_along
+from tinylora_lite.lab.trial import DIRECTIONS, Trial
 from tinylora_lite.sampling.sampler import ModelSampler
 from tinylora_lite.tasks.task import Task
 from tinylora_lite.training.batches import draw_prompts, rollout, score
@@ -55,7 +55,7 @@ def test_plain_kinds_are_rows_of_the_svd(model, tokenizer, kind, first):
 
 
 @pytest.mark.parametrize("sigma", ["left", "split", "right"])
-@pytest.mark.parametrize("kind", WHICH)
+@pytest.mark.parametrize("kind", DIRECTIONS)
 def test_every_kind_has_directions_of_length_one_and_the_leading_values(model, tokenizer, kind, sigma):
     found = factors_along(model, tokenizer, replace(TRIAL, directions=kind, sigma=sigma))
     for name, W in weights(model).items():

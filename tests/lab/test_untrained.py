@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from benchmarks import untrained as measured
+from benchmarks.untrained import FirstTokenSampler
 from tinylora_lite import nano
 from tinylora_lite.evaluation.evaluate import evaluate
 from tinylora_lite.lab import untrained
-from tinylora_lite.lab.untrained import FirstTokenSampler, chance_of, number_tokens
+from tinylora_lite.lab.untrained import chance_of, number_tokens
 from tinylora_lite.sampling.logprobs import completion_logprobs
 from tinylora_lite.sampling.rollouts import encode_prompts
 from tinylora_lite.sampling.sampler import sample
@@ -70,16 +72,16 @@ def test_the_chance_of_a_number(world):
 
 
 def test_a_record_is_measured_and_read(tmp_path, monkeypatch, capsys):
-    measure = untrained.measure
-    monkeypatch.setattr(untrained, "measure", lambda base: measure(base, problems=8))
+    measure = measured.measure
+    monkeypatch.setattr(measured, "measure", lambda base: measure(base, problems=8))
     monkeypatch.setattr("sys.argv", ["untrained", BASE, "--folder", str(tmp_path)])
-    with pytest.raises(FileNotFoundError, match="makes it"):
+    with pytest.raises(FileNotFoundError, match="controls"):
         untrained.recorded(BASE, tmp_path)
-    untrained.main()
+    measured.main()
     found = untrained.recorded(BASE, tmp_path)
     assert found["header"]["best"] == max(found["header"]["validation"], key=found["header"]["validation"].get)
     for control in ("first_token", "header"):
-        assert found[control]["sampled"]["samples"] == untrained.SAMPLES
+        assert found[control]["sampled"]["samples"] == measured.SAMPLES
         assert found[control]["greedy"]["n"] == 8
 
 

@@ -13,7 +13,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from tinylora_lite.book.published import Published
 from tinylora_lite.evaluation.score import interval
-from tinylora_lite.lab.figures import PERCENT, percent
+from tinylora_lite.lab.figures import in_percent, percent
 from tinylora_lite.view.plot import INK, METHODS, WIDTH, count_axis, figure, human, style
 
 TINYLORA = METHODS["tinylora"]
@@ -81,7 +81,7 @@ def untrained(rows: Sequence[tuple[str, float, int | None]]) -> Figure:
         axes.annotate(f"{value:.1%}", (value, place), xytext=(0, 7), textcoords="offset points", ha="center", size=9)
     axes.set_yticks(range(len(rows)), [label for label, _, _ in rows])
     axes.set(ylim=(len(rows) - 0.5, -0.7), xlim=(min(0.55, *(value - 0.04 for _, value, _ in rows)), 0.97))
-    axes.xaxis.set_major_formatter(PERCENT)
+    axes.xaxis.set_major_formatter(in_percent)
     axes.grid(False)
     axes.set_xlabel("right on GSM8K, nothing trained")
     return drawn
@@ -112,7 +112,7 @@ def bytes_of_numbers(rows: Sequence[Published]) -> Figure:
             axes.xaxis.set_major_locator(FixedLocator([8, 32, 128, 512]))
             axes.xaxis.set_minor_locator(NullLocator())
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human(value)))
-            axes.yaxis.set_major_formatter(PERCENT)
+            axes.yaxis.set_major_formatter(in_percent)
     for axes, label in zip(panels[1], ("position on the axis", "bytes of v"), strict=True):
         axes.set_xlabel(label)
     drawn.supylabel("right on GSM8K", size=10)

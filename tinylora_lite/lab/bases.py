@@ -1,8 +1,7 @@
-"""Calibrated directions of a trial, made once from a base and kept."""
+"""The adapter of a trial, and its calibrated directions, which are made once from a base and kept."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +9,8 @@ import torch
 from tinylora_lite import nano
 from tinylora_lite.adapter.adapter import attach
 from tinylora_lite.adapter.basis import Basis
-from tinylora_lite.adapter.config import TinyLoraConfig
+from tinylora_lite.adapter.config import TinyLoraConfig, lora_xs
+from tinylora_lite.adapter.tying import find_target_modules
 from tinylora_lite.adapter.weights import base_fingerprint
 from tinylora_lite.files.basis import load_basis, save_basis
 from tinylora_lite.lab.tasks import made_from, task_of
@@ -25,25 +25,34 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def calibrated_basis(trial: Trial, folder: Path | None = None) -> Basis:
-    """The basis of a calibrated trial, from the seed ``trial.p_seed``; it is made on the first call and kept.
+def config_of(trial: Trial) -> TinyLoraConfig:
+    """The adapter of a trial."""
+    if trial.numbers == "LoRA-XS":
+        return lora_xs(trial.rank, sigma=trial.sigma)
+    options: dict[str, Any] = {"rank": trial.rank, "u": trial.u, "sigma": trial.sigma, "seed": trial.p_seed}
+    if trial.tying == "attention, MLP":
+        model, _ = nano.load(trial.base)
+        options["groups"] = [int(".mlp." in target.name) for target in find_target_modules(model)]
+    else:
+        options |= {"n_tie": trial.n_tie, "tying": trial.tying}
+    if trial.numbers == "calibrated":
+        options["projection"] = calibrated_basis(trial)
+    return TinyLoraConfig(**options)
 
-    ``trial.calibration`` holds what is not at its default, as ``"problems=32, task=adding"``: ``problems``, ``passes``,
-    ``task`` (calibrated on), ``base`` (of the same shape) and ``gradients``: of imitating a kind of demonstrations, in
-    place of those of the reward.
 
-    Args:
-        trial: a calibrated one.
-        folder: where bases are kept; ``None`` is the user's cache.
+def calibrated_basis(trial: Trial) -> Basis:
+    """The basis of a calibrated trial, made on the first call and kept in the user's cache.
 
-    Raises:
-        ValueError: a setting of the calibration is not known.
+    ``trial.calibration`` holds what is not at its default, as ``"problems=32, task=adding"``: ``task`` (calibrated on),
+    ``base`` (of the same shape), ``gradients`` (of imitating a kind of demonstrations, in place of those of the
+    reward), and arguments of :func:`~tinylora_lite.calibrate` that are integers.
     """
-    options = calibration_of(trial.calibration)
-    base = options.pop("base", trial.base)
-    task, writer = options.pop("task", "nano"), options.pop("gradients", "")
+    named = dict(part.split("=", 1) for part in trial.calibration.split(", ") if part)
+    base = named.pop("base", trial.base)
+    task, writer = named.pop("task", "nano"), named.pop("gradients", "")
+    options: dict[str, Any] = {name: int(value) for name, value in named.items()}
     name = "-".join([f"r{trial.rank}", trial.sigma, *trial.calibration.replace("=", "").split(", "), str(trial.p_seed)])
-    path = made_from(base, trial.base, folder) / f"{name}.safetensors"
+    path = made_from(base, trial.base) / f"{name}.safetensors"
     if not path.exists():
         model, tokenizer = nano.load(base)
         if writer:
@@ -67,8 +76,7 @@ def imitated_basis(
 ) -> Basis:
     """The leading singular vectors of the gradients of imitation, one for each worked answer of the task.
 
-    It is the first pass of :func:`~tinylora_lite.calibrate` with SFT's loss in place of GRPO's. The comparison tells
-    whether the reward finds better directions than demonstrations do.
+    It is the first pass of :func:`~tinylora_lite.calibrate` with SFT's loss in place of GRPO's.
     """
     examples = draw_prompts(task.train, GRPOSettings(prompts_per_step=problems, seed=trial.p_seed), 0)
     config = TinyLoraConfig(rank=trial.rank, u=trial.rank**2, sigma=trial.sigma, projection="identity")
@@ -86,17 +94,3 @@ def imitated_basis(
         "seed": trial.p_seed,
     }
     return leading_directions(gradients, directions, adapter, about)
-
-
-def calibration_of(text: str) -> dict[str, Any]:
-    """The settings that ``Trial.calibration`` names.
-
-    >>> calibration_of("problems=32, task=adding")
-    {'problems': 32, 'task': 'adding'}
-    """
-    kinds = {"problems": int, "passes": int, "directions": int, "task": str, "base": str, "gradients": str}
-    options = dict(part.split("=", 1) for part in text.split(", ")) if text else {}
-    for name in options:
-        if name not in kinds:
-            raise ValueError(f"a calibration has no setting {name!r}; there are: {', '.join(kinds)}")
-    return {name: kinds[name](value) for name, value in options.items()}

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from tinylora_lite.lab.estimate import Estimate
 from tinylora_lite.lab.store import RESULTS, Record, Store
@@ -44,9 +42,10 @@ class Point:
     like: Point | None = None
     reach: int = 6
 
-    def varied(self, label: str, **settings: Any) -> Point:
-        """The same point under another label, with other settings of its trial."""
-        return replace(self, label=label, trial=replace(self.trial, **settings))
+    def varied(self, label: str, **changes: Any) -> Point:
+        """The same point under another label, with other attributes of its own or settings of its trial."""
+        own = {name: changes.pop(name) for name in [f.name for f in fields(self)] if name in changes}
+        return replace(self, label=label, trial=replace(self.trial, **changes), **own)
 
     def sweep(self, rates: Iterable[float]) -> list[Trial]:
         """The runs that compare learning rates, scored on the validation split."""
@@ -62,11 +61,8 @@ class Point:
 
     def sweep_accuracy(self, rate: float, store: Store) -> float | None:
         """The mean validation accuracy of a learning rate; ``None`` where not all its runs were made."""
-        trials = self.sweep([rate])
-        records = store.of(trials)
-        if len(records) < len(trials):
-            return None
-        return float(np.mean([record["scores"]["sampled"]["accuracy"] for record in records]))
+        accuracies = _accuracies(store.of(self.sweep([rate])), "sampled")
+        return sum(accuracies) / self.sweep_seeds if len(accuracies) == self.sweep_seeds else None
 
     def swept(self, store: Store) -> tuple[list[float], float | None]:
         """The rates that are compared so far, and the best of them; ``None`` where one of them still has to run."""
@@ -74,7 +70,7 @@ class Point:
         lowest, highest = rates[0] / 2**self.reach, rates[-1] * 2**self.reach
         while True:
             found = {rate: self.sweep_accuracy(rate, store) for rate in rates}
-            if any(accuracy is None for accuracy in found.values()):
+            if None in found.values():
                 return rates, None
             best = max(rates, key=lambda rate: found[rate] or 0.0)
             if best == rates[0] and best / 2 >= lowest * 0.99:
@@ -95,9 +91,13 @@ class Point:
         rate = self.rate(store)
         return [] if rate is None else store.of(self.tests(rate))
 
+    def parameters(self, store: Store) -> int:
+        """How many parameters train; 0 before the first run."""
+        return next((int(record["parameters"]) for record in self.records(store)), 0)
+
     def accuracies(self, store: Store, score: str | None = None) -> list[float]:
         """The accuracy of each of :meth:`records`, by one of their scores; ``None`` is the one of the store."""
-        return [record["scores"][score or store.score]["accuracy"] for record in self.records(store)]
+        return _accuracies(self.records(store), score or store.score)
 
     def estimate(self, store: Store, score: str | None = None) -> Estimate | None:
         """The mean of :meth:`accuracies` and its interval; ``None`` with fewer than two records."""
@@ -105,14 +105,21 @@ class Point:
         return Estimate.of(accuracies) if len(accuracies) > 1 else None
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What came out.
+def flat(*nested: Any) -> tuple[Point, ...]:
+    """All points of nested sequences and dictionaries, in their order."""
+    found: list[Point] = []
+    for one in nested:
+        inside = one.values() if isinstance(one, dict) else one
+        found += [one] if isinstance(one, Point) else flat(*inside)
+    return tuple(found)
 
-    Attributes:
-        ours: our numbers with their intervals, in a sentence.
-        finding: the verdict's word.
-    """
+
+def _accuracies(records: Iterable[Record], score: str) -> list[float]:
+    return [record["scores"][score]["accuracy"] for record in records]
+
+
+class Verdict(NamedTuple):
+    """What came out: our numbers with their intervals, in a sentence, and the verdict's word."""
 
     ours: str
     finding: Finding

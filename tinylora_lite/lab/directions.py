@@ -17,7 +17,7 @@ from tinylora_lite import nano
 from tinylora_lite.adapter.layer import LEFT_POWER, Factors
 from tinylora_lite.adapter.tying import find_target_modules
 from tinylora_lite.lab.tasks import task_of
-from tinylora_lite.lab.trial import Trial
+from tinylora_lite.lab.trial import DIRECTIONS, Trial
 from tinylora_lite.sampling.sampler import ModelSampler
 from tinylora_lite.training.batches import draw_prompts, rollout, score
 from tinylora_lite.training.calibrate import policy_losses
@@ -28,7 +28,6 @@ from tinylora_lite.utils.record import seed_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-WHICH = ("leading", "middle", "trailing", "rotated", "activations", "Fisher")
 PROBLEMS = 64
 """Training problems whose answers weight the directions of the last two kinds."""
 ROWS = 64
@@ -47,18 +46,14 @@ def factors_along(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tr
     drawn from ``trial.p_seed``.
 
     Raises:
-        ValueError: the kind is not among ``WHICH``, or Fisher information is asked for where no answer of a base earns
-            more than another.
+        ValueError: an unknown kind, or Fisher information where no answer of a base earns more than another.
     """
-    if trial.directions not in WHICH:
-        raise ValueError(f"directions must be one of {', '.join(WHICH)}, not {trial.directions!r}")
-    modules = dict(model.named_modules())
-    weights = {
-        target.name: modules[target.name].get_parameter("weight").detach().float()
-        for target in find_target_modules(model)
-    }
+    if trial.directions not in DIRECTIONS:
+        raise ValueError(f"directions must be one of {', '.join(DIRECTIONS)}, not {trial.directions!r}")
+    names = [target.name for target in find_target_modules(model)]
+    weights = {name: model.get_submodule(name).get_parameter("weight").detach().float() for name in names}
     weighted = trial.directions in ("activations", "Fisher")
-    moments = _moments(model, tokenizer, trial, list(weights)) if weighted else {}
+    moments = _moments(model, tokenizer, trial, names) if weighted else {}
     found = {}
     for name, W in weights.items():
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)

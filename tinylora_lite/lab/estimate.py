@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-from scipy import stats
-
 
 @dataclass(frozen=True)
 class Estimate:
@@ -32,6 +29,9 @@ class Estimate:
     @classmethod
     def of_differences(cls, values: Sequence[float]) -> Estimate:
         """The estimate of a difference: nothing is cut off."""
+        import numpy as np
+        from scipy import stats  # here, as a list of claims needs none of it
+
         mean, error = float(np.mean(values)), float(stats.sem(values))
         low, high = stats.t.interval(0.95, len(values) - 1, loc=mean, scale=max(error, 1e-9))
         return cls(mean, float(low), float(high), tuple(values))

@@ -5,11 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter
-
 from tinylora_lite.lab.claim import Point
 from tinylora_lite.lab.estimate import Estimate
 from tinylora_lite.lab.shapes import RUNGS, Ladder, ends
@@ -17,22 +12,11 @@ from tinylora_lite.lab.statistics import share_of_gain
 from tinylora_lite.lab.store import Store
 from tinylora_lite.view import plot
 
-PERCENT = FuncFormatter(lambda value, _: f"{value:.0%}")
 RUNG_METHODS = {"random": "tinylora", "LoRA-XS": "lora_xs", "LoRA": "lora"}
 METHODS: dict[str, str] = {**RUNG_METHODS, "calibrated": "calibrated", "all weights": "full"}
 """The key of ``plot.METHODS`` for what trains; the first of these are the rungs of a ladder."""
-
-
-class Look(NamedTuple):
-    """How a base is told from others, whose methods have the same colours: its marker, its line, filled or hollow."""
-
-    marker: str
-    line: str
-    filled: bool = True
-
-
-LOOKS = (Look("o", "-"), Look("s", "--", filled=False), Look("D", ":"), Look("^", "-.", filled=False))
-"""Of the bases in a figure, in their order."""
+LOOKS = (("o-", "auto"), ("s--", "none"), ("D:", "auto"), ("^-.", "none"))
+"""How the bases of a figure are told apart, whose methods have the same colours: marker and line, and the face."""
 
 
 class Series(NamedTuple):
@@ -48,15 +32,10 @@ class Series(NamedTuple):
         return plot.METHODS[self.method or METHODS[self.points[0].trial.numbers]]
 
 
-def marks(axes: Axes, rows: Sequence[tuple[float, Estimate]], colour: str, fmt: str, **how: Any) -> None:
+def marks(axes: plot.Axes, rows: Sequence[tuple[float, Estimate]], colour: str, fmt: str, **how: Any) -> None:
     """Every seed a dot, the mean with its interval a marker, at each place on the horizontal axis.
 
-    Args:
-        axes: are drawn into.
-        rows: a place and an estimate each.
-        colour: of all of them.
-        fmt: the marker, and the line between means.
-        how: passed on to ``Axes.errorbar``.
+    ``fmt`` is the marker, and the line between means; ``how`` goes to ``Axes.errorbar``.
     """
     for x, estimate in rows:
         axes.plot([x] * len(estimate.values), estimate.values, ".", color=colour, ms=4, alpha=0.5)
@@ -68,17 +47,11 @@ def marks(axes: Axes, rows: Sequence[tuple[float, Estimate]], colour: str, fmt: 
 def counted(points: Sequence[Point], store: Store) -> list[tuple[float, Estimate]]:
     """How many numbers each point trains, and its estimate; points that have not run yet are left out."""
     found = [(point, point.estimate(store)) for point in points]
-    return [(p.records(store)[0]["parameters"], estimate) for p, estimate in found if estimate is not None]
-
-
-def panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
-    """Panels side by side that share their vertical axis."""
-    drawn = Figure(figsize=(plot.WIDTH, height))
-    return drawn, list(drawn.subplots(1, count, sharey=True))
+    return [(point.parameters(store), estimate) for point, estimate in found if estimate is not None]
 
 
 @plot.style()
-def against_numbers(series: Sequence[Series], store: Store, base: Point) -> Figure:
+def against_numbers(series: Sequence[Series], store: Store, base: Point) -> plot.Figure:
     """Accuracy against how many numbers were trained: every seed a dot, the mean with its interval, a line a method.
 
     Points that have not run yet are left out.
@@ -101,29 +74,26 @@ def against_numbers(series: Sequence[Series], store: Store, base: Point) -> Figu
 
 
 @plot.style()
-def side_by_side(
-    groups: Sequence[tuple[str, Sequence[Point]]], store: Store, base: Point, *, full: Point | None = None
-) -> Figure:
+def side_by_side(points: Sequence[Point], store: Store, base: Point, full: Point | None = None) -> plot.Figure:
     """Accuracy of named settings, one below the other: every seed a dot, the mean with its interval.
 
-    Args:
-        groups: a heading and its points; an empty heading is not drawn.
-        store: the records.
-        base: the untouched base, a dashed line.
-        full: the ceiling, a line of its own.
+    ``base`` is a dashed line across, ``full`` a dotted one.
     """
-    points = [(heading, point) for heading, under in groups for point in under]
     drawn, axes = plot.figure(0.9 + 0.3 * len(points))
-    draw_rows(axes, [point for _, point in points], store, base, full)
-    axes.set_yticks(range(len(points)), [f"{heading}  {point.label}".strip() for heading, point in points])
+    draw_rows(axes, points, store, base, full)
     axes.set_xlabel(score_label(store))
     return drawn
 
 
 def draw_rows(
-    axes: Axes, points: Sequence[Point], store: Store, base: Point, full: Point | None = None, method: str = "tinylora"
+    axes: plot.Axes,
+    points: Sequence[Point],
+    store: Store,
+    base: Point,
+    full: Point | None = None,
+    method: str = "tinylora",
 ) -> None:
-    """The rows of :func:`side_by_side`, named by their labels, and its lines across, into axes that are there."""
+    """The rows of :func:`side_by_side` and its lines across, into axes that are there."""
     look = plot.METHODS[method]
     for place, point in enumerate(points):
         estimate = point.estimate(store)
@@ -142,20 +112,17 @@ def draw_rows(
             axes.axvline(estimate.mean, ls=style, lw=1.2, color=plot.INK)
             axes.annotate(name, (estimate.mean, 1), xycoords=("data", "axes fraction"), xytext=(0, 3),
                           textcoords="offset points", ha="center", va="bottom", fontsize=8)  # fmt: skip
-    axes.xaxis.set_major_formatter(PERCENT)
+    axes.xaxis.set_major_formatter(in_percent)
     axes.grid(True, axis="x")
     axes.grid(False, axis="y")
 
 
 @plot.style()
-def share_against_numbers(ladders: Mapping[str, Ladder], store: Store, shares: Sequence[float]) -> Figure:
+def share_against_numbers(ladders: Mapping[str, Ladder], store: Store, shares: Sequence[float]) -> plot.Figure:
     """The share of all weights' gain against how many numbers were trained, a marker and a line for each base.
 
-    Args:
-        ladders: for each base, by the label that it gets, its points by name; ``"base"`` and ``"all weights"`` among
-            them. A base without these two is left out.
-        store: the records.
-        shares: those that get a line across.
+    ``ladders`` are of the bases by their labels; a base that lacks runs of its ends is left out. Each of ``shares``
+    gets a line across.
     """
     drawn, axes = plot.figure(3.8)
     for place, ((label, ladder), look) in enumerate(zip(ladders.items(), LOOKS, strict=False)):
@@ -163,73 +130,68 @@ def share_against_numbers(ladders: Mapping[str, Ladder], store: Store, shares: S
         _draw_ladder(axes, ladder, store, look, label, shift=1.09 ** (place - (len(ladders) - 1) / 2))
     _share_axes(axes, shares)
     axes.set_xlabel("numbers trained")
-    percent(axes, share_label(store))
-    named = axes.get_legend_handles_labels()[0]
-    drawn.legend(handles=[*named, *_kinds()], loc="outside lower center", ncols=3, fontsize=8)
+    axes.set_ylabel(f"share of full gain, {store.score} answers")
+    _name_ladders(drawn, axes, "outside lower center")
     return drawn
 
 
 @plot.style()
 def share_beside(
     reference: tuple[str, Ladder], ladders: Mapping[str, Ladder], store: Store, shares: Sequence[float]
-) -> Figure:
-    """As :func:`share_against_numbers`, a panel for each base, each beside a reference.
-
-    Args:
-        reference: its label and its points.
-        ladders: the others, by the titles of their panels.
-        store: the records.
-        shares: those that get a line across.
-    """
+) -> plot.Figure:
+    """As :func:`share_against_numbers`, a panel with its label for each base, beside a reference with its own."""
     rows = -(-len(ladders) // 2)
-    drawn = Figure(figsize=(plot.WIDTH, 0.6 + 2.1 * rows))
-    grid = drawn.subplots(rows, 2, sharex=True, sharey=True, squeeze=False)
-    for axes, (label, ladder) in zip(grid.flat, ladders.items(), strict=False):
+    drawn, grid = plot.panels(rows, 2, 0.6 + 2.1 * rows, sharex=True, sharey=True)
+    for axes, (label, ladder) in zip(grid, ladders.items(), strict=False):
         _draw_ladder(axes, reference[1], store, LOOKS[1], reference[0], shift=1 / 1.12)
         _draw_ladder(axes, ladder, store, LOOKS[0], "what the panel says", shift=1.12)
         _share_axes(axes, shares)
         axes.set_title(label, fontsize=9)
         axes.tick_params(labelbottom=True)
-    for axes in grid.flat[len(ladders) :]:
+    for axes in grid[len(ladders) :]:
         axes.set_axis_off()
     drawn.supxlabel("numbers trained", fontsize=10)
-    drawn.supylabel(share_label(store), fontsize=10)
-    named = grid[0, 0].get_legend_handles_labels()[0]
-    drawn.legend(handles=[*named, *_kinds()], loc="outside upper center", ncols=3, fontsize=8)
+    drawn.supylabel(f"share of full gain, {store.score} answers", fontsize=10)
+    _name_ladders(drawn, grid[0], "outside upper center")
     return drawn
 
 
-def _draw_ladder(axes: Axes, ladder: Ladder, store: Store, look: Look, label: str, shift: float) -> None:
+def _draw_ladder(
+    axes: plot.Axes, ladder: Ladder, store: Store, look: tuple[str, str], label: str, shift: float
+) -> None:
     """Shares of a base's rungs, a line through those of a kind."""
     ceiling, floor = ends(ladder)
     if floor.estimate(store) is None or ceiling.estimate(store) is None:
         return
-    face = "auto" if look.filled else "none"
+    fmt, face = look
     for kind, method in RUNG_METHODS.items():
         run = [p for p in map(ladder.__getitem__, RUNGS) if p.trial.numbers == kind and p.estimate(store) is not None]
-        shares = [share_of_gain(point, ceiling, floor, store) for point in run]
-        counts = [shift * point.records(store)[0]["parameters"] for point in run]
-        rows = list(zip(counts, shares, strict=True))
-        marks(axes, rows, plot.METHODS[method].colour, look.marker + look.line, elinewidth=1.2, mfc=face)
-    axes.plot([], [], look.marker + look.line, color=plot.INK, label=label, mfc=face)
+        rows = [(shift * p.parameters(store), share_of_gain(p, ceiling, floor, store)) for p in run]
+        marks(axes, rows, plot.METHODS[method].colour, fmt, elinewidth=1.2, mfc=face)
+    axes.plot([], [], fmt, color=plot.INK, label=label, mfc=face)
 
 
-def _kinds() -> list[Line2D]:
-    """What the colours of a ladder mean, for its legend."""
+def _name_ladders(
+    drawn: plot.Figure, axes: plot.Axes, place: Literal["outside lower center", "outside upper center"]
+) -> None:
+    """The legend: bases by their lines, and what the colours mean."""
+    from matplotlib.lines import Line2D
+
     looks = [plot.METHODS[method] for method in RUNG_METHODS.values()]
-    return [Line2D([], [], lw=4, color=look.colour, label=look.label) for look in looks]
+    kinds = [Line2D([], [], lw=4, color=look.colour, label=look.label) for look in looks]
+    drawn.legend(handles=[*axes.get_legend_handles_labels()[0], *kinds], loc=place, ncols=3, fontsize=8)
 
 
-def _share_axes(axes: Axes, shares: Sequence[float]) -> None:
+def _share_axes(axes: plot.Axes, shares: Sequence[float]) -> None:
     for share in shares:
         axes.axhline(share, ls=":", lw=1.0, color=plot.INK)
     plot.count_axis(axes, 1, 40_000)
     low, high = axes.get_ylim()
     axes.set_ylim(max(low, -0.3), min(high, 1.3))
-    axes.yaxis.set_major_formatter(PERCENT)
+    axes.yaxis.set_major_formatter(in_percent)
 
 
-def base_line(axes: Axes, base: Point, store: Store) -> None:
+def base_line(axes: plot.Axes, base: Point, store: Store) -> None:
     """The untouched base, a dashed line across, where it was run."""
     estimate = base.estimate(store)
     if estimate is not None:
@@ -238,7 +200,7 @@ def base_line(axes: Axes, base: Point, store: Store) -> None:
                       xycoords=("axes fraction", "data"), ha="left", va="top", fontsize=8)  # fmt: skip
 
 
-def legend(axes: Axes, place: Literal["upper right", "upper left"]) -> None:
+def legend(axes: plot.Axes, place: Literal["upper right", "upper left"]) -> None:
     """The legend, where anything was drawn that it could name."""
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc=place, fontsize=8)
@@ -249,12 +211,12 @@ def score_label(store: Store) -> str:
     return f"accuracy of {store.score} answers, test set"
 
 
-def share_label(store: Store) -> str:
-    """As :func:`score_label`, of shares."""
-    return f"share of full gain, {store.score} answers"
-
-
-def percent(axes: Axes, label: str) -> None:
+def percent(axes: plot.Axes, label: str) -> None:
     """Shares on the vertical axis, as percents."""
-    axes.yaxis.set_major_formatter(PERCENT)
+    axes.yaxis.set_major_formatter(in_percent)
     axes.set_ylabel(label)
+
+
+def in_percent(value: float, _: object = None) -> str:
+    """A tick of an axis of shares."""
+    return f"{value:.0%}"

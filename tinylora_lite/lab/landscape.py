@@ -1,272 +1,122 @@
 """The landscape: with one or two numbers, the reward can be drawn for every value they can take.
 
-A grid of v is a population: many points answer in one batch, all of them the same problems with the same random
-numbers, so that neighbours differ by v alone. On the same problems the loss of worked answers is computed, which
-imitation minimises. The paths that GRPO, SFT and an evolution strategy take are drawn over both.
-
-``python -m tinylora_lite.lab.landscape`` computes what is missing of ``VIEWS``.
+It is drawn along a line for one number and as contours for two, beside the loss of worked answers, which imitation
+minimises, and with the paths of training on both. ``python -m benchmarks.landscape`` computed what is stored.
 """
 
 from __future__ import annotations
 
-import argparse
-import itertools
 import json
-import re
-import sys
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from torch import Tensor
-from tqdm.auto import tqdm
+import numpy as np
 
-from tinylora_lite import nano
-from tinylora_lite.adapter.batched import Population, attach_population
-from tinylora_lite.adapter.config import TinyLoraConfig
-from tinylora_lite.adapter.weights import base_fingerprint
-from tinylora_lite.evaluation.evaluate import evaluate_population
-from tinylora_lite.lab.settings import config_of, es_settings, grpo_settings, sft_settings
-from tinylora_lite.lab.store import RESULTS, rounded
-from tinylora_lite.lab.tasks import task_of
-from tinylora_lite.lab.trial import Trial
-from tinylora_lite.sampling.logprobs import completion_logprobs
-from tinylora_lite.tasks.task import Example, Task
-from tinylora_lite.training.evolution import train_es
-from tinylora_lite.training.grpo import GRPO
-from tinylora_lite.training.loop import fit
-from tinylora_lite.training.sft import SFT, encode_solutions
-from tinylora_lite.utils.distributed import hide_progress
-from tinylora_lite.utils.record import Run, atomic_write, environment
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from tinylora_lite.lab.figures import in_percent
+from tinylora_lite.lab.store import RESULTS
+from tinylora_lite.view import plot
 
 Found = dict[str, Any]
-"""A landscape as it is stored; see :func:`surface` and :func:`walk`."""
+"""A landscape as it is stored.
 
-WRITERS = {"careful": "nano", "stranger": "demonstrations: stranger"}
-"""Whose worked answers the loss is taken on, and the task that has them."""
-ROWS = 2688
-"""Completions sampled together."""
-SEEDS = 3
-"""Paths of each method."""
-
-
-@dataclass(frozen=True)
-class View:
-    """A landscape: of which numbers, how far and how finely.
-
-    Attributes:
-        name: of the file, after ``landscape-``.
-        trial: the numbers, one or two of them, and P's seed.
-        ranges: the least and the largest value of each number.
-        points: on each axis.
-        problems: of the validation split, answered and imitated at every point.
-        rate: of the paths: Adam's first learning rate, and CMA-ES's first sigma.
-    """
-
-    name: str
-    trial: Trial
-    ranges: tuple[tuple[float, float], ...]
-    points: int
-    problems: int
-    rate: float
-
-    @property
-    def axes(self) -> list[list[float]]:
-        """The values of each number. An odd count of points puts v = 0 on the grid of a symmetric range."""
-        return [torch.linspace(low, high, self.points, dtype=torch.float64).tolist() for low, high in self.ranges]
-
-
-_RANDOM, _CALIBRATED = Trial(n_tie=25), Trial(numbers="calibrated", rank=8, u=2, n_tie="all")
-VIEWS = (
-    View("calibrated-2", _CALIBRATED, ((-2.0, 2.0), (-2.0, 2.0)), 21, 128, 0.1),
-    View("random-2", _RANDOM, ((-0.5, 0.5), (-0.5, 0.5)), 21, 128, 0.03),
-    View("calibrated-1", replace(_CALIBRATED, u=1), ((-2.0, 2.0),), 81, 256, 0.1),
-    View("random-1", replace(_RANDOM, n_tie="all"), ((-0.5, 0.5),), 81, 256, 0.03),
-)
-METHODS = {
-    "grpo": Trial(method="grpo"),
-    "es": Trial(method="es", steps=40),
-    "sft": Trial(method="sft", steps=60, trained_on=WRITERS["stranger"]),
+``settings``, the axes among them; a list with an entry for each point, in the order of ``itertools.product``, of
+``reward`` (the mean at temperature 1) with its 95 % interval ``low`` to ``high``, and of ``careful`` and ``stranger``
+(nats for a token of that writer's answers); ``paths``: for each method its ``settings`` and ``v``,
+``[seeds, steps + 1, numbers]``; ``seconds`` and ``environment``.
+"""
+NAMES = ("calibrated-2", "random-2", "calibrated-1", "random-1")
+"""Of the stored landscapes: the directions, and how many numbers."""
+WRITERS = ("careful", "stranger")
+"""Whose worked answers the loss is taken on."""
+WALKERS = {
+    "grpo": ("GRPO", "tinylora"),
+    "es": ("evolution strategy", "calibrated"),
+    "sft": ("SFT, unseen writer", "lora"),
 }
-"""What walks over each landscape; numbers, rate and seed are the view's."""
-
-
-def surface(
-    base: str, config: TinyLoraConfig, axes: Sequence[Sequence[float]], problems: int, path: Path, *, seed: int = 0
-) -> Found:
-    """The mean reward and the losses of imitation on a grid of v, computed as far as ``path`` does not hold them.
-
-    Args:
-        base: the name of a shipped base.
-        config: an adapter with as many numbers as there are axes.
-        axes: the values of each number; points are in the order of ``itertools.product``.
-        problems: of the validation split.
-        path: a JSON file, written anew after every batch of points; an interrupted surface goes on from there.
-        seed: of the sampling; at v = 0 the reward is that of ``evaluate(..., split="validation", seed=seed)``.
-
-    Returns:
-        ``settings``, the axes among them; a list with an entry for each point of ``reward`` (the mean at temperature 1)
-        with its 95 % interval ``low`` to ``high``, and of ``careful`` and ``stranger`` (nats for a token of that
-        writer's answers); ``seconds`` and ``environment``.
-
-    Raises:
-        ValueError: the config has another count of numbers, or ``path`` holds something else.
-    """
-    model, tokenizer = nano.load(base)
-    points = list(itertools.product(*axes))
-    at_once = min(max(1, ROWS // problems), len(points))
-    population = attach_population(model, [config] * at_once)
-    shape = population.vectors[0].shape
-    if shape.numel() != len(axes):
-        raise ValueError(f"the config has {shape.numel()} numbers, and there are {len(axes)} axes; give one for each")
-    settings = {
-        "base": base,
-        "fingerprint": base_fingerprint(model),
-        "adapter": re.sub(r" \(\w+\)", "", population.describe(0)),  # in the words of the stored landscapes
-        "axes": rounded(list(map(list, axes))),
-        "problems": problems,
-        "seed": seed,
-    }
-    found = _open(path, settings)
-    tasks = {writer: task_of(name, base) for writer, name in WRITERS.items()}
-    options: dict[str, Any] = {
-        "split": "validation",
-        "problems": problems,
-        "max_new_tokens": nano.MAX_NEW_TOKENS,
-        "seed": seed,
-    }
-    starts = range(len(found["reward"]), len(points), at_once)
-    for start in tqdm(starts, path.stem, disable=hide_progress()):
-        started = time.perf_counter()
-        chunk = points[start : start + at_once]
-        with torch.no_grad():
-            for v, point in zip(population.vectors, chunk, strict=False):
-                v.copy_(torch.tensor(point).view(shape))
-        scores = evaluate_population(model, tokenizer, tasks["careful"], population, **options)[: len(chunk)]
-        for key, name in (("reward", "accuracy"), ("low", "low"), ("high", "high")):
-            found[key] += [getattr(score, name) for score in scores]
-        for writer, task in tasks.items():
-            losses = imitation_losses(model, tokenizer, population, task, task.validation[:problems])
-            found[writer] += losses[: len(chunk)].tolist()
-        found["seconds"] += time.perf_counter() - started
-        _write(path, found)
-    return found
-
-
-@torch.no_grad()
-def imitation_losses(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    population: Population,
-    task: Task,
-    examples: Sequence[Example],
-) -> Tensor:
-    """The mean of ``-log p`` over the tokens of the examples' worked answers, ``[adapters]`` float32, in nats."""
-    rows, K = encode_solutions(tokenizer, task, examples), len(population)
-    sums = torch.zeros(K)
-    for index in torch.argsort(rows.lengths, stable=True).split(max(1, ROWS // 4 // K)):
-        part = replace(rows.rows(index.repeat(K)), adapters=torch.arange(K).repeat_interleave(len(index)))
-        sums -= (completion_logprobs(model, part) * part.completion_mask).view(K, -1).sum(dim=1)
-    return sums / rows.lengths.sum()
-
-
-def walk(view: View, found: Found, path: Path, bases: Path | None = None) -> Found:
-    """Adds the paths of training that ``path`` lacks, or that it holds with other settings.
-
-    Returns:
-        ``found`` with ``paths``: for each method its ``settings`` and ``v``, ``[seeds, steps + 1, numbers]``.
-    """
-    for method, walker in METHODS.items():
-        settings = walker.settings() | {"learning_rate": view.rate, "seeds": SEEDS}
-        if found["paths"].get(method, {}).get("settings") != settings:
-            started = time.perf_counter()
-            trials = [
-                replace(walker, base=view.trial.base, learning_rate=view.rate, seed=seed) for seed in range(SEEDS)
-            ]
-            found["paths"][method] = {"settings": settings, "v": paths(trials, config_of(view.trial, bases))}
-            found["seconds"] += time.perf_counter() - started
-            _write(path, found)
-    return found
-
-
-def paths(trials: Sequence[Trial], config: TinyLoraConfig) -> list[list[list[float]]]:
-    """V before the first and after every step of trials that differ in their seed, on the same directions."""
-    first = trials[0]
-    model, tokenizer = nano.load(first.base)
-    task = task_of(first.trained_on or first.task, first.base)
-    if first.method == "es":
-        runs = [train_es(model, tokenizer, config, task, es_settings(trial))[0] for trial in trials]
-        walked = [[[row[f"v{i}"] for i in range(run.parameters)] for row in run.steps] for run in runs]
-    else:
-        population = attach_population(model, [config] * len(trials))
-        walked = [[] for _ in trials]
-
-        def note(_: list[Run]) -> None:
-            for own, v in zip(walked, population.vectors, strict=True):
-                own.append(v.detach().flatten().tolist())
-
-        if first.method == "grpo":
-            fit(GRPO(model, tokenizer, population, task, [grpo_settings(t) for t in trials]), on_step=note)
-        else:
-            fit(SFT(model, tokenizer, population, task, [sft_settings(t) for t in trials]), on_step=note)
-    return [[[0.0] * len(own[0]), *own] for own in walked]
-
-
-def compute(view: View, folder: Path = RESULTS, bases: Path | None = None) -> Found:
-    """A landscape with its paths, from its file in ``folder``; what is missing there is computed first."""
-    path = path_of(view.name, folder)
-    found = surface(view.trial.base, config_of(view.trial, bases), view.axes, view.problems, path)
-    return walk(view, found, path, bases)
+LOSSES = {"careful": ("the careful writer's answers", "lora_xs"), "stranger": ("an unseen writer's", "lora")}
+"""The label of each way to train, and of each writer's loss, and the method of the book that it borrows colour from."""
+LEVELS = 12
+"""Bands of a contour plot."""
 
 
 def load(name: str, folder: Path = RESULTS) -> Found:
     """A stored landscape. Raises ``FileNotFoundError`` where it was not computed."""
-    path = path_of(name, folder)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}; python -m tinylora_lite.lab.landscape {name} computes it")
-    return dict(json.loads(path.read_text(encoding="utf-8")))
+    found: Found = json.loads(path_of(name, folder).read_text(encoding="utf-8"))
+    return found
 
 
-def path_of(name: str, folder: Path) -> Path:
+def path_of(name: str, folder: Path = RESULTS) -> Path:
     """The file of a landscape."""
     return folder / f"landscape-{name}.json"
 
 
-def _open(path: Path, settings: dict[str, Any]) -> Found:
-    if path.is_file():
-        found: Found = json.loads(path.read_text(encoding="utf-8"))
-        if found["settings"] != settings:
-            raise ValueError(f"{path} holds a landscape of other settings; delete it, or give another path")
-        return found
-    nothing: Found = {key: [] for key in ("reward", "low", "high", *WRITERS)}
-    return {"settings": settings} | nothing | {"paths": {}, "seconds": 0.0, "environment": environment()}
+@plot.style()
+def contours(found: Found, writer: str = "stranger") -> plot.Figure:
+    """The mean reward beside the loss of imitation over two numbers, with every path of training on both.
+
+    Dark is where reinforcement, or imitation, wants to be; a path starts at v = 0 and ends at its marker. ``writer`` is
+    the one whose worked answers the loss is taken on. Raises ``ValueError`` where the landscape is not of two numbers.
+    """
+    x, y = _axes_of(found, 2)
+    drawn, panels = plot.panels(1, 2, 3.9, sharex=True, sharey=True)
+    for axes, key, title in zip(panels, ("reward", writer), ("mean reward", "loss, nats a token"), strict=True):
+        heights = np.reshape(found[key], (len(x), len(y))).T
+        bands = axes.contourf(x, y, heights, LEVELS, cmap="Greys" if key == "reward" else "Greys_r")
+        ticks = list(bands.levels)[:: LEVELS // 3]
+        bar = drawn.colorbar(bands, ax=axes, orientation="horizontal", pad=0.02, ticks=ticks)
+        if key == "reward":
+            bar.ax.xaxis.set_major_formatter(in_percent)
+        axes.set(title=title, xlim=(x[0], x[-1]), ylim=(y[0], y[-1]), aspect="equal", xlabel="first number")
+        axes.grid(False)
+        for name, (label, method) in WALKERS.items():
+            _walks(axes, found["paths"].get(name, {}).get("v", []), label, plot.METHODS[method])
+    panels[0].set_ylabel("second number")
+    drawn.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(WALKERS), fontsize=8)
+    return drawn
 
 
-def _write(path: Path, found: Found) -> None:
-    atomic_write(path, json.dumps(rounded(found)) + "\n")
+@plot.style()
+def along(found: Found) -> plot.Figure:
+    """One number: the mean reward with its interval, and below it how much each imitation's loss differs from v = 0.
+
+    A marker on the reward is where a run of training ended, on the losses where each is least. Raises as
+    :func:`contours`.
+    """
+    (x,) = _axes_of(found, 1)
+    drawn, (above, below) = plot.panels(2, 1, 4.6, sharex=True)
+    above.fill_between(x, found["low"], found["high"], color=plot.INK, alpha=0.12, lw=0)
+    above.plot(x, found["reward"], color=plot.INK, lw=1.6)
+    above.yaxis.set_major_formatter(in_percent)
+    above.set(ylabel="mean reward", xlim=(x[0], x[-1]))
+    for name, (label, method) in WALKERS.items():
+        ends = [walk[-1][0] for walk in found["paths"].get(name, {}).get("v", [])]
+        look = plot.METHODS[method]
+        above.plot(ends, np.interp(ends, x, found["reward"]), look.marker, color=look.colour, label=label)
+    for writer, (label, method) in LOSSES.items():
+        look, change = plot.METHODS[method], np.array(found[writer]) - np.interp(0.0, x, found[writer])
+        below.plot(x, change, look.line, color=look.colour, label=label)
+        below.plot(x[change.argmin()], change.min(), look.marker, color=look.colour)
+    below.set(ylabel="loss, less that at v = 0,\nnats a token", xlabel="the number")
+    for axes in (above, below):
+        axes.axvline(0.0, ls=":", lw=1.0, color=plot.INK)
+        axes.legend(fontsize=8)
+    return drawn
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Computes what is missing of the views named, or of all."""
-    views = {view.name: view for view in VIEWS}
-    parser = argparse.ArgumentParser(prog="python -m tinylora_lite.lab.landscape", description=main.__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(views)}; none means all")
-    parser.add_argument("--folder", type=Path, default=RESULTS, help="of the landscapes (default: the book's)")
-    chosen = parser.parse_args(arguments)
-    unknown = [name for name in chosen.names if name not in views]
-    if unknown:
-        parser.error(f"no landscape named {unknown[0]}; there are: {', '.join(views)}")
-    torch.set_num_threads(1)  # models of this size are slower on more
-    for name in chosen.names or views:
-        found = compute(views[name], chosen.folder)
-        print(f"{name}: {len(found['reward'])} points, {found['seconds']:.0f} s in all", file=sys.stderr)
+def _axes_of(found: Found, numbers: int) -> list[np.ndarray]:
+    """The values of each number, ``[points]`` float64."""
+    axes = [np.array(axis) for axis in found["settings"]["axes"]]
+    if len(axes) != numbers:
+        raise ValueError(f"the landscape has {len(axes)} numbers, and this draws {numbers}; take the other function")
+    return axes
 
 
-if __name__ == "__main__":
-    main()
+def _walks(axes: plot.Axes, walks: list[list[list[float]]], label: str, look: plot.Method) -> None:
+    """Every seed of a way to train, with a white outline that is seen on any background."""
+    from matplotlib.patheffects import Normal, Stroke
+
+    casing = [Stroke(linewidth=3.0, foreground="white"), Normal()]
+    for place, walk in enumerate(walks):
+        v = np.array(walk)
+        axes.plot(v[:, 0], v[:, 1], color=look.colour, lw=1.4, path_effects=casing)
+        axes.plot(v[-1:, 0], v[-1:, 1], look.marker, color=look.colour, mec="white", label=None if place else label)

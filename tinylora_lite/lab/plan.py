@@ -10,7 +10,6 @@ from tinylora_lite.lab.trial import Trial
 
 POPULATION = 8
 """The most trials that run as one population."""
-NOT_YET = "not yet run"
 
 
 def missing(point: Point, store: Store) -> list[Trial]:
@@ -23,16 +22,9 @@ def missing(point: Point, store: Store) -> list[Trial]:
 def jobs(trials: Iterable[Trial]) -> list[list[Trial]]:
     """Trials put together: those that can share a batch, up to ``POPULATION`` of them, and each other one by itself."""
     batches: dict[Trial, list[Trial]] = {}
-    found: list[list[Trial]] = []
     for trial in dict.fromkeys(trials):
-        batch = trial.batch()
-        if batch is None:
-            found.append([trial])
-        else:
-            batches.setdefault(batch, []).append(trial)
-    for shared in batches.values():
-        found += [shared[i : i + POPULATION] for i in range(0, len(shared), POPULATION)]
-    return found
+        batches.setdefault(trial.batch() or trial, []).append(trial)
+    return [batch[i : i + POPULATION] for batch in batches.values() for i in range(0, len(batch), POPULATION)]
 
 
 def progress_of(claim: Claim, store: Store) -> dict[str, int]:
@@ -49,13 +41,12 @@ def progress_of(claim: Claim, store: Store) -> dict[str, int]:
 
 
 def rows_of(claims: Sequence[Claim], store: Store) -> list[dict[str, str]]:
-    """The table's rows: name, title, paper, where, ours, finding; ``NOT_YET`` where runs are missing."""
+    """The table's rows: name, title, paper, where, ours, finding; ``"not yet run"`` where runs are missing."""
     rows = []
     for claim in claims:
         row = {"name": claim.name, "title": claim.title, "paper": claim.paper, "where": claim.where}
         if progress_of(claim, store)["missing"]:
-            rows.append(row | {"ours": "", "finding": NOT_YET})
+            rows.append(row | {"ours": "", "finding": "not yet run"})
         else:
-            verdict = claim.judge(store)
-            rows.append(row | {"ours": verdict.ours, "finding": verdict.finding})
+            rows.append(row | claim.judge(store)._asdict())
     return rows

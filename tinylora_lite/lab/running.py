@@ -9,11 +9,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,21 +24,24 @@ from tinylora_lite.adapter.batched import Population, attach_population
 from tinylora_lite.adapter.weights import base_fingerprint
 from tinylora_lite.evaluation.evaluate import evaluate, evaluate_population
 from tinylora_lite.evaluation.score import Score
+from tinylora_lite.lab.bases import config_of
 from tinylora_lite.lab.claim import Claim
 from tinylora_lite.lab.directions import factors_along
 from tinylora_lite.lab.plan import jobs, missing
-from tinylora_lite.lab.settings import config_of, es_settings, grpo_settings, sft_settings
 from tinylora_lite.lab.store import Record, Store
 from tinylora_lite.lab.tasks import task_of
-from tinylora_lite.lab.trial import Trial
+from tinylora_lite.lab.trial import Trial, settings_of
 from tinylora_lite.nano.writers import style_of
 from tinylora_lite.planning.counting import count_parameters
 from tinylora_lite.training.evolution import train_es
-from tinylora_lite.training.grpo import GRPO, train_grpo
-from tinylora_lite.training.loop import fit
+from tinylora_lite.training.grpo import GRPO
+from tinylora_lite.training.loop import Objective, fit
 from tinylora_lite.training.lora_baseline import train_lora
-from tinylora_lite.training.sft import SFT, train_sft
+from tinylora_lite.training.sft import SFT
 from tinylora_lite.utils.record import Run, environment
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SWEEP_PROBLEMS = 500
 """Validation problems that a learning rate is chosen on."""
@@ -56,7 +58,6 @@ def execute(
     *,
     workers: int | None = None,
     seconds: float | None = None,
-    bases: Path | None = None,
     report: Callable[[list[Trial], list[Record], int], None] | None = None,
 ) -> bool:
     """Runs what the claims still need and keeps each record as soon as it is made.
@@ -68,7 +69,6 @@ def execute(
         store: takes the records; what it holds is not run again.
         workers: processes; ``None`` is one for each core.
         seconds: after which no new run starts.
-        bases: where calibrated bases are kept.
         report: called after each job with its trials, their records, and how many runs are known to be missing.
 
     Returns:
@@ -82,23 +82,28 @@ def execute(
     deadline = None if seconds is None else time.monotonic() + seconds
     running: dict[Future[list[Record]], list[Trial]] = {}
     failed: tuple[list[Trial], Exception] | None = None
+
+    def needed(claim: Claim) -> dict[Trial, None]:
+        return dict.fromkeys(trial for point in claim.points for trial in missing(point, store))
+
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start, (os.getpid(),)) as pool:
         try:
             while True:
                 taken = {trial for trials in running.values() for trial in trials}
                 queue: list[list[Trial]] = []
-                for claim in claims:
-                    wanted = dict.fromkeys(trial for point in claim.points for trial in missing(point, store))
+                for wanted in map(needed, claims):
                     queue += jobs(trial for trial in wanted if trial not in taken)
                     taken |= wanted.keys()
                 over = failed is not None or (deadline is not None and time.monotonic() > deadline)
                 while queue and len(running) < workers and not over:
                     trials = queue.pop(0)
-                    running[pool.submit(run_trials, trials, bases)] = trials
+                    running[pool.submit(run_trials, trials)] = trials
                 if not running:
-                    if failed is not None:
-                        raise RuntimeError(_reason(*failed)) from failed[1]
-                    return not queue
+                    if failed is None:
+                        return not queue
+                    (first, *_), error = failed
+                    cause = f"the run {first.key} failed ({type(error).__name__}: {error})"
+                    raise RuntimeError(f"{cause}; all other runs that had started are kept") from error
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     trials = running.pop(future)
@@ -110,22 +115,13 @@ def execute(
                     for trial, record in zip(trials, records, strict=True):
                         store.add(trial, record)
                     if report is not None:
-                        left = {t for claim in claims for point in claim.points for t in missing(point, store)}
-                        report(trials, records, len(left))
+                        report(trials, records, len({trial for claim in claims for trial in needed(claim)}))
         except BaseException:
             processes = list((pool._processes or {}).values())  # shutdown forgets them
             pool.shutdown(wait=False, cancel_futures=True)
             for process in processes:
                 process.terminate()
             raise
-
-
-def _reason(trials: list[Trial], error: Exception) -> str:
-    if isinstance(error, BrokenProcessPool):
-        cause = "its process was ended from outside, as happens where memory runs out; try --workers 1"
-    else:
-        cause = f"{type(error).__name__}: {error}"
-    return f"the run {trials[0].key} failed ({cause}); all other runs that had started are kept"
 
 
 def _start(parent: int) -> None:
@@ -141,12 +137,8 @@ def _start(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def run_trials(trials: Sequence[Trial], bases: Path | None = None) -> list[Record]:
-    """Runs trials that may share a batch (:meth:`Trial.batch`), or one trial.
-
-    Args:
-        trials: at least one; more only where they are of one batch.
-        bases: where calibrated bases are kept; ``None`` keeps them in the user's cache.
+def run_trials(trials: Sequence[Trial]) -> list[Record]:
+    """Runs a trial, or several that may share a batch (:meth:`Trial.batch`).
 
     Returns:
         A record for each, without its settings.
@@ -158,7 +150,7 @@ def run_trials(trials: Sequence[Trial], bases: Path | None = None) -> list[Recor
     first = trials[0]
     if len(trials) > 1 and (first.batch() is None or len({trial.batch() for trial in trials}) > 1):
         raise ValueError("these trials differ in more than the adapters of a population may; run them one by one")
-    results = [_alone(first, bases)] if first.batch() is None else _together(trials, bases)
+    results = [_alone(first)] if first.batch() is None else _together(trials)
     about = {
         "seconds": (time.perf_counter() - started) / len(trials),
         "population": len(trials),
@@ -168,41 +160,54 @@ def run_trials(trials: Sequence[Trial], bases: Path | None = None) -> list[Recor
     return [result | about for result in results]
 
 
-def _together(trials: Sequence[Trial], bases: Path | None) -> list[Record]:
+def train(
+    trials: Sequence[Trial],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    population: Population | None,
+    on_step: Callable[[list[Run]], None] | None = None,
+) -> list[Run]:
+    """Trains by GRPO or SFT: a population with an adapter for each trial, or all weights for the only one."""
+    first, settings = trials[0], [settings_of(trial) for trial in trials]
+    objective: type[Objective[Any]] = GRPO if first.method == "grpo" else SFT
+    task = task_of(first.trained_on or first.task, first.base)
+    return fit(objective(model, tokenizer, population, task, settings), on_step=on_step, progress=False)
+
+
+def _together(trials: Sequence[Trial]) -> list[Record]:
     first = trials[0]
     model, tokenizer = nano.load(first.base)
-    configs = [config_of(trial, bases) for trial in trials]
     factors = factors_along(model, tokenizer, first) if first.directions != "leading" else None
-    population = attach_population(model, configs, factors=factors)
-    task, after = task_of(first.trained_on or first.task, first.base), _rounding(population, first.precision)
+    population = attach_population(model, list(map(config_of, trials)), factors=factors)
+
+    def rounded(_: list[Run]) -> None:
+        """As if v were kept in a narrower dtype."""
+        for v in population.vectors:
+            v.data.copy_(v.data.to(PRECISIONS[first.precision]))
+
     try:
-        if first.method == "grpo":
-            own = [grpo_settings(trial) for trial in trials]
-            runs = fit(GRPO(model, tokenizer, population, task, own), on_step=after, progress=False)
-        else:
-            shown = [sft_settings(trial) for trial in trials]
-            runs = fit(SFT(model, tokenizer, population, task, shown), on_step=after, progress=False)
+        runs = train(trials, model, tokenizer, population, rounded if first.precision in PRECISIONS else None)
         # All answer with the same random numbers: a score must not depend on which other trials are in the batch.
         scored = _scored(replace(first, seed=0))
         scores = {n: evaluate_population(model, tokenizer, population=population, **how) for n, how in scored}
     except FloatingPointError:
         # The parameters of one trial diverged; the others are run again without it.
-        return [_diverged(first, bases)] if len(trials) == 1 else [_together([t], bases)[0] for t in trials]
+        return [_diverged(first)] if len(trials) == 1 else [_together([trial])[0] for trial in trials]
     return [
         _record(run, v.detach(), {name: found[k] for name, found in scores.items()})
         for k, (run, v) in enumerate(zip(runs, population.vectors, strict=True))
     ]
 
 
-def _alone(trial: Trial, bases: Path | None) -> Record:
+def _alone(trial: Trial) -> Record:
     model, tokenizer = nano.load(trial.base)
     task = task_of(trial.trained_on or trial.task, trial.base)
     run, v = Run(trial.method, {"seed": trial.seed}, trial.numbers, 0, task.name), torch.zeros(0)
     try:
         if trial.method in ("noise", "es"):
-            config = config_of(trial, bases)
+            config = config_of(trial)
             if trial.method == "es":
-                run, v = train_es(model, tokenizer, config, task, es_settings(trial), progress=False)
+                run, v = train_es(model, tokenizer, config, task, settings_of(trial), progress=False)
             adapter = attach(model, config)
             if trial.method == "noise":
                 v = torch.randn(adapter.vectors.shape, generator=torch.Generator().manual_seed(trial.seed))
@@ -210,15 +215,12 @@ def _alone(trial: Trial, bases: Path | None) -> Record:
             with torch.no_grad():
                 adapter.vectors.copy_(v)
         elif trial.numbers == "LoRA":
-            settings = grpo_settings(trial) if trial.method == "grpo" else sft_settings(trial)
-            run = train_lora(model, tokenizer, task, settings, rank=trial.rank)
-        elif trial.method == "grpo":
-            run = train_grpo(model, tokenizer, None, task, grpo_settings(trial), progress=False)
-        elif trial.method == "sft":
-            run = train_sft(model, tokenizer, None, task, sft_settings(trial), progress=False)
+            run = train_lora(model, tokenizer, task, settings_of(trial), rank=trial.rank)
+        elif trial.method != "none":
+            (run,) = train([trial], model, tokenizer, None)
         scores = {name: evaluate(model, tokenizer, **how) for name, how in _scored(trial)}
     except FloatingPointError:
-        return _diverged(trial, bases)
+        return _diverged(trial)
     return _record(run, v, scores) | (_styles(scores["sampled"]) if trial.samples > 1 else {})
 
 
@@ -241,34 +243,22 @@ def _styles(score: Score) -> Record:
     rewards: dict[str, list[float]] = {}
     for completion in score.completions:
         rewards.setdefault(style_of(completion.text), []).append(completion.reward)
-    shares = {who: len(own) / len(score.completions) for who, own in rewards.items()}
     return {
         "pass_at": {str(k): score.pass_at(k) for k in (1, 2, 4, 8) if k <= score.samples},
-        "writers": {w: {"share": shares[w], "accuracy": sum(own) / len(own)} for w, own in sorted(rewards.items())},
+        "writers": {
+            writer: {"share": len(own) / len(score.completions), "accuracy": sum(own) / len(own)}
+            for writer, own in sorted(rewards.items())
+        },
     }
 
 
-def _rounding(population: Population, precision: str) -> Callable[[list[Run]], None] | None:
-    """Rounds v after every step to a narrower dtype, as if it were kept in that dtype; nothing for ``"fp32"``."""
-    if precision == "fp32":
-        return None
-
-    def rounded(_: list[Run]) -> None:
-        for v in population.vectors:
-            v.data.copy_(v.data.to(PRECISIONS[precision]))
-
-    return rounded
-
-
-def _diverged(trial: Trial, bases: Path | None) -> Record:
+def _diverged(trial: Trial) -> Record:
     """The record of a run that ended in NaN: no answer of such a model is right."""
     model, _ = nano.load(trial.base)
-    if trial.numbers == "all weights":
-        parameters = count_parameters(model, "full")
-    elif trial.numbers == "LoRA":
-        parameters = count_parameters(model, "lora", rank=trial.rank)
+    if trial.numbers in ("all weights", "LoRA"):
+        parameters = count_parameters(model, "full" if trial.numbers == "all weights" else "lora", rank=trial.rank)
     else:
-        parameters = attach(model, config_of(trial, bases)).num_parameters
+        parameters = attach(model, config_of(trial)).num_parameters
     run = Run(trial.method, {}, trial.numbers, parameters, trial.task)
     if trial.method in ("grpo", "es"):
         run.steps = [{"reward": 0.0}] * trial.steps

@@ -6,20 +6,17 @@ n_tie = 16 does on the 196 modules of Qwen2.5-7B.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 from tinylora_lite.lab.claim import Point
-from tinylora_lite.lab.statistics import share_of_gain, smallest_count
+from tinylora_lite.lab.statistics import Ends, share_of_gain, smallest_count
 from tinylora_lite.lab.store import Store
 from tinylora_lite.lab.trial import BASE, Trial
 
 Ladder = Mapping[str, Point]
 """The points of one base by name; see :func:`ladder_on`."""
-RUNGS = (
-    *("4 random", "13 random", "49 random", "49 LoRA-XS", "98 random", "196 LoRA-XS", "784 LoRA-XS"),
-    "LoRA, r = 1",
-)
+RUNGS = "4 random", "13 random", "49 random", "49 LoRA-XS", "98 random", "196 LoRA-XS", "784 LoRA-XS", "LoRA, r = 1"
 """Of :func:`ladder_on`, those that a smallest update is looked for among."""
 
 
@@ -47,15 +44,14 @@ def calibrated_numbers(u: int = 13, base: str = BASE, rank: int = 8) -> Point:
     return Point(f"{u} calibrated", trial, around(0.2))
 
 
-def lora_numbers(rank: int = 1, base: str = BASE) -> Point:
-    """LoRA, as PEFT implements it."""
-    return Point(f"LoRA, r = {rank}", Trial(base=base, numbers="LoRA", rank=rank), (1e-3, 3e-3))
+def lora_numbers(base: str = BASE) -> Point:
+    """LoRA of rank 1, as PEFT implements it."""
+    return Point("LoRA, r = 1", Trial(base=base, numbers="LoRA", rank=1), (1e-3, 3e-3))
 
 
-def all_weights(base: str = BASE, steps: int = 20) -> Point:
+def all_weights(base: str = BASE) -> Point:
     """Full finetuning."""
-    label = "all weights" if steps == 20 else f"all weights, {steps} steps"
-    return Point(label, Trial(base=base, numbers="all weights", steps=steps), (5e-4, 1e-3))
+    return Point("all weights", Trial(base=base, numbers="all weights"), (5e-4, 1e-3))
 
 
 def untouched(base: str = BASE, task: str = "nano") -> Point:
@@ -65,38 +61,25 @@ def untouched(base: str = BASE, task: str = "nano") -> Point:
 
 def by_imitation(point: Point, demonstrations: str) -> Point:
     """The same numbers, trained by SFT on demonstrations of a kind: ``"stranger"``, ``"careful"`` or ``"own"``."""
-    trial = replace(point.trial, method="sft", trained_on=f"demonstrations: {demonstrations}", steps=60)
     rates = point.rates
     if demonstrations == "stranger":
         # Where imitation harms at first, the best rates are those that hardly move and those that learn it all, with a
         # valley between them: a sweep that climbs from one side alone would miss the other.
         rates = (*(rates[0] / factor for factor in (64, 16, 4)), *rates, rates[-1] * 2, rates[-1] * 4)
-    return replace(point, trial=trial, rates=rates)
+    settings = {"method": "sft", "trained_on": f"demonstrations: {demonstrations}", "steps": 60}
+    return point.varied(point.label, rates=rates, **settings)
 
 
 def ladder_on(base: str, seeds: int = 5) -> dict[str, Point]:
-    """The shapes that compare bases, from few numbers to all weights; on the lab's own base those of its first claim.
+    """The shapes that compare bases by their labels, from few numbers to all weights, each reported from ``seeds``.
 
-    Args:
-        base: a shipped base of 49 modules.
-        seeds: reported of each shape.
+    On the lab's own base they are those of its first claim. Other bases must have 49 modules, too.
     """
-    points = {
-        "base": untouched(base),
-        "4 random": random_numbers(13, base=base),
-        "13 random": random_numbers(4, base=base),
-        "49 random": random_numbers(1, base=base),
-        "98 random": random_numbers(1, u=2, base=base),
-        "49 LoRA-XS": lora_xs_numbers(1, base),
-        "196 LoRA-XS": lora_xs_numbers(2, base),
-        "784 LoRA-XS": lora_xs_numbers(4, base),
-        "LoRA, r = 1": lora_numbers(1, base),
-        "all weights": all_weights(base),
-        "13 calibrated": calibrated_numbers(13, base),
-    }
-    if base == BASE:
-        return points
-    return {name: replace(point, seeds=seeds) for name, point in points.items()}
+    random = [random_numbers(n_tie, base=base) for n_tie in (13, 4, 1)]
+    points = [untouched(base), *random, random_numbers(1, u=2, base=base)]
+    points += [lora_xs_numbers(rank, base) for rank in (1, 2, 4)]
+    points += [lora_numbers(base), all_weights(base), calibrated_numbers(13, base)]
+    return {point.label: point if base == BASE else replace(point, seeds=seeds) for point in points}
 
 
 def ends(ladder: Ladder) -> tuple[Point, Point]:
@@ -104,23 +87,21 @@ def ends(ladder: Ladder) -> tuple[Point, Point]:
     return ladder["all weights"], ladder["base"]
 
 
-def climb(ladder: Ladder) -> tuple[Sequence[Point], Point, Point]:
+def climb(ladder: Ladder) -> Ends:
     """The rungs, the ceiling and the floor of a ladder, as smallest counts are looked for."""
     return [ladder[name] for name in RUNGS], *ends(ladder)
 
 
-def as_count(count: int, ladder: Ladder, store: Store) -> str:
-    """A smallest count in words: that of all weights says no more than that the largest rung falls short."""
-    largest = ladder[RUNGS[-1]].records(store)[0]["parameters"]
-    return f"{count:,}" if count <= largest else f"more than {largest:,}"
-
-
 def counts_on(ladders: Mapping[str, Ladder], names: Mapping[str, str], share: float, store: Store) -> str:
-    """In words, on each base: the smallest count for a share of the gain, and what 13 random numbers recover."""
+    """In words, on each base: the smallest count for a share of the gain, and what 13 random numbers recover.
+
+    A count of all weights says no more than that the largest rung falls short.
+    """
     parts = []
     for base, ladder in ladders.items():
-        count, low, high = smallest_count(share, *climb(ladder), store)
+        largest = ladder[RUNGS[-1]].parameters(store)
+        found = smallest_count(share, *climb(ladder), store)
+        few, least, most = (f"{n:,}" if n <= largest else f"more than {largest:,}" for n in found)
         thirteen = share_of_gain(ladder["13 random"], *ends(ladder), store).as_percent()
-        few, least, most = (as_count(n, ladder, store) for n in (count, low, high))
         parts.append(f"{names[base]}: {few} numbers [{least} to {most}] for {share:.0%}, 13 recover {thirteen}")
     return "; ".join(parts)

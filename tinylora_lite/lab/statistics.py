@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from scipy import stats
 
 from tinylora_lite.lab.claim import Finding, Point
 from tinylora_lite.lab.estimate import Estimate
 from tinylora_lite.lab.store import Store
 
-NEVER = "none of these"
+Ends = tuple[Sequence[Point], Point, Point]
+"""The shapes of a base in any order, its ceiling (all weights) and its floor (the untouched base)."""
+DRAWS = 2000
+"""Of the bootstrap over seeds."""
 
 
 def estimates(points: Sequence[Point], store: Store) -> list[Estimate]:
@@ -31,26 +33,22 @@ def listed(points: Sequence[Point], store: Store, between: str = ", ") -> str:
 
 
 def difference(first: Point, second: Point, store: Store) -> Estimate:
-    """How much more accurate the first shape is than the second, seed by seed.
+    """How much more accurate the first shape is than the second, seed by seed. Raises as :func:`estimates`.
 
     A seed moves data, sampling and P alike in both, so that pairs differ by less than the shapes do.
-
-    Raises:
-        ValueError: fewer than two seeds of both were run.
     """
     pairs = zip(*(estimate.values for estimate in estimates([first, second], store)), strict=False)
     return Estimate.of_differences([a - b for a, b in pairs])
 
 
 def share_of_gain(point: Point, full: Point, base: Point, store: Store) -> Estimate:
-    """What a shape gains over the base, as a share of what all weights gain.
+    """What a shape gains over the base, as a share of what all weights gain. Raises as :func:`estimates`.
 
     The interval holds the errors of all three, by the delta method, with Student's t at the degrees of freedom of Welch
     and Satterthwaite.
-
-    Raises:
-        ValueError: fewer than two seeds of any of the three were run.
     """
+    from scipy import stats
+
     own, ceiling, floor = (np.array(estimate.values) for estimate in estimates([point, full, base], store))
     gain = ceiling.mean() - floor.mean()
     shares = (own - floor.mean()) / gain
@@ -66,91 +64,56 @@ def share_of_gain(point: Point, full: Point, base: Point, store: Store) -> Estim
 
 def smallest_reaching(share: float, ladder: Sequence[Point], full: Point, base: Point, store: Store) -> str:
     """The label of the shape of fewest numbers whose mean recovers a share of the full gain."""
-    for point in sorted(ladder, key=lambda point: _count(point, store)):
-        if share_of_gain(point, full, base, store).mean >= share:
-            return point.label
-    return NEVER
+    rungs = sorted(ladder, key=lambda point: point.parameters(store))
+    reached = (point.label for point in rungs if share_of_gain(point, full, base, store).mean >= share)
+    return next(reached, "none of these")
 
 
 def smallest_count(
-    share: float, ladder: Sequence[Point], full: Point, base: Point, store: Store, draws: int = 2000
+    share: float, ladder: Sequence[Point], full: Point, base: Point, store: Store
 ) -> tuple[int, int, int]:
-    """The fewest numbers that recover a share of the full gain, with a 95 % interval by the bootstrap over seeds.
+    """The fewest numbers that recover a share of the full gain, and the ends of its 95 % interval.
 
-    Every draw takes seeds of every shape, of ceiling and floor with replacement, and the first rung whose mean is high
-    enough; all weights are the last rung and reach any share.
-
-    Args:
-        share: of the gain of all weights.
-        ladder: shapes, in any order.
-        full: the ceiling.
-        base: the floor.
-        store: holds all their runs.
-        draws: of the bootstrap.
-
-    Returns:
-        The count by the means, and the low and the high end of the interval.
-
-    Raises:
-        ValueError: fewer than two seeds of any shape were run.
+    The interval is the bootstrap's: each draw takes seeds of every shape, of ceiling and floor with replacement, and
+    the first rung whose mean is high enough; all weights are the last rung and reach any share. Raises as
+    :func:`estimates`.
     """
-    count, drawn = _smallest(share, ladder, full, base, store, draws)
+    count, drawn = _smallest(share, (ladder, full, base), store)
     low, high = np.percentile(drawn, (2.5, 97.5), method="nearest")
     return count, int(low), int(high)
 
 
-def times_fewer(
-    share: float,
-    few: tuple[Sequence[Point], Point, Point],
-    many: tuple[Sequence[Point], Point, Point],
-    store: Store,
-    draws: int = 2000,
-) -> Estimate:
-    """How many times fewer numbers recover a share of the full gain on one base than on another.
+def times_fewer(share: float, few: Ends, many: Ends, store: Store) -> Estimate:
+    """How many times fewer numbers recover a share of each base's own full gain on one base than on another.
 
-    Args:
-        share: of the gain of each base's own full training.
-        few: the ladder, ceiling and floor of the base that is said to need fewer.
-        many: those of the other.
-        store: holds all their runs.
-        draws: of the bootstrap over the seeds of every shape.
-
-    Returns:
-        The ratio of the two counts by the means, and its 95 % interval; ``values`` are the bootstrap's.
-
-    Raises:
-        ValueError: fewer than two seeds of any shape were run.
+    It is the ratio of the two counts of :func:`smallest_count`; ``values`` are the bootstrap's.
     """
-    (fewer, drawn_few), (more, drawn_many) = (_smallest(share, *base, store, draws) for base in (few, many))
+    (fewer, drawn_few), (more, drawn_many) = (_smallest(share, ends, store) for ends in (few, many))
     ratios = drawn_many / drawn_few
     low, high = np.percentile(ratios, (2.5, 97.5), method="nearest")
     return Estimate(more / fewer, float(low), float(high), tuple(ratios.tolist()))
 
 
-def _smallest(
-    share: float, ladder: Sequence[Point], full: Point, base: Point, store: Store, draws: int
-) -> tuple[int, np.ndarray]:
-    """The smallest count by the means, and in every draw of the bootstrap, ``[draws]`` float64."""
-    rungs = [base, *sorted(ladder, key=lambda point: _count(point, store)), full]
+def _smallest(share: float, ends: Ends, store: Store) -> tuple[int, np.ndarray]:
+    """The smallest count by the means, and in every draw of the bootstrap, ``[DRAWS]`` float64."""
+    ladder, full, base = ends
+    rungs = [base, *sorted(ladder, key=lambda point: point.parameters(store)), full]
     values = [np.array(estimate.values) for estimate in estimates(rungs, store)]
-    counts = [_count(point, store) for point in rungs[1:]]
+    counts = np.array([point.parameters(store) for point in rungs[1:]], dtype=float)
     rng = np.random.default_rng(0)
 
-    def first(means: list[float]) -> int:
-        floor, ceiling = means[0], means[-1]
-        reached = (mean - floor >= share * (ceiling - floor) for mean in means[1:])
+    def first(means: np.ndarray) -> np.ndarray:
+        """Of means ``[draws, rungs]``, the count of the first rung that reaches the share."""
+        gains = means[:, 1:] - means[:, :1]
+        reached = gains >= share * gains[:, -1:]
         # In a draw whose ceiling is below its floor no rung is a share of the gain; it takes all weights.
-        return next((count for count, enough in zip(counts, reached, strict=True) if enough), counts[-1])
+        reached[:, -1] = True
+        smallest: np.ndarray = counts[reached.argmax(axis=1)]
+        return smallest
 
-    # All values of a rung at once: [draws, seeds], drawn with replacement.
-    means = np.stack([rng.choice(v, (draws, len(v))).mean(axis=1) for v in values], axis=1)
-    return first([float(v.mean()) for v in values]), np.array([first(list(row)) for row in means], dtype=float)
-
-
-def _count(point: Point, store: Store) -> int:
-    """How many numbers a shape trains; 0 before it was run."""
-    records = point.records(store)
-    return int(records[0]["parameters"]) if records else 0
+    # All values of a rung at once: [DRAWS, seeds], drawn with replacement.
+    means = np.stack([rng.choice(v, (DRAWS, len(v))).mean(axis=1) for v in values], axis=1)
+    return int(first(np.array([[v.mean() for v in values]]))[0]), first(means)
 
 
 def verdict_on(estimate: Estimate, bar: float = 0.0, *, strictly: bool = True) -> Finding:

@@ -43,15 +43,14 @@ class Store:
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{folder} is a file; records lie in a folder")
         self.score = "sampled"
-        self._records: dict[str, Record] = {}
+        self._records: dict[Trial, Record] = {}
         for path in sorted(self.folder.glob("*.jsonl")):
-            for record in filter(None, map(_parsed, path.read_text(encoding="utf-8").splitlines())):
+            for record in map(_parsed, path.read_text(encoding="utf-8").splitlines()):
                 try:
-                    self._records[Trial.of(record["trial"]).key] = record
+                    if record is not None:
+                        self._records[Trial(**record["trial"])] = record
                 except (KeyError, TypeError) as error:
-                    raise ValueError(
-                        f"{path} holds a record that this version of the lab does not know: {error}"
-                    ) from error
+                    raise ValueError(f"{path} holds a record of unknown settings: {error}") from error
 
     def __len__(self) -> int:
         return len(self._records)
@@ -60,11 +59,11 @@ class Store:
         return iter(self._records.values())
 
     def __contains__(self, trial: Trial) -> bool:
-        return trial.key in self._records
+        return trial in self._records
 
     def __getitem__(self, trial: Trial) -> Record:
         """The record of a trial. Raises ``KeyError`` where it was not run."""
-        return self._records[trial.key]
+        return self._records[trial]
 
     def of(self, trials: Iterable[Trial]) -> list[Record]:
         """The records of those trials that were run."""
@@ -80,7 +79,7 @@ class Store:
         # One unbuffered call, so that two programs that write at the same time do not mix their lines.
         with path.open("ab", buffering=0) as file:
             file.write((("\n" if torn else "") + line).encode())
-        self._records[trial.key] = json.loads(line)
+        self._records[trial] = json.loads(line)
 
     def scored(self, score: str) -> Store:
         """The same records, for points to be compared by another of their scores."""

@@ -14,7 +14,7 @@ from tinylora_lite.adapter.weights import base_fingerprint
 from tinylora_lite.evaluation.evaluate import evaluate
 from tinylora_lite.nano import variants
 from tinylora_lite.nano.writers import WRITERS
-from tinylora_lite.tasks.task import Example, Task
+from tinylora_lite.tasks.task import Task
 from tinylora_lite.utils.record import atomic_write, cache_folder
 
 SAMPLES = 4
@@ -23,8 +23,7 @@ OWN = "demonstrations: own"
 """The only task that depends on the base."""
 TASKS: dict[str, Callable[[], Task]] = {
     "nano": nano.task,
-    "demonstrations: careful": lambda: variants.demonstrations("careful"),
-    "demonstrations: stranger": lambda: variants.demonstrations("stranger"),
+    **{f"demonstrations: {name}": partial(variants.demonstrations, name) for name in variants.DEMONSTRATORS},
     "longer": variants.longer,
     "doubling": variants.doubling,
     "format only": variants.format_only,
@@ -38,11 +37,7 @@ TASKS: dict[str, Callable[[], Task]] = {
 
 @cache
 def task_of(name: str, base: str) -> Task:
-    """A task by its name, for a base.
-
-    Raises:
-        ValueError: there is none of that name.
-    """
+    """A task by its name, for a base. Raises ``ValueError`` where there is none of that name."""
     if name == OWN:
         return own_demonstrations(base)
     if name not in TASKS:
@@ -50,13 +45,13 @@ def task_of(name: str, base: str) -> Task:
     return TASKS[name]()
 
 
-def own_demonstrations(base: str, folder: Path | None = None) -> Task:
+def own_demonstrations(base: str) -> Task:
     """The nano task whose worked answers are the base's own: for each problem the first of its answers that is right.
 
     Problems that none of ``SAMPLES`` answers solves are left out. Imitating them is on-policy at the start, and so
     tells whether SFT falls behind because it is SFT, or because it imitates somebody else.
     """
-    path = made_from(base, base, folder) / "own-demonstrations.json"
+    path = made_from(base, base) / "own-demonstrations.json"
     plain = nano.task()
     if not path.exists():
         model, tokenizer = nano.load(base)
@@ -69,19 +64,13 @@ def own_demonstrations(base: str, folder: Path | None = None) -> Task:
                 found.setdefault(completion.prompt, completion.text)
         atomic_write(path, json.dumps(found))
     answers = json.loads(path.read_text(encoding="utf-8"))
-
-    def answered(examples: tuple[Example, ...]) -> tuple[Example, ...]:
-        return tuple(replace(e, solution=answers[e.prompt]) for e in examples if e.prompt in answers)
-
-    return replace(plain, name=f"nano by {base}", train=answered(tuple(plain.train)))
+    shown = tuple(replace(e, solution=answers[e.prompt]) for e in plain.train if e.prompt in answers)
+    return replace(plain, name=f"nano by {base}", train=shown)
 
 
-def made_from(source: str, base: str, folder: Path | None = None) -> Path:
-    """The folder of what was made from one base for another, in ``folder`` or in the user's cache.
-
-    A base that was trained again has another folder.
-    """
-    kept = folder or cache_folder("lab") or Path(gettempdir()) / "tinylora_lite-lab"
+def made_from(source: str, base: str) -> Path:
+    """The folder in the user's cache of what was made from one base for another; it is new for a base trained again."""
+    kept = cache_folder("lab") or Path(gettempdir()) / "tinylora_lite-lab"
     return kept / f"{base}-{_fingerprint(source)}"
 
 

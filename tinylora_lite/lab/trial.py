@@ -1,18 +1,24 @@
-"""One run of the lab: which numbers train, on which base, by which method, from which seed."""
+"""One run of the lab: which numbers train, on which base, by which method, with which settings, from which seed."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Literal
 
-from tinylora_lite.adapter.config import Sigma
+from tinylora_lite.nano.task import MAX_NEW_TOKENS
+from tinylora_lite.training.settings import GRPOSettings, SFTSettings
+
+if TYPE_CHECKING:
+    from tinylora_lite.adapter.config import Sigma
 
 Method = Literal["grpo", "sft", "es", "none", "noise"]
 Numbers = Literal["random", "calibrated", "LoRA-XS", "LoRA", "all weights"]
 
 DRAWN = ("rotated", "activations", "Fisher")
-"""Directions that depend on a seed; the others depend on the weights alone."""
+"""Directions that depend on a seed."""
+DIRECTIONS = ("leading", "middle", "trailing", *DRAWN)
+"""Which singular directions an adapter can have; :mod:`tinylora_lite.lab.directions` says what they are."""
 
 BASE = "qwen2-0.4m"
 """The base that carries the sweeps: the smallest of the family."""
@@ -33,11 +39,11 @@ class Trial:
         n_tie: modules that share one.
         tying: ``"tiled"``, ``"structured"``, or ``"attention, MLP"``: one vector for each of the two.
         sigma: the place of Σ.
-        directions: which singular directions are kept, by a name of :mod:`tinylora_lite.lab.directions`.
+        directions: which singular directions are kept, one of ``DIRECTIONS``.
         precision: of v after each update: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
         task: a task of :mod:`tinylora_lite.lab.tasks`; what is trained on, and what the result is scored on.
         trained_on: another task to train on, where it is not the one that is scored.
-        calibration: how the basis of calibrated numbers is made, by a name of :mod:`tinylora_lite.lab.bases`.
+        calibration: how the basis of calibrated numbers is made (:func:`tinylora_lite.lab.bases.calibrated_basis`).
         steps: updates.
         learning_rate: of Adam at the first step; it falls linearly to zero. With ``"es"`` it is CMA-ES's first sigma.
         seed: moves the order of the problems and the sampling.
@@ -73,9 +79,8 @@ class Trial:
         return json.dumps(self.settings(), sort_keys=True)
 
     def settings(self) -> dict[str, Any]:
-        """The settings that are not at their defaults."""
-        default = {f.name: f.default for f in fields(self)}
-        return {name: value for name, value in asdict(self).items() if value != default[name]}
+        """The settings that are not at their defaults, of which ``Trial(**settings)`` makes the same trial."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
 
     @property
     def p_seed(self) -> int:
@@ -101,7 +106,18 @@ class Trial:
             calibration="",
         )
 
-    @classmethod
-    def of(cls, settings: dict[str, Any]) -> Trial:
-        """A trial from what :meth:`settings` gave. Raises ``TypeError`` for a setting that is not known."""
-        return cls(**settings)
+
+def settings_of(trial: Trial) -> Any:
+    """The settings of a trial's method: ``GRPOSettings``, ``SFTSettings`` or ``ESSettings``.
+
+    A step of GRPO has 32 prompts with 8 completions each, and so has a generation of the evolution strategy; a step of
+    SFT has 64 demonstrations.
+    """
+    options: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS, "seed": trial.seed}
+    if trial.method == "es":
+        from tinylora_lite.training.evolution import ESSettings  # here, because it imports torch
+
+        return ESSettings(generations=trial.steps, sigma=trial.learning_rate, **options)
+    options |= {"steps": trial.steps, "learning_rate": trial.learning_rate, "schedule": "linear"}
+    options["warmup"] = 3 if trial.numbers == "all weights" else 0
+    return SFTSettings(prompts_per_step=64, **options) if trial.method == "sft" else GRPOSettings(**options)

@@ -7,13 +7,14 @@ solve its problems and mostly not to; the book says what holds here by construct
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
-
-from tinylora_lite.adapter.basis import Basis
-from tinylora_lite.files.basis import load_basis
 from tinylora_lite.nano.task import MAX_NEW_TOKENS, reward, task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from tinylora_lite.adapter.basis import Basis
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 DIRECTIONS = Path(__file__).parent / "directions"
@@ -26,6 +27,9 @@ __all__ = ["BASE", "CHECKPOINTS", "MAX_NEW_TOKENS", "basis", "basis_file", "load
 
 def load(name: str = BASE) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """A shipped base, float32, in evaluation mode, and its tokenizer. Raises ``FileNotFoundError`` for other names."""
+    import torch  # here, so that what only names a base or draws problems starts without it
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
     folder = _folder(name)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     # AutoTokenizer would take Qwen2's own tokenizer class, which splits numbers into digits and ignores this file.
@@ -34,6 +38,8 @@ def load(name: str = BASE) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
 
 def basis(name: str = BASE) -> Basis:
     """The calibrated basis that is shipped with a base; see :func:`basis_file`."""
+    from tinylora_lite.files.basis import load_basis
+
     return load_basis(basis_file(name))
 
 

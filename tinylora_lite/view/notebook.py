@@ -145,13 +145,12 @@ class Dashboard(Progress):
         return f'<div style="{FRAME}">{text}{self._figure()}</div>'
 
     def _figure(self) -> str:
-        from matplotlib import rc_context
         from matplotlib.figure import Figure
 
         from tinylora_lite.view import plot
 
         # The style's constrained layout would take half of the time.
-        with rc_context(plot.STYLE | {"figure.constrained_layout.use": False}):
+        with plot.style({"figure.constrained_layout.use": False}):
             drawn = Figure(figsize=(2 * plot.WIDTH, 2.4))
             drawn.subplots_adjust(left=0.05, right=0.99, bottom=0.2, wspace=0.22)
             left, middle, right = drawn.subplots(1, 3)

@@ -9,32 +9,24 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from xml.sax.saxutils import quoteattr
 
 import numpy as np
 
-try:
-    import matplotlib
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError('figures need matplotlib; pip install "tinylora_lite[lab]" brings it') from error
-
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes as Axes  # for whoever draws with this module
+    from matplotlib.figure import Figure as Figure
+
     from tinylora_lite.utils.record import Run
 
-STYLE = matplotlib.rc_params_from_file(Path(__file__).with_name("book.mplstyle"), use_default_template=False)
-"""For good: ``matplotlib.rcParams.update(plot.STYLE)``."""
+STYLE = Path(__file__).with_name("book.mplstyle")
+"""A style sheet of matplotlib."""
 
-style = partial(matplotlib.rc_context, STYLE)
-"""The style as a context manager or decorator: ``with plot.style():``."""
-
-INK: str = STYLE["text.color"]
+INK = "#24292f"
 """Of text, axes and everything that is not a method; :func:`show` turns it into the colour of the page's text."""
 
 BLACK = "#010101"
@@ -63,11 +55,30 @@ METHODS = {
 }
 
 
-@style()
+@contextmanager
+def style(options: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """The style, with further options, for a while; ``matplotlib.style.use(plot.STYLE)`` sets it for good."""
+    try:
+        from matplotlib import style  # here, so that what only names a figure starts without it
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('figures need matplotlib; pip install "tinylora_lite[lab]" brings it') from error
+    with style.context([STYLE, dict(options or {})]):
+        yield
+
+
 def figure(height: float = 3.0, width: float = WIDTH) -> tuple[Figure, Axes]:
     """An empty figure, its size in inches; it is not registered with pyplot, so nothing has to close it."""
+    drawn, (axes,) = panels(1, 1, height, width)
+    return drawn, axes
+
+
+@style()
+def panels(rows: int, columns: int, height: float, width: float = WIDTH, **options: Any) -> tuple[Figure, list[Axes]]:
+    """As :func:`figure`, with several axes, row by row; ``options`` are those of ``Figure.subplots``."""
+    from matplotlib.figure import Figure
+
     drawn = Figure(figsize=(width, height))
-    return drawn, drawn.subplots()
+    return drawn, list(drawn.subplots(rows, columns, squeeze=False, **options).flat)
 
 
 class Drawing(NamedTuple):
@@ -97,7 +108,7 @@ def show(drawn: Figure, alt: str) -> Drawing:
         raise ValueError("a figure needs an alternative text that says what it shows")
     text = io.StringIO()
     # The salt makes identifiers unique on the page and equal in every build.
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": alt}):
+    with style({"svg.hashsalt": alt}):
         drawn.savefig(text, format="svg", metadata={"Date": None})
     svg = text.getvalue().partition("<svg")[2]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
@@ -123,13 +134,15 @@ def human(number: float) -> str:
 
 def count_axis(axes: Axes, smallest: float, largest: float) -> None:
     """Makes x a logarithmic axis of parameter counts with the labels 1, 13, 1 k, 1 M and so on."""
+    from matplotlib.ticker import FixedLocator, NullLocator
+
     axes.set_xscale("log")
     axes.set_xlim(smallest / 1.6, largest * 1.6)
     near = [1, 13, 100, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8, 1e9, 1e10]
     ticks = near if largest / smallest < 1e5 else [1, 13, 1e3, 1e6, 1e9]
     axes.xaxis.set_major_locator(FixedLocator([t for t in ticks if smallest <= t <= largest]))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human(value)))
+    axes.xaxis.set_major_formatter(lambda value, _: human(value))
 
 
 class Curves(NamedTuple):
@@ -209,7 +222,7 @@ def accuracy_against_numbers(rows: Iterable[Mapping[str, Any]], ylabel: str) -> 
         axes.annotate(look.label, (x[-1], y[-1]), xytext=(9, 0) if beside else (0, 10), textcoords="offset points",
                       ha="left" if beside else "center" if inside else "right",
                       va="center" if beside else "bottom")  # fmt: skip
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.set(xlabel="numbers trained", ylabel=ylabel)
     return drawn
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import pkgutil
+import runpy
 from functools import cache
 from pathlib import Path
 
@@ -31,18 +31,14 @@ def claim_of(name: str) -> Claim:
         ValueError: there is none of that name, or the file holds no ``CLAIM``.
     """
     if name.endswith(".py"):
-        path = Path(name)
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        if spec is None or spec.loader is None or not path.is_file():
-            raise ValueError(f"there is no file {path}")
-        module = importlib.util.module_from_spec(spec)
+        if not Path(name).is_file():
+            raise ValueError(f"there is no file {name}")
         try:
-            spec.loader.exec_module(module)
+            claim = runpy.run_path(name).get("CLAIM")
         except Exception as error:
-            raise ValueError(f"{path} does not run: {type(error).__name__}: {error}") from error
-        claim = getattr(module, "CLAIM", None)
+            raise ValueError(f"{name} does not run: {type(error).__name__}: {error}") from error
         if not isinstance(claim, Claim):
-            raise ValueError(f"{path} must define CLAIM, a tinylora_lite.lab.claim.Claim")
+            raise ValueError(f"{name} must define CLAIM, a tinylora_lite.lab.claim.Claim")
         return claim
     if name not in everything():
         raise ValueError(f"no claim named {name!r}; there are: {', '.join(everything())}")

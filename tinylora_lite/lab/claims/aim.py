@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from math import log2
+from math import ceil, log2
 
-from matplotlib.figure import Figure
-
-from tinylora_lite.lab.claim import Claim, Point, Verdict
+from tinylora_lite.lab.claim import Claim, Point, Verdict, flat
 from tinylora_lite.lab.claims import family, seeds, size
 from tinylora_lite.lab.claims import rl_parameters as rl
-from tinylora_lite.lab.figures import Series, base_line, marks, panels, percent, score_label
+from tinylora_lite.lab.figures import Series, base_line, marks, percent, score_label
 from tinylora_lite.lab.shapes import calibrated_numbers, ends
 from tinylora_lite.lab.statistics import listed, share_of_gain
 from tinylora_lite.lab.store import Store
@@ -23,14 +20,11 @@ SEED_BITS = 64
 """Of the seed that P is drawn from."""
 MODULES = 49
 """Of every base of the lab."""
-NARROW = tuple(replace(calibrated_numbers(13, rank=rank), label=f"13 calibrated, r = {rank}") for rank in (1, 2, 4))
-CALIBRATED = (*NARROW, replace(rl.CALIBRATED[-1], label="13 calibrated, r = 8"))
-
+NARROW = tuple(calibrated_numbers(13, rank=rank).varied(f"13 calibrated, r = {rank}") for rank in (1, 2, 4))
+CALIBRATED = (*NARROW, rl.CALIBRATED[-1].varied("13 calibrated, r = 8"))
 FEWER = tuple(
-    replace(
-        rl.CALIBRATED[-1].varied(f"{problems} problems", calibration=f"problems={problems}"), seeds=3, sweep_seeds=2
-    )
-    for problems in (24, 48, 96, 192)
+    rl.CALIBRATED[-1].varied(f"{n} problems", calibration=f"problems={n}", seeds=3, sweep_seeds=2)
+    for n in (24, 48, 96, 192)
 )
 """On bases from fewer problems. Such a basis varies more with them, and a rate that suits one can ruin another."""
 SHOWN = [Series(p) for p in (rl.RANDOM, (*CALIBRATED, *rl.CALIBRATED[:-1]), rl.LORA_XS, (rl.LORA,), (rl.FULL,))]
@@ -45,7 +39,7 @@ BESIDE = ("base", "13 random", "13 calibrated", "49 LoRA-XS", "all weights")
 def own_bits(point: Point) -> int:
     """Of the trained numbers alone, as the paper counts."""
     trial = point.trial
-    return BITS * trial.u * (1 if trial.n_tie == "all" else -(-MODULES // int(trial.n_tie)))
+    return BITS * trial.u * (1 if trial.n_tie == "all" else ceil(MODULES / int(trial.n_tie)))
 
 
 def basis_bits(point: Point) -> int:
@@ -56,15 +50,15 @@ def basis_bits(point: Point) -> int:
 def bits(point: Point, store: Store, everything: bool) -> int:
     """Of the trained numbers, or of everything: with the basis of calibrated ones, with the seed of random ones."""
     if point.trial.numbers not in ("random", "calibrated"):
-        return BITS * int(point.records(store)[0]["parameters"])
+        return BITS * point.parameters(store)
     beside = basis_bits(point) if point.trial.numbers == "calibrated" else SEED_BITS
     return own_bits(point) + (beside if everything else 0)
 
 
 @plot.style()
-def draw(store: Store) -> Figure:
+def draw(store: Store) -> plot.Figure:
     """Accuracy against the numbers' bits (left), and against all bits with basis and seed (right)."""
-    drawn, both = panels(2, 3.6)
+    drawn, both = plot.panels(1, 2, 3.6, sharey=True)
     for axes, everything in zip(both, (False, True), strict=True):
         for line in SHOWN:
             look, run = line.look, [(point, point.estimate(store)) for point in line.points]
@@ -96,19 +90,8 @@ CLAIM = Claim(
     title="Are 13 numbers worth more on directions that are calibrated on the task?",
     paper="Takes random directions; 26 bytes count the numbers and neither P's seed nor the base.",
     where="section 4; an idea of this book",
-    points=(
-        rl.BASE,
-        rl.FULL,
-        *rl.RANDOM,
-        *rl.CALIBRATED,
-        *rl.LORA_XS,
-        rl.LORA,
-        *NARROW,
-        *FEWER,
-        *ELSEWHERE.values(),
-        *(LADDERS[base][name] for base in ELSEWHERE for name in BESIDE),
-        *seeds.POINTS[13],
-    ),
+    points=flat(rl.BASE, rl.FULL, rl.RANDOM, rl.CALIBRATED, rl.LORA_XS, rl.LORA)
+    + flat(NARROW, FEWER, ELSEWHERE, [LADDERS[base][name] for base in NAMES for name in BESIDE], seeds.POINTS[13]),
     draw=draw,
     judge=judge,
 )

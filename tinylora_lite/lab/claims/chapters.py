@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from tinylora_lite import nano
-from tinylora_lite.adapter.config import Sigma
-from tinylora_lite.lab.claim import Claim, Point, Verdict
+from tinylora_lite.lab.claim import Claim, Point, Verdict, flat
 from tinylora_lite.lab.figures import Series, against_numbers
 from tinylora_lite.lab.statistics import difference
 from tinylora_lite.lab.store import CHAPTERS, Store
@@ -41,7 +38,7 @@ its rates are smaller by that much.
 """
 XS_ONE = shape("49 LoRA-XS", RATES, numbers="LoRA-XS", rank=1, sigma="right")
 """One number for each module: the place of Σ does not matter."""
-SIDES: tuple[Sigma, ...] = ("left", "split", "right")
+SIDES = ("left", "split", "right")
 XS_TWO = {
     side: shape(f"196 LoRA-XS, Σ {side}", (0.05, 0.1, 0.2), numbers="LoRA-XS", rank=2, sigma=side) for side in SIDES
 }
@@ -53,13 +50,13 @@ XS_LARGE = {
 LORA = shape("LoRA, r = 1", OF_WEIGHTS, 3, numbers="LoRA", rank=1)
 
 
-def draw(store: Store) -> Figure:
+def draw(store: Store) -> plot.Figure:
     """Accuracy against numbers, a line for each method."""
     xs = (XS_ONE, XS_TWO["right"], XS_LARGE["right"])
     lines = ((PAPER, UNTIED_ONE, UNTIED), (FOUR, CALIBRATED), xs, (LORA,), (ALL,))
     drawn = against_numbers([Series(points) for points in lines], store, BASE)
-    for record in BASE.records(store):
-        drawn.axes[0].axhline(record["scores"][store.score]["accuracy"], ls="--", lw=1.2, color=plot.INK)
+    for accuracy in BASE.accuracies(store):
+        drawn.axes[0].axhline(accuracy, ls="--", lw=1.2, color=plot.INK)
     return drawn
 
 
@@ -77,9 +74,8 @@ CLAIM = Claim(
     title="The runs of chapters 2 to 6.",
     paper="Not tested here.",
     where="no claim of the paper",
-    points=(
-        *(BASE, ALL, PAPER, RANK_ONE, UNTIED, UNTIED_ONE, CALIBRATED, FOUR, SAME_SHAPE),
-        *(XS_ONE, *XS_TWO.values(), *XS_LARGE.values(), LORA),
+    points=flat(
+        BASE, ALL, PAPER, RANK_ONE, UNTIED, UNTIED_ONE, CALIBRATED, FOUR, SAME_SHAPE, XS_ONE, XS_TWO, XS_LARGE, LORA
     ),
     draw=draw,
     judge=judge,

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-from tinylora_lite.lab.claim import Claim, Verdict
+from tinylora_lite.lab.claim import Claim, Verdict, flat
 from tinylora_lite.lab.claims.rl_parameters import BASE, FORTY_NINE, FULL
-from tinylora_lite.lab.directions import WHICH
 from tinylora_lite.lab.figures import side_by_side
 from tinylora_lite.lab.statistics import difference
 from tinylora_lite.lab.store import Store
+from tinylora_lite.lab.trial import DIRECTIONS
 
-POINTS = {kind: FORTY_NINE.varied(kind, directions=kind) for kind in WHICH}
+POINTS = {kind: FORTY_NINE.varied(kind, directions=kind) for kind in DIRECTIONS}
 
 
 def judge(store: Store) -> Verdict:
     """The leading directions against each other kind."""
-    gaps = {kind: difference(POINTS["leading"], POINTS[kind], store) for kind in WHICH[1:]}
+    gaps = {kind: difference(POINTS["leading"], POINTS[kind], store) for kind in DIRECTIONS[1:]}
     ours = "; ".join(f"leading over {kind} by {gap.as_points()}" for kind, gap in gaps.items())
     return Verdict(f"49 numbers: {ours}.", "not in the paper")
 
@@ -27,7 +25,7 @@ CLAIM = Claim(
     title="Are the leading singular directions the ones to stand on?",
     paper="Takes the leading directions throughout and tests no others.",
     where="section 4; assumed",
-    points=(BASE, FULL, *POINTS.values()),
-    draw=partial(side_by_side, [("", list(POINTS.values()))], base=BASE, full=FULL),
+    points=flat(BASE, FULL, POINTS),
+    draw=lambda store: side_by_side(list(POINTS.values()), store, BASE, FULL),
     judge=judge,
 )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-from tinylora_lite.lab.claim import Claim, Verdict
+from tinylora_lite.lab.claim import Claim, Verdict, flat
 from tinylora_lite.lab.figures import share_against_numbers
 from tinylora_lite.lab.shapes import climb, counts_on, ladder_on
 from tinylora_lite.lab.statistics import times_fewer, verdict_of_replicates, verdict_on, verdict_over
@@ -57,7 +55,7 @@ CLAIM = Claim(
         "nothing gained below 5."
     ),
     where="Figures 7 to 9 and the text beside them",
-    points=tuple(point for ladder in LADDERS.values() for point in ladder.values()),
-    draw=partial(share_against_numbers, {FAMILIES[base]: LADDERS[base] for base in LADDERS}, shares=(SHARE,)),
+    points=flat(LADDERS),
+    draw=lambda store: share_against_numbers({FAMILIES[base]: LADDERS[base] for base in LADDERS}, store, (SHARE,)),
     judge=judge,
 )

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 
-from tinylora_lite.lab.claim import Claim, Point, Verdict
+from tinylora_lite.lab.claim import Claim, Point, Verdict, flat
 from tinylora_lite.lab.claims.rl_parameters import BASE, THIRTEEN
-from tinylora_lite.lab.figures import panels, percent
-from tinylora_lite.lab.settings import grpo_settings
+from tinylora_lite.lab.figures import percent
 from tinylora_lite.lab.shapes import around, calibrated_numbers, random_numbers
 from tinylora_lite.lab.statistics import estimates
 from tinylora_lite.lab.store import Record, Store
+from tinylora_lite.lab.trial import settings_of
 from tinylora_lite.view import plot
 
 SEEDS = 3
@@ -24,8 +20,8 @@ GENERATIONS = 60
 
 def both_ways(point: Point, sigma: float) -> tuple[Point, Point]:
     """A shape by GRPO, and by CMA-ES with its first sigma swept as learning rates are, both from three seeds."""
-    evolved = point.varied(point.label, method="es", steps=GENERATIONS)
-    return replace(point, seeds=SEEDS), replace(evolved, rates=around(sigma), seeds=SEEDS, sweep_seeds=1)
+    strategy = {"method": "es", "steps": GENERATIONS, "rates": around(sigma), "sweep_seeds": 1}
+    return point.varied(point.label, seeds=SEEDS), point.varied(point.label, seeds=SEEDS, **strategy)
 
 
 SHAPES = {
@@ -38,7 +34,7 @@ PAIRS = {label: both_ways(point, sigma) for label, (point, sigma, _) in SHAPES.i
 
 def tokens_sampled(record: Record) -> list[float]:
     """After each step, of all completions; a step of GRPO and a generation have equally many."""
-    settings = grpo_settings(THIRTEEN.trial)
+    settings = settings_of(THIRTEEN.trial)
     return list(np.cumsum(record["lengths"]) * settings.prompts_per_step * settings.group_size)
 
 
@@ -48,9 +44,9 @@ def seconds_spent(record: Record) -> list[float]:
 
 
 @plot.style()
-def draw(store: Store) -> Figure:
+def draw(store: Store) -> plot.Figure:
     """The reward of a step's samples against tokens sampled and against seconds; thin seeds, thick means."""
-    drawn, both = panels(2, 3.9)
+    drawn, both = plot.panels(1, 2, 3.9, sharey=True)
     for axes, measure in zip(both, (tokens_sampled, seconds_spent), strict=True):
         for label, pair in PAIRS.items():
             for point, line, how in zip(pair, ("-", ":"), ("GRPO", "ES"), strict=True):
@@ -64,7 +60,7 @@ def draw(store: Store) -> Figure:
         if estimate is not None:
             axes.axhline(estimate.mean, ls="--", lw=1.2, color=plot.INK, label=plot.METHODS["base"].label)
     percent(both[0], "mean reward of the samples")
-    both[0].xaxis.set_major_formatter(FuncFormatter(lambda value, _: plot.human(value) if value else "0"))
+    both[0].xaxis.set_major_formatter(lambda value, _: plot.human(value) if value else "0")
     both[0].set_xlabel("tokens sampled")
     both[1].set_xlabel("seconds on one core")
     drawn.legend(*both[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
@@ -93,7 +89,7 @@ CLAIM = Claim(
     title="Can few numbers be trained without gradients?",
     paper="Nothing: every run of the paper follows a gradient.",
     where="left open",
-    points=(BASE, *(point for pair in PAIRS.values() for point in pair)),
+    points=flat(BASE, PAIRS),
     draw=draw,
     judge=judge,
 )

@@ -6,14 +6,13 @@ from collections.abc import Callable
 from math import log
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from tinylora_lite.lab.claim import Claim, Point, Verdict
+from tinylora_lite.lab.claim import Claim, Point, Verdict, flat
 from tinylora_lite.lab.claims import rl_parameters as rl
 from tinylora_lite.lab.claims import sft_parameters as sft
 from tinylora_lite.lab.figures import base_line, legend, percent, score_label
-from tinylora_lite.lab.settings import grpo_settings, sft_settings
 from tinylora_lite.lab.store import Record, Store
+from tinylora_lite.lab.trial import settings_of
 from tinylora_lite.view import plot
 
 BITS = 16
@@ -29,7 +28,7 @@ def reward_bits(record: Record) -> float:
 
     The entropy is that of a step's mean reward, as if all problems were equally hard; problem by problem it is smaller.
     """
-    settings = grpo_settings(rl.THIRTEEN.trial)
+    settings = settings_of(rl.THIRTEEN.trial)
     p = np.clip(record["curve"], 1e-9, 1 - 1e-9)
     return float((-p * np.log2(p) - (1 - p) * np.log2(1 - p)).sum() * settings.prompts_per_step * settings.group_size)
 
@@ -42,7 +41,7 @@ def demonstration_bits(record: Record) -> float:
     """
     if record.get("diverged"):
         return 0.0
-    tokens = record["tokens"] / len(record["loss"]) * sft_settings(sft.CALIBRATED["own"].trial).prompts_per_step
+    tokens = record["tokens"] / len(record["loss"]) * settings_of(sft.CALIBRATED["own"].trial).prompts_per_step
     return float(sum(record["loss"]) * tokens / log(2))
 
 
@@ -54,7 +53,7 @@ def base_bits(record: Record) -> float:
 
 
 @plot.style()
-def draw(store: Store) -> Figure:
+def draw(store: Store) -> plot.Figure:
     """Accuracy against the bits seen, a dot a run; its area grows with the numbers trained."""
     drawn, axes = plot.figure(3.6)
     kinds = [("tinylora", "rewards", REWARDED, reward_bits)]
@@ -105,7 +104,7 @@ CLAIM = Claim(
     title="Demonstrations carry far more bits than rewards.",
     paper="Argued, not measured: a demonstration is many bits, a reward at most one; no count is given.",
     where="section 3",
-    points=(rl.BASE, *REWARDED, *(point for points in SHOWN.values() for point in points)),
+    points=flat(rl.BASE, REWARDED, SHOWN),
     draw=draw,
     judge=judge,
 )

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
-
-from tinylora_lite.lab.claim import Claim, Verdict
+from tinylora_lite.lab.claim import Claim, Verdict, flat
 from tinylora_lite.lab.claims.rl_parameters import BASE, FULL, RANDOM
-from tinylora_lite.lab.figures import base_line, counted, legend, marks, panels, percent, score_label
+from tinylora_lite.lab.figures import base_line, counted, legend, marks, percent, score_label
 from tinylora_lite.lab.statistics import difference, verdict_on, verdict_over
 from tinylora_lite.lab.store import Store
 from tinylora_lite.view import plot
@@ -22,7 +17,7 @@ EQUAL_BYTES = ((13, 25), (25, 49), (49, 98))
 COUNTS = {13: RANDOM[4], 25: RANDOM[5], 49: RANDOM[6], 98: RANDOM[7]}
 POINTS = {
     precision: {
-        count: replace(point.varied(f"{point.label}, {precision}", precision=precision), seeds=SEEDS)
+        count: point.varied(f"{point.label}, {precision}", precision=precision, seeds=SEEDS)
         for count, point in COUNTS.items()
     }
     for precision in BYTES
@@ -33,9 +28,9 @@ LOOKS = {"fp32": "tinylora", "bf16": "lora", "fp16": "calibrated"}
 
 
 @plot.style()
-def draw(store: Store) -> Figure:
+def draw(store: Store) -> plot.Figure:
     """Accuracy against the count of numbers, and against their bytes; a seed is a dot, with the same P in all three."""
-    drawn, both = panels(2, 3.4)
+    drawn, both = plot.panels(1, 2, 3.4, sharey=True)
     for axes, unit in zip(both, ("numbers", "bytes"), strict=True):
         for precision, points in POINTS.items():
             look = plot.METHODS[LOOKS[precision]]
@@ -43,7 +38,7 @@ def draw(store: Store) -> Figure:
             rows = [(size * count, estimate) for count, estimate in counted(list(points.values()), store)]
             marks(axes, rows, look.colour, look.marker + look.line, label=precision)
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.set_xlabel(unit)
         base_line(axes, BASE, store)
     percent(both[0], score_label(store))
@@ -72,7 +67,7 @@ CLAIM = Claim(
     title="Bit for bit, fp32 is the best way to store the numbers.",
     paper="83.0 against 80.7 % with 63 numbers; the axis says bytes, its positions are counts.",
     where="Figure 4 and section 6.5",
-    points=(BASE, FULL, *(point for points in POINTS.values() for point in points.values())),
+    points=flat(BASE, FULL, POINTS),
     draw=draw,
     judge=judge,
 )

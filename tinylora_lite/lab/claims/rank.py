@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
-
-from tinylora_lite.lab.claim import Claim, Point, Verdict
+from tinylora_lite.lab.claim import Claim, Point, Verdict, flat
 from tinylora_lite.lab.claims.rl_parameters import BASE, FULL
 from tinylora_lite.lab.figures import side_by_side
 from tinylora_lite.lab.shapes import around, random_numbers
@@ -20,12 +17,16 @@ def at(rank: int, n_tie: int) -> Point:
 
     At rank 2 this is the first claim's own point, which has been run.
     """
-    return replace(random_numbers(n_tie, rank=rank), label=f"r = {rank}", rates=around(0.2 / rank))
+    return random_numbers(n_tie, rank=rank).varied(f"r = {rank}", rates=around(0.2 / rank))
 
 
 THIRTEEN = {rank: at(rank, 4) for rank in RANKS}
 FORTY_NINE = {rank: at(rank, 1) for rank in RANKS}
-GROUPS = (("13 numbers,", list(THIRTEEN.values())), ("49 numbers,", list(FORTY_NINE.values())))
+NAMED = [
+    point.varied(f"{n} numbers,  {point.label}")
+    for n, points in ((13, THIRTEEN), (49, FORTY_NINE))
+    for point in points.values()
+]
 
 
 def judge(store: Store) -> Verdict:
@@ -43,7 +44,7 @@ CLAIM = Claim(
     title="The frozen rank should be small: two directions are better than many.",
     paper="Qwen2.5-3B, u = 1: 80, 82, 81, 78, 75 % at r = 1, 2, 4, 16, 64, without intervals.",
     where="Figure 7 and section 6.4",
-    points=(BASE, FULL, *THIRTEEN.values(), *FORTY_NINE.values()),
-    draw=partial(side_by_side, GROUPS, base=BASE, full=FULL),
+    points=flat(BASE, FULL, THIRTEEN, FORTY_NINE),
+    draw=lambda store: side_by_side(NAMED, store, BASE, FULL),
     judge=judge,
 )

@@ -2,36 +2,25 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-from tinylora_lite.lab.claim import Claim, Verdict
+from tinylora_lite.lab import shapes
+from tinylora_lite.lab.claim import Claim, Verdict, flat
 from tinylora_lite.lab.figures import Series, against_numbers
-from tinylora_lite.lab.shapes import (
-    all_weights,
-    calibrated_numbers,
-    lora_numbers,
-    lora_xs_numbers,
-    random_numbers,
-    untouched,
-)
 from tinylora_lite.lab.statistics import share_of_gain, smallest_reaching, verdict_on
 from tinylora_lite.lab.store import Store
 
 PAPER_SHARE = 0.71
 """Of full finetuning's gain, by 13 numbers on Qwen2.5-7B: (0.907 - 0.756) / (0.970 - 0.756), Figure 1."""
 
-RANDOM = (*(random_numbers(n_tie) for n_tie in ("all", 25, 13, 7, 4, 2, 1)), random_numbers(1, u=2))
-LORA_XS = tuple(lora_xs_numbers(rank) for rank in (1, 2, 4, 8))
-CALIBRATED = tuple(calibrated_numbers(u) for u in (1, 2, 4, 8, 13))
+RANDOM = (*(shapes.random_numbers(n_tie) for n_tie in ("all", 25, 13, 7, 4, 2, 1)), shapes.random_numbers(1, u=2))
+LORA_XS = tuple(map(shapes.lora_xs_numbers, (1, 2, 4, 8)))
+CALIBRATED = tuple(map(shapes.calibrated_numbers, (1, 2, 4, 8, 13)))
 THIRTEEN, FORTY_NINE = RANDOM[4], RANDOM[6]
 """The first as the paper has it. Of 49, one to a module, the draw of P moves the result less."""
-LORA, FULL = lora_numbers(1), all_weights()
-FULL_LONG = all_weights(steps=60)
-BASE = untouched()
+LORA, FULL = shapes.lora_numbers(), shapes.all_weights()
+FULL_LONG = FULL.varied("all weights, 60 steps", steps=60)
+BASE = shapes.untouched()
 LADDER = (*RANDOM, *LORA_XS, LORA, FULL)
 """From few numbers to many but for the last of the random shapes, which has more than the first LoRA-XS."""
-
-
 SERIES = [Series(points) for points in (RANDOM, CALIBRATED, LORA_XS, (LORA,), (FULL,))]
 """A line for each method."""
 
@@ -41,10 +30,8 @@ def judge(store: Store) -> Verdict:
     share = share_of_gain(THIRTEEN, FULL, BASE, store)
     reached = {s: smallest_reaching(s, LADDER, FULL, BASE, store) for s in (0.9, 0.95, 0.975)}
     smallest = ", ".join(f"{s:.1%}: {label}" for s, label in reached.items())
-    ours = (
-        f"13 random numbers recover {share.as_percent()} of what all weights gain. The smallest update for {smallest}."
-    )
-    return Verdict(ours, verdict_on(share, PAPER_SHARE, strictly=False))
+    ours = f"13 random numbers recover {share.as_percent()} of what all weights gain. The smallest update for "
+    return Verdict(f"{ours}{smallest}.", verdict_on(share, PAPER_SHARE, strictly=False))
 
 
 CLAIM = Claim(
@@ -56,7 +43,7 @@ CLAIM = Claim(
         "says the text, where the figure has 90 % at 196."
     ),
     where="Figure 1 and sections 1 and 6.1",
-    points=(BASE, FULL, FULL_LONG, *RANDOM, *CALIBRATED, *LORA_XS, LORA),
-    draw=partial(against_numbers, SERIES, base=BASE),
+    points=flat(BASE, FULL, FULL_LONG, RANDOM, CALIBRATED, LORA_XS, LORA),
+    draw=lambda store: against_numbers(SERIES, store, BASE),
     judge=judge,
 )

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
-from matplotlib.figure import Figure
-from scipy import stats
 
-from tinylora_lite.lab.claim import Claim, Point, Verdict
+from tinylora_lite.lab.claim import Claim, Point, Verdict, flat
 from tinylora_lite.lab.claims.rl_parameters import BASE, FULL, RANDOM, THIRTEEN
-from tinylora_lite.lab.figures import base_line, panels, percent, score_label
+from tinylora_lite.lab.figures import base_line, percent, score_label
 from tinylora_lite.lab.store import Store
 from tinylora_lite.view import plot
 
@@ -21,7 +17,7 @@ REPEATS = 3
 COUNTS = {1: RANDOM[0], 4: RANDOM[2], 13: THIRTEEN}
 POINTS = {
     count: [
-        replace(point.varied(f"{count} numbers, P {draw}", projection_seed=draw), seeds=REPEATS, like=point)
+        point.varied(f"{count} numbers, P {draw}", projection_seed=draw, seeds=REPEATS, like=point)
         for draw in range(DRAWS)
     ]
     for count, point in COUNTS.items()
@@ -55,6 +51,8 @@ def best_of(points: list[Point], store: Store, count: int) -> float:
     Training rewards choose and test problems judge, so nothing is chosen on what it is judged by. Exact over all
     choices of ``count`` seeds out of those that were run, one data seed at a time.
     """
+    from scipy import stats
+
     means = []
     for repeat in range(REPEATS):
         records = [point.records(store)[repeat] for point in points]
@@ -66,9 +64,9 @@ def best_of(points: list[Point], store: Store, count: int) -> float:
 
 
 @plot.style()
-def draw(store: Store) -> Figure:
+def draw(store: Store) -> plot.Figure:
     """Each seed of P a column, each seed of data a dot."""
-    drawn, each = panels(len(COUNTS), 3.2)
+    drawn, each = plot.panels(1, len(COUNTS), 3.2, sharey=True)
     look = plot.METHODS["tinylora"]
     for axes, (count, points) in zip(each, POINTS.items(), strict=True):
         accuracies = table(points, store)
@@ -82,6 +80,8 @@ def draw(store: Store) -> Figure:
 
 def judge(store: Store) -> Verdict:
     """The standard deviations at each count, and what the best of eight is worth."""
+    from scipy import stats
+
     parts = []
     for count, points in POINTS.items():
         accuracies = table(points, store)
@@ -101,7 +101,7 @@ CLAIM = Claim(
     title="How much does the draw of P matter?",
     paper="Means over three seeds; whether P's seed is among what they move is not said.",
     where="left open",
-    points=(BASE, FULL, *COUNTS.values(), *(point for points in POINTS.values() for point in points)),
+    points=flat(BASE, FULL, COUNTS, POINTS),
     draw=draw,
     judge=judge,
 )

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
-
-from tinylora_lite.lab.claim import Claim, Verdict
+from tinylora_lite.lab.claim import Claim, Verdict, flat
 from tinylora_lite.lab.claims import rl_parameters as rl
 from tinylora_lite.lab.figures import Series, against_numbers
 from tinylora_lite.lab.shapes import by_imitation
@@ -25,8 +22,6 @@ HALF = 0.5
 FAR = 10.0
 """How many times as many numbers are far more; the paper has 100 to 1,000."""
 LOOKS = {"stranger": "lora", "careful": "lora_xs", "own": "calibrated"}
-
-
 SERIES = [
     Series(SHAPES, "GRPO"),
     *(Series(LADDERS[kind], f"SFT, {label}", LOOKS[kind]) for kind, label in KINDS.items()),
@@ -39,7 +34,7 @@ def judge(store: Store) -> Verdict:
     The paper's demonstrations are off-policy, and these must take ``FAR`` times as many; if others do not, the claim is
     about demonstrations of one kind, and holds in part.
     """
-    rewarded = tuple(replace(point, label=f"{point.label}, GRPO") for point in SHAPES[:-1])
+    rewarded = tuple(point.varied(f"{point.label}, GRPO") for point in SHAPES[:-1])
     times = {
         kind: times_fewer(HALF, (rewarded, rl.FULL, rl.BASE), (ladder, rl.FULL, rl.BASE), store)
         for kind, ladder in LADDERS.items()
@@ -62,7 +57,7 @@ CLAIM = Claim(
     title="Imitation needs far more numbers than reinforcement for the same accuracy.",
     paper="83 % with 13 numbers by SFT, 91 % by reinforcement learning; SFT needs 100 to 1,000 times as many numbers.",
     where="Figures 1 and 2, section 6.1; section 9 says that on-policy data could change it",
-    points=(rl.BASE, rl.FULL, *SHAPES, *(p for kind in KINDS for p in (*LADDERS[kind], CALIBRATED[kind]))),
-    draw=partial(against_numbers, SERIES, base=rl.BASE),
+    points=flat(rl.BASE, rl.FULL, SHAPES, [(LADDERS[kind], CALIBRATED[kind]) for kind in KINDS]),
+    draw=lambda store: against_numbers(SERIES, store, rl.BASE),
     judge=judge,
 )

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-from tinylora_lite.adapter.config import Sigma
-from tinylora_lite.lab.claim import Claim, Verdict
+from tinylora_lite.lab.claim import Claim, Verdict, flat
 from tinylora_lite.lab.claims.rl_parameters import BASE, FORTY_NINE, FULL
 from tinylora_lite.lab.figures import side_by_side
 from tinylora_lite.lab.statistics import difference
 from tinylora_lite.lab.store import Store
 
-PLACES: tuple[Sigma, ...] = ("left", "split", "right")
+PLACES = ("left", "split", "right")
 POINTS = {place: FORTY_NINE.varied(f"Σ {place}", sigma=place) for place in PLACES}
 
 
@@ -28,7 +25,7 @@ CLAIM = Claim(
     title="Does it matter where Σ stands?",
     paper="Σ stands beside U; PEFT splits it, and LoRA-XS's code has it beside V.",
     where="section 4; the side is left open",
-    points=(BASE, FULL, *POINTS.values()),
-    draw=partial(side_by_side, [("", list(POINTS.values()))], base=BASE, full=FULL),
+    points=flat(BASE, FULL, POINTS),
+    draw=lambda store: side_by_side(list(POINTS.values()), store, BASE, FULL),
     judge=judge,
 )

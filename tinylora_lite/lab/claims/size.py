@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-from tinylora_lite.lab.claim import Claim, Verdict
+from tinylora_lite.lab.claim import Claim, Verdict, flat
 from tinylora_lite.lab.figures import share_against_numbers
 from tinylora_lite.lab.shapes import climb, counts_on, ladder_on
 from tinylora_lite.lab.statistics import times_fewer, verdict_of_replicates, verdict_on
@@ -39,7 +37,7 @@ CLAIM = Claim(
         "size is a LoRA's."
     ),
     where="Figures 3 and 6, section 6.2",
-    points=tuple(point for ladder in LADDERS.values() for point in ladder.values()),
-    draw=partial(share_against_numbers, {SIZES[base]: LADDERS[base] for base in LADDERS}, shares=(SHARE,)),
+    points=flat(LADDERS),
+    draw=lambda store: share_against_numbers({SIZES[base]: LADDERS[base] for base in LADDERS}, store, (SHARE,)),
     judge=judge,
 )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-from tinylora_lite.lab.claim import Claim, Point, Verdict
+from tinylora_lite.lab.claim import Claim, Point, Verdict, flat
 from tinylora_lite.lab.claims.size import SMALLEST
 from tinylora_lite.lab.figures import share_beside
 from tinylora_lite.lab.shapes import RUNGS, climb, ends, ladder_on
@@ -54,7 +52,7 @@ CLAIM = Claim(
     title="What makes a model steerable by few numbers?",
     paper="Finds that Qwen needs ten times fewer numbers than Llama, and leaves the reason open.",
     where="section 7; a hypothesis of this book",
-    points=tuple(point for ladder in LADDERS.values() for point in ladder.values()),
-    draw=partial(share_beside, (TWINS[BASE], LADDERS[BASE]), OTHERS, shares=SHARES),
+    points=flat(LADDERS),
+    draw=lambda store: share_beside((TWINS[BASE], LADDERS[BASE]), OTHERS, store, SHARES),
     judge=judge,
 )

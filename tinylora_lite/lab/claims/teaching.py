@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
-from matplotlib.figure import Figure
 
-from tinylora_lite.lab.claim import Claim, Finding, Point, Verdict
+from tinylora_lite.lab.claim import Claim, Finding, Point, Verdict, flat
 from tinylora_lite.lab.claims import rl_parameters as rl
 from tinylora_lite.lab.claims import sft_parameters as sft
 from tinylora_lite.lab.estimate import Estimate
-from tinylora_lite.lab.figures import METHODS, PERCENT, panels, percent
+from tinylora_lite.lab.figures import METHODS, in_percent, percent
 from tinylora_lite.lab.shapes import untouched
 from tinylora_lite.lab.statistics import difference, share_of_gain, verdict_between, verdict_over
 from tinylora_lite.lab.store import Store
@@ -33,8 +30,8 @@ def taught(name: str, skill: str, way: str) -> Point:
     """A shape trained on a new skill and scored on it; calibrated numbers are calibrated on it too."""
     calibration = f"task={skill}" if SHAPES[name].trial.numbers == "calibrated" else ""
     by = {"method": "sft", "steps": 60} if way == "demonstrations" else {}
-    point = SHAPES[name].varied(f"{name}, {way}", task=skill, calibration=calibration, **by)
-    return replace(point, sweep_seeds=1, seeds=3)
+    settings = {"task": skill, "calibration": calibration, "sweep_seeds": 1, "seeds": 3}
+    return SHAPES[name].varied(f"{name}, {way}", **settings, **by)
 
 
 POINTS = {skill: {way: {name: taught(name, skill, way) for name in SHAPES} for way in WAYS} for skill in SKILLS}
@@ -49,9 +46,9 @@ def kept(point: Point, store: Store) -> Estimate | None:
 
 
 @plot.style()
-def draw(store: Store) -> Figure:
+def draw(store: Store) -> plot.Figure:
     """New skill against old: right is learned, high is not forgotten. Filled by rewards, hollow by demonstrations."""
-    drawn, both = panels(len(SKILLS), 3.6)
+    drawn, both = plot.panels(1, len(SKILLS), 3.6, sharey=True)
     for axes, (skill, title) in zip(both, SKILLS.items(), strict=True):
         for way, points in POINTS[skill].items():
             for name, point in points.items():
@@ -67,7 +64,7 @@ def draw(store: Store) -> Figure:
             axes.plot(start.mean, old.mean, "+", color=plot.INK, ms=10, mew=2, ls="none", label="base")
         axes.plot([], [], "o", mec=plot.INK, mfc="none", ls="none", label="hollow: by demonstrations")
         axes.set(title=title, xlabel="accuracy on the new skill")
-        axes.xaxis.set_major_formatter(PERCENT)
+        axes.xaxis.set_major_formatter(in_percent)
     percent(both[0], "accuracy on the old task")
     drawn.legend(*both[-1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return drawn
@@ -107,14 +104,7 @@ CLAIM = Claim(
     title="Few numbers elicit what a model knows and cannot teach it what it does not.",
     paper="Conjectured: the knowledge may already be there, and only the style of the answer changes.",
     where="section 8",
-    points=(
-        rl.BASE,
-        rl.FULL,
-        rl.CALIBRATED[-1],
-        *OLD.values(),
-        *BASES.values(),
-        *(point for ways in POINTS.values() for points in ways.values() for point in points.values()),
-    ),
+    points=flat(rl.BASE, rl.FULL, rl.CALIBRATED[-1], OLD, BASES, POINTS),
     draw=draw,
     judge=judge,
 )

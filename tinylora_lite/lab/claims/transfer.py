@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from matplotlib.figure import Figure
-
-from tinylora_lite.lab.claim import Claim, Point, Verdict
+from tinylora_lite.lab.claim import Claim, Point, Verdict, flat
 from tinylora_lite.lab.claims.rl_parameters import BASE, CALIBRATED, FULL, THIRTEEN
 from tinylora_lite.lab.figures import draw_rows, score_label
 from tinylora_lite.lab.shapes import untouched
@@ -19,18 +15,18 @@ SEEDS = 3
 
 def aimed(label: str, calibration: str, task: str = "nano") -> Point:
     """Thirteen numbers trained on a task, on directions that were made elsewhere."""
-    return replace(CALIBRATED[-1].varied(label, task=task, calibration=calibration), seeds=SEEDS)
+    return CALIBRATED[-1].varied(label, task=task, calibration=calibration, seeds=SEEDS)
 
 
 def random(task: str) -> Point:
     """Thirteen numbers on random directions, on a task."""
-    return replace(THIRTEEN.varied("random directions", task=task), seeds=SEEDS)
+    return THIRTEEN.varied("random directions", task=task, seeds=SEEDS)
 
 
 GROUPS = {
     "nano": (
-        replace(THIRTEEN, label="random directions"),
-        replace(CALIBRATED[-1], label="its own"),
+        THIRTEEN.varied("random directions"),
+        CALIBRATED[-1].varied("its own"),
         aimed("of a twin base", "base=qwen2-0.4m-unnamed"),
         aimed("of a base of another seed", "base=qwen2-0.4m-seed1"),
         aimed("of the format's reward", "task=format only"),
@@ -38,13 +34,13 @@ GROUPS = {
         aimed("from the unseen writer's text", "gradients=stranger"),
     ),
     "multiplying": (
-        replace(untouched(task="multiplying"), label="untrained", seeds=SEEDS),
+        untouched(task="multiplying").varied("untrained", seeds=SEEDS),
         random("multiplying"),
         aimed("its own", "task=multiplying", "multiplying"),
         aimed("of problems without it", "task=adding", "multiplying"),
     ),
     "worded": (
-        replace(untouched(task="worded"), label="untrained", seeds=SEEDS),
+        untouched(task="worded").varied("untrained", seeds=SEEDS),
         random("worded"),
         aimed("its own", "task=worded", "worded"),
         aimed("of the other format", "", "worded"),
@@ -54,11 +50,10 @@ NAMES = {"nano": "plain", "multiplying": "with products", "worded": "chatty form
 
 
 @plot.style()
-def draw(store: Store) -> Figure:
+def draw(store: Store) -> plot.Figure:
     """Accuracy by where the directions come from, a panel for each task, with lines of that task's own."""
     rows = [len(points) for points in GROUPS.values()]
-    drawn = Figure(figsize=(plot.WIDTH, 1.7 + 0.27 * sum(rows)))
-    panels = drawn.subplots(len(rows), 1, sharex=True, height_ratios=rows)
+    drawn, panels = plot.panels(len(rows), 1, 1.7 + 0.27 * sum(rows), sharex=True, height_ratios=rows)
     for axes, (task, points) in zip(panels, GROUPS.items(), strict=True):
         # All weights were trained on the plain task alone, whose base is not among its rows.
         base, full = (BASE, FULL) if task == "nano" else (points[0], None)
@@ -91,7 +86,7 @@ CLAIM = Claim(
     title="Does a calibration serve another task, and another base?",
     paper="Nothing: its directions are random.",
     where="an idea of this book",
-    points=(BASE, FULL, *(point for points in GROUPS.values() for point in points)),
+    points=flat(BASE, FULL, GROUPS),
     draw=draw,
     judge=judge,
 )

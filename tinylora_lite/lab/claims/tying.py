@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
-
 from tinylora_lite.lab.claim import Claim, Point, Verdict
 from tinylora_lite.lab.claims import rl_parameters as rl
-from tinylora_lite.lab.claims.rl_parameters import BASE, FULL
 from tinylora_lite.lab.figures import side_by_side
 from tinylora_lite.lab.shapes import random_numbers
 from tinylora_lite.lab.statistics import difference, verdict_on, verdict_over
@@ -21,23 +17,23 @@ def spent(label: str, n_tie: int | str, u: int, tying: str = "tiled") -> Point:
 
 # Points of the first claim, under names that say how their budget is spent, beside others.
 AROUND_49 = (
-    replace(rl.FORTY_NINE, label="49: 49 groups, u = 1"),
+    rl.FORTY_NINE.varied("49: 49 groups, u = 1"),
     spent("52: 13 groups, u = 4", 4, 4),
     spent("48: 4 groups, u = 12", 13, 12),
     spent("49: 1 group, u = 49", "all", 49),
 )
 AROUND_13 = (
-    replace(rl.THIRTEEN, label="13: 13 groups, u = 1"),
+    rl.THIRTEEN.varied("13: 13 groups, u = 1"),
     spent("12: 4 groups, u = 3", 13, 3),
     spent("13: 1 group, u = 13", "all", 13),
     spent("14: attention and MLP, u = 7", 1, 7, "attention, MLP"),
 )
 TYING = (
-    replace(rl.RANDOM[3], label="7: 7 tiled groups, u = 1"),
+    rl.RANDOM[3].varied("7: 7 tiled groups, u = 1"),
     spent("7: one for each type, u = 1", 7, 1, "structured"),
-    replace(rl.THIRTEEN, label="13: 13 tiled groups, u = 1"),
+    rl.THIRTEEN.varied("13: 13 tiled groups, u = 1"),
     spent("14: two for each type, u = 1", 4, 1, "structured"),
-    replace(rl.RANDOM[1], label="2: 2 tiled groups, u = 1"),
+    rl.RANDOM[1].varied("2: 2 tiled groups, u = 1"),
     spent("2: attention and MLP, u = 1", 1, 1, "attention, MLP"),
 )
 
@@ -62,7 +58,7 @@ CLAIM = Claim(
         "points above structured at 63 and 126 numbers."
     ),
     where="Figures 4 and 8, sections 6.4 and 6.5",
-    points=(BASE, FULL, *AROUND_49, *AROUND_13, *TYING),
-    draw=partial(side_by_side, [("", points) for points in (AROUND_49, AROUND_13, TYING)], base=BASE, full=FULL),
+    points=(rl.BASE, rl.FULL, *AROUND_49, *AROUND_13, *TYING),
+    draw=lambda store: side_by_side((*AROUND_49, *AROUND_13, *TYING), store, rl.BASE, rl.FULL),
     judge=judge,
 )
