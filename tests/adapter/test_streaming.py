@@ -1,6 +1,7 @@
 """Decompositions from shards are those of the loaded model, and fill the cache that attach reads."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import tinylora_lite as tl
 from tinylora_lite.adapter import svd
-from tinylora_lite.adapter.streaming import decompose_checkpoint
+from tinylora_lite.adapter.streaming import INDEX, decompose_checkpoint
 from tinylora_lite.adapter.svd import decompose
 from tinylora_lite.utils import record
 
@@ -17,7 +18,7 @@ from tinylora_lite.utils import record
 def folder(model, tmp_path, request):
     sizes = {} if request.param is None else {"max_shard_size": request.param}
     model.to(torch.bfloat16).save_pretrained(tmp_path / "checkpoint", **sizes)
-    assert (len(list((tmp_path / "checkpoint").glob("*.safetensors"))) > 1) is (request.param is not None)
+    assert (tmp_path / "checkpoint" / INDEX).exists() is (request.param is not None)
     return tmp_path / "checkpoint"
 
 
@@ -102,6 +103,19 @@ class TestTheUsersCache:
         svd.cached_decompose(torch.eye(7), 2)
         assert not cache.exists()
 
+    def test_what_was_not_used_for_longest_goes_first(self, cache, monkeypatch):
+        weights = [torch.randn(9, 7, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+        for age, weight in zip((300, 200), weights, strict=False):
+            svd.cached_decompose(weight, 2)
+            newest = max(cache.iterdir(), key=lambda entry: entry.stat().st_mtime)
+            os.utime(newest, (newest.stat().st_mtime - age,) * 2)
+        svd.cached_decompose(weights[0], 2)  # used again, so that the second is now the older one
+        size = newest.stat().st_size
+        monkeypatch.setattr(record, "CACHE_LIMIT", 2 * size)
+        svd.cached_decompose(weights[2], 2)
+        assert len(list(cache.iterdir())) == 2
+        assert newest not in cache.iterdir()
+
     def test_where_it_cannot_be_written_nothing_stops(self, cache, monkeypatch):
         monkeypatch.setattr(
             record, "atomic_write", lambda *_: (_ for _ in ()).throw(OSError("no space left on device"))
@@ -110,6 +124,13 @@ class TestTheUsersCache:
         assert same(svd.cached_decompose(weight, 2), decompose(weight, 2))
         with pytest.raises(OSError, match="no space"):
             svd.cached_decompose(weight, 2, cache=cache)
+
+    def test_one_that_may_only_be_read_is_used(self, cache, monkeypatch):
+        weight = torch.randn(9, 7, generator=torch.Generator().manual_seed(0))
+        found = svd.cached_decompose(weight, 2)
+        monkeypatch.setattr("os.utime", lambda *_: (_ for _ in ()).throw(PermissionError("not yours")))
+        monkeypatch.setattr(svd, "decompose", lambda *_: pytest.fail("decomposed again"))
+        assert same(svd.cached_decompose(weight, 2), found)
 
     def test_there_is_none_without_a_home(self, cache, monkeypatch):
         monkeypatch.delenv("TINYLORA_CACHE")
@@ -120,7 +141,7 @@ class TestTheUsersCache:
 
 
 def test_a_folder_without_a_checkpoint(tmp_path):
-    with pytest.raises(ValueError, match=r"config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         list(decompose_checkpoint(tmp_path))
 
 
@@ -133,17 +154,19 @@ def test_what_is_wrong_with_a_checkpoint_is_said(folder):
     deeper = {key: value for key, value in config.items() if key != "layer_types"} | {"num_hidden_layers": 3}
     weights = sorted(folder.glob("*.safetensors"))
     (folder / "config.json").write_text(json.dumps(deeper))
-    fails(ValueError, r"holds no model\.layers\.2\.self_attn\.q_proj\.weight as safetensors, which its config\.json")
+    fails(ValueError, r"holds no model\.layers\.2\.self_attn\.q_proj\.weight of shape \[32, 32\]")
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 50}))
+    fails(ValueError, r"holds no model\.layers\.0\.mlp\.gate_proj\.weight of shape \[50, 32\]")
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {}}))
     fails(ValueError, "is quantized")
     (folder / "config.json").write_text("{")
-    fails(OSError, "is not a valid JSON file")
+    fails(ValueError, "is damaged")
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.q_proj: rank must be between 1 and 32"):
         list(decompose_checkpoint(folder, rank=33))
     for path in weights:
         path.write_bytes(path.read_bytes()[:-100])
-    fails(ValueError, "cannot be read .*; download it again")
+    fails(ValueError, "is damaged|cannot be read")
     for path in weights:
         path.unlink()
-    fails(ValueError, r"holds no model\.layers\.0\.self_attn\.q_proj\.weight as safetensors")
+    fails(FileNotFoundError, r"lacks \d+ shards|holds neither")

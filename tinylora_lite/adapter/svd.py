@@ -7,8 +7,7 @@ Small matrices are decomposed exactly, in float64. Where the rank is far below b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinylora_lite.adapter.weights import weight_fingerprint
+from tinylora_lite.adapter.weights import one_thread, weight_fingerprint
 from tinylora_lite.utils.record import cached
 
 EXACT_UP_TO = 512  # A matrix whose smaller side is at most this is decomposed exactly, well under a second.
@@ -74,14 +73,14 @@ def decompose(weight: Tensor, rank: int, seed: int = 0) -> Decomposition:
     _check(weight, rank)
     # Apple's GPUs know no float64.
     matrix = weight.detach().cpu() if weight.device.type == "mps" else weight.detach()
-    largest = max(abs(float(bound)) for bound in matrix.aminmax())
-    if not math.isfinite(largest):
-        raise ValueError("the weight holds NaN or infinity and has no SVD; load the model again")
-    scale = 1.0 if 1e-10 < largest < 1e10 or largest == 0 else 2.0 ** math.floor(math.log2(largest))
-    matrix = matrix if scale == 1 else matrix.double() / scale  # squares stay within float32's range
-    tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
-    smaller, settled = tall.shape[1], False
-    with _few_threads(smaller):
+    smaller, settled = min(matrix.shape), False
+    with one_thread() if smaller <= EXACT_AT_WORST else nullcontext():
+        largest = max(abs(float(bound)) for bound in matrix.aminmax())
+        if not math.isfinite(largest):
+            raise ValueError("the weight holds NaN or infinity and has no SVD; load the model again")
+        scale = 1.0 if 1e-10 < largest < 1e10 or largest == 0 else 2.0 ** math.floor(math.log2(largest))
+        matrix = matrix if scale == 1 else matrix.double() / scale  # squares stay within float32's range
+        tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
         if smaller > EXACT_UP_TO and rank * 8 <= smaller:
             left, values, right, settled = _leading(tall, rank, seed)
         if not settled and smaller <= EXACT_AT_WORST:
@@ -163,17 +162,6 @@ def _arpack(matrix: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor, Tens
     parts = (left[:, order], values[order], right[order])
     left, values, right = (torch.from_numpy(part.copy()).to(matrix.device) for part in parts)
     return left, values, right
-
-
-@contextmanager
-def _few_threads(smaller: int) -> Iterator[None]:
-    """One thread for small matrices: several wait for one another and take longer on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1 if smaller <= EXACT_AT_WORST else threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _check(weight: Tensor, rank: int) -> None:

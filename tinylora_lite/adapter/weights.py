@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -210,6 +211,18 @@ def _inner_tensors(tensor: Tensor) -> Iterator[Tensor]:
         yield from _inner_tensors(getattr(tensor, name))
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, torch computes on one thread: for small work several wait for one another, long on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@one_thread()
 def base_fingerprint(model: nn.Module) -> str:
     """SHA-256 of a model's weights in hexadecimal: names, shapes, and the exact value of every entry.
 
@@ -231,6 +244,7 @@ def base_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+@one_thread()
 def weight_fingerprint(weight: Tensor) -> str:
     """SHA-256 of one matrix in hexadecimal: its shape and the exact value of every entry as float32, as above."""
     digest = hashlib.sha256(json.dumps(list(weight.shape)).encode())

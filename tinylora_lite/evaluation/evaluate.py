@@ -77,9 +77,7 @@ def evaluate(
             a chat template, the reward is no finite number, there is neither model nor sampler, or ``folder`` holds
             an evaluation of something else.
     """
-    queue = _queue(tokenizer, task, split, problems, samples, batch_size)
-    if truncated not in ("zero", "score"):
-        raise ValueError(f"truncated must be zero or score, not {truncated!r}")
+    queue = _queue(tokenizer, task, split, problems, samples, batch_size, truncated)
     adapter = None if model is None else adapter_of(model)
     adapter = adapter if adapter is not None and adapter.enabled else None
     settings: dict[str, Any] = {}
@@ -156,7 +154,7 @@ def evaluate_population(
     The arguments and errors are those of :func:`evaluate`; ``batch_size`` counts the completions of each adapter.
     ``seed`` is one for all adapters, which then answer with the same random numbers, or one for each.
     """
-    queue = _queue(tokenizer, task, split, problems, samples, batch_size)
+    queue = _queue(tokenizer, task, split, problems, samples, batch_size, truncated)
     K, device = len(population), next(model.parameters()).device
     seeds = [seed] * K if isinstance(seed, int) else seed
     if len(seeds) != K:
@@ -182,10 +180,18 @@ def evaluate_population(
 
 
 def _queue(
-    tokenizer: PreTrainedTokenizerBase, task: Task, split: str, problems: int | None, samples: int, batch_size: int
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    split: str,
+    problems: int | None,
+    samples: int,
+    batch_size: int,
+    truncated: str,
 ) -> list[Example]:
     """The problems to answer, each as often as it has samples."""
     check_tokenizer(tokenizer)
+    if truncated not in ("zero", "score"):
+        raise ValueError(f"truncated must be zero or score, not {truncated!r}")
     if split not in ("test", "validation", "train"):
         raise ValueError(f"split must be test, validation or train, not {split!r}")
     if min(samples, batch_size, 1 if problems is None else problems) < 1:

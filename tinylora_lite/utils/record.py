@@ -8,8 +8,10 @@ import os
 import platform
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -26,6 +28,8 @@ RENAMED = {
     "capped": "tis_clip_frac",
 }
 """The names that metrics had before, and TRL's."""
+CACHE_LIMIT = 4 << 30
+"""Bytes of the user's cache."""
 
 
 def atomic_write(path: str | Path, content: str | bytes | Callable[[BinaryIO], None]) -> Path:
@@ -79,8 +83,9 @@ def cached(
 ) -> dict[str, Tensor]:
     """Float32 tensors from a cache where they are there, and computed and put into it where they are not.
 
-    An entry of other shapes or with other numbers than finite ones is computed again. A ``folder`` of ``None`` takes
-    ``svd`` in the user's cache; where that cannot be written, nothing is kept.
+    An entry of other shapes or with other values than finite ones is computed again. A ``folder`` of ``None`` takes
+    ``svd`` in the user's cache, which loses what was not used for longest above ``CACHE_LIMIT``; where that cannot be
+    written, nothing is kept.
 
     Raises:
         OSError: ``folder`` was given and cannot be written.
@@ -94,6 +99,8 @@ def cached(
     path = where / f"{name}.safetensors"
     try:
         found = safetensors.torch.load(path.read_bytes())
+        with suppress(OSError):  # in a cache that may only be read
+            os.utime(path)
         right = {key: tuple(tensor.shape) for key, tensor in found.items()} == dict(shapes)
         if right and all(t.dtype == torch.float32 and bool(torch.isfinite(t).all()) for t in found.values()):
             return found
@@ -102,6 +109,10 @@ def cached(
     found = compute()
     try:
         atomic_write(path, safetensors.torch.save({key: t.cpu().contiguous() for key, t in found.items()}))
+        entries = [] if folder else sorted(where.iterdir(), key=lambda entry: entry.stat().st_mtime, reverse=True)
+        for entry, total in zip(entries, accumulate(entry.stat().st_size for entry in entries), strict=True):
+            if total > CACHE_LIMIT:
+                entry.unlink(missing_ok=True)
     except OSError:
         if folder:
             raise
