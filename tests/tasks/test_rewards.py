@@ -367,9 +367,11 @@ def test_a_process_that_was_killed_is_replaced(worker):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a signal to a thread")
 def test_an_interrupt_leaves_no_stale_verdict(worker):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     threading.Timer(0.2, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
-        math_equal.equal("1", r"\binom{10^9}{5\cdot10^8}")
+        [math_equal.equal("1", r"\binom{10^9}{5\cdot10^8}") for _ in range(20)]
+    signal.signal(signal.SIGINT, before)
     assert not math_equal.equal("0.5", "1/3")
     assert math_equal.equal("0.5", "1/2")
 
