@@ -1,7 +1,9 @@
 """Tiny models with random weights, the nano tokenizer, and tasks that need no world knowledge."""
 
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
@@ -67,3 +69,31 @@ def task() -> Task:
         ]
 
     return Task("tiny", examples(0, 12), examples(12, 6), examples(20, 6), lambda text, gold: float("has" in text))
+
+
+@pytest.fixture(scope="session")
+def texts() -> Callable[..., list[str]]:
+    """``texts(figure)``: the words of a drawn figure."""
+    from tinylora_lite.view import plot
+
+    def found(drawn) -> list[str]:
+        root = ElementTree.fromstring(plot.show(drawn, "a figure under test").svg)
+        return [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+
+    return found
+
+
+@pytest.fixture(scope="session")
+def contrast() -> Callable[[str, str], float]:
+    """``contrast(one, other)`` of two colours, as WCAG 2 defines it."""
+
+    def luminance(colour: str) -> float:
+        parts = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+        linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+        return float(linear @ [0.2126, 0.7152, 0.0722])
+
+    def of(one: str, other: str) -> float:
+        high, low = sorted((luminance(one), luminance(other)), reverse=True)
+        return (high + 0.05) / (low + 0.05)
+
+    return of

@@ -1,8 +1,5 @@
 """The drawings of matrices and of tying name every part."""
 
-import xml.etree.ElementTree as ElementTree
-
-import numpy as np
 import pytest
 
 pytest.importorskip("matplotlib")
@@ -13,29 +10,12 @@ from tinylora_lite.book import diagrams
 from tinylora_lite.view import plot
 
 
-def texts(drawn) -> list[str]:
-    root = ElementTree.fromstring(plot.show(drawn, "a figure under test").svg)
-    return [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
-
-
-def contrast(one: str, other: str) -> float:
-    """Of two colours, as WCAG 2 defines it."""
-
-    def luminance(colour: str) -> float:
-        parts = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
-        linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
-        return float(linear @ [0.2126, 0.7152, 0.0722])
-
-    high, low = sorted((luminance(one), luminance(other)), reverse=True)
-    return (high + 0.05) / (low + 0.05)
-
-
 @pytest.mark.parametrize("tone", [*diagrams.TONES, structure.PAPER])
-def test_words_on_a_coloured_ground_can_be_read(tone):
+def test_words_on_a_coloured_ground_can_be_read(tone, contrast):
     assert contrast(plot.BLACK, tone) >= 4.5
 
 
-def test_matrices_name_every_factor():
+def test_matrices_name_every_factor(texts):
     words = texts(diagrams.matrices())
     assert words.count("W") == 3
     assert {"A", "B", "R", "U", "Σ", "Vᵀ", "P₁", "v₁", "in", "out", "r"} <= set(words)

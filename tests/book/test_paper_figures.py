@@ -1,7 +1,6 @@
 """The figures of *Reading the paper closely* show the numbers that they are given, and nothing that is not known."""
 
 import doctest
-import xml.etree.ElementTree as ElementTree
 
 import pytest
 from scipy import stats
@@ -10,17 +9,11 @@ pytest.importorskip("matplotlib")
 
 from tinylora_lite.book import paper_figures
 from tinylora_lite.book.published import Published, load_published
-from tinylora_lite.view import plot
 
 
 @pytest.fixture(scope="module")
 def published() -> list[Published]:
     return load_published()
-
-
-def texts(drawn) -> list[str]:
-    root = ElementTree.fromstring(plot.show(drawn, "a figure under test").svg)
-    return [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
 
 
 def points(axes, marker: str) -> set[tuple[float, float]]:
@@ -42,7 +35,7 @@ def test_wilson_is_scipys(right, n):
     assert paper_figures.wilson(right / n, n) == pytest.approx((expected.low, expected.high), abs=1e-9)
 
 
-def test_figure_1_holds_every_point_and_every_level(published):
+def test_figure_1_holds_every_point_and_every_level(published, texts):
     paper = [row for row in published if row.where == "figure 1"]
     repeated = replication(published)
     drawn = paper_figures.accuracy_against_numbers(paper, repeated, {"a level": 0.756})

@@ -15,23 +15,6 @@ from tinylora_lite.view import plot
 PAGES = {"light": "#ffffff", "dark": "#14181e"}
 
 
-def texts(drawn) -> list[str]:
-    root = ElementTree.fromstring(plot.show(drawn, "a figure under test").svg)
-    return [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
-
-
-def contrast(one: str, other: str) -> float:
-    """Of two colours, as WCAG 2 defines it."""
-
-    def luminance(colour: str) -> float:
-        parts = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
-        linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
-        return float(linear @ [0.2126, 0.7152, 0.0722])
-
-    high, low = sorted((luminance(one), luminance(other)), reverse=True)
-    return (high + 0.05) / (low + 0.05)
-
-
 def run(rewards: list[float], seed: int = 0) -> Run:
     steps = [{"step": step + 1, "reward": reward} for step, reward in enumerate(rewards)]
     return Run("grpo", {"seed": seed}, "adapter", 13, "task", steps=steps)
@@ -44,7 +27,7 @@ def row(method: str, parameters: int, accuracy: float) -> dict:
 
 @pytest.mark.parametrize("page", PAGES.values(), ids=PAGES)
 @pytest.mark.parametrize("method", [name for name in plot.METHODS if name != "base"])
-def test_every_colour_stands_out_in_light_and_dark(method, page):
+def test_every_colour_stands_out_in_light_and_dark(method, page, contrast):
     assert contrast(plot.METHODS[method].colour, page) >= 3
 
 
@@ -94,7 +77,7 @@ def test_counts_in_words(number, said):
     assert plot.human(number) == said
 
 
-def test_learning_curves_draw_every_seed_and_their_mean():
+def test_learning_curves_draw_every_seed_and_their_mean(texts):
     drawn = plot.learning_curves([plot.Curves("tinylora", [run([0, 1, 2, 3]), run([2, 3, 4])])], base=0.5)
     first, second, mean, base = drawn.axes[0].lines
     assert list(first.get_ydata()) == [0, 1, 2, 3]
@@ -106,7 +89,7 @@ def test_learning_curves_draw_every_seed_and_their_mean():
     assert {"TinyLoRA", "untrained base", "step", "mean reward"} <= set(texts(drawn))
 
 
-def test_a_curve_has_its_own_label():
+def test_a_curve_has_its_own_label(texts):
     drawn = plot.learning_curves([plot.Curves("full", [run([0])], "every weight")])
     assert "every weight" in texts(drawn)
 
@@ -122,7 +105,7 @@ def test_labels_at_the_right_keep_apart():
     assert max(heights) <= 1
 
 
-def test_accuracy_against_numbers():
+def test_accuracy_against_numbers(texts):
     rows = [row("tinylora", 196, 0.6), row("base", 0, 0.25), row("tinylora", 13, 0.4), row("full", 1_200_000, 0.9)]
     drawn = plot.accuracy_against_numbers(rows, ylabel="accuracy")
     (axes,) = drawn.axes
@@ -135,7 +118,7 @@ def test_accuracy_against_numbers():
     assert {"1", "13", "1 k", "1 M", "TinyLoRA", "all weights", "untrained base"} <= set(texts(drawn))
 
 
-def test_counts_are_written_out():
+def test_counts_are_written_out(texts):
     drawn = plot.counts([("lora", "LoRA, rank 1", 2_523_136), ("tinylora", "n_tie = 16", 13)])
     assert {"2,523,136", "13", "LoRA, rank 1", "n_tie = 16"} <= set(texts(drawn))
     assert drawn.axes[0].get_xscale() == "log"

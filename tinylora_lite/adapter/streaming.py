@@ -50,7 +50,7 @@ def decompose_checkpoint(
         The module's name in ``model.named_modules()``, and its :class:`~tinylora_lite.adapter.svd.Decomposition`.
 
     Raises:
-        OSError: its ``config.json`` is damaged.
+        OSError: there is no such folder, or its ``config.json`` is damaged.
         ValueError: the checkpoint has no config, is damaged or quantized, lacks a weight, or the rank does not fit one.
     """
     from transformers import AutoConfig
