@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
         table.title_justify = "left"
         for base, found in presets.BASES.items():
             for recipe in presets.RECIPES:
-                table.add_row(f"{base}/{recipe}", found.hub)
+                table.add_row(f"{base}/{recipe}", found["model"])
         table.add_row(presets.NANO[0], "the shipped base, on a CPU")
         table.caption = "each by GRPO; NAME/sft trains by imitation, NAME/calibrated on calibrated directions"
         shared.show(arguments, {"presets": presets.preset_names(), "gpus": presets.GPUS}, table)
