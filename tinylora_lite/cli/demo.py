@@ -112,7 +112,7 @@ def run_demo(
     """
     from tinylora_lite import nano
     from tinylora_lite.experiment.models import load_tokenizer
-    from tinylora_lite.experiment.runner import Runner
+    from tinylora_lite.experiment.run import Runner
     from tinylora_lite.experiment.settings import EvaluationSettings, RunSettings
     from tinylora_lite.view.progress import Progress
 
@@ -144,15 +144,15 @@ def run_demo(
     }
     trained = {}
     for name, config in configs.items():
-        adapter = tl.attach(runner.base, config)
-        try:
-            run = runner.train(name, task, adapter, replace(training, learning_rate=LEARNING_RATES[name]))
+        with runner.trained(name, task, config, replace(training, learning_rate=LEARNING_RATES[name])) as (
+            adapter,
+            run,
+        ):
+            assert adapter is not None
             run.save(folder / f"{name}.run.json")
             score = runner.evaluate(name, task, testing, seed=seed)
             file = tl.save(adapter, folder / f"{name}.tinylora").resolve()
             trained[name] = Trained(score, tuple(adapter.vectors.flatten().tolist()), file)
-        finally:
-            adapter.detach()
     return Demo(base, trained["random"], trained["calibrated"], time.perf_counter() - started)
 
 

@@ -7,32 +7,39 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from tinylora_lite.adapter.adapter import TinyLoraAdapter, attach
+from tinylora_lite.adapter.config import TinyLoraConfig
 from tinylora_lite.adapter.projection import Basis
 from tinylora_lite.evaluation.compare import Comparison, compare
+from tinylora_lite.evaluation.evaluate import evaluate
 from tinylora_lite.evaluation.score import Score
-from tinylora_lite.experiment.models import load_tokenizer, nano_package
-from tinylora_lite.experiment.runner import OnRollouts, Runner
-from tinylora_lite.experiment.settings import RunSettings
+from tinylora_lite.experiment.models import checkpoint, is_nano, load_model, load_tokenizer, nano_package
+from tinylora_lite.experiment.settings import EvaluationSettings, RunSettings
 from tinylora_lite.files.adapter_file import save
-from tinylora_lite.files.basis import load_basis
-from tinylora_lite.sampling.rollouts import encode_prompts
+from tinylora_lite.files.basis import load_basis, save_basis
+from tinylora_lite.sampling.rollouts import Rollouts, Sampler
+from tinylora_lite.sampling.sampler import ModelSampler
 from tinylora_lite.tasks.datasets import load_task
 from tinylora_lite.tasks.task import Example, Task
+from tinylora_lite.training.calibrate import calibrate
+from tinylora_lite.training.grpo import train_grpo
+from tinylora_lite.training.settings import GRPOSettings, SFTSettings
+from tinylora_lite.training.sft import train_sft
 from tinylora_lite.utils import distributed
 from tinylora_lite.utils.record import Run, atomic_write
 from tinylora_lite.view.progress import Progress
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -65,10 +72,7 @@ class Outcome:
     def summary(self) -> dict[str, Any]:
         """What ``tinylora train --json`` prints and ``outcome.json`` keeps."""
         return {
-            "model": self.settings.model,
-            "task": self.settings.task,
-            "method": self.settings.method,
-            "trainer": self.settings.trainer,
+            **{name: getattr(self.settings, name) for name in ("model", "task", "method", "trainer")},
             "adapter": self.run.adapter,
             "parameters": self.run.parameters,
             "learning_rate": self.run.settings["learning_rate"],
@@ -82,9 +86,12 @@ class Outcome:
 
 
 def run_experiment(
-    settings: RunSettings, *, progress: Progress | None = None, on_rollouts: OnRollouts | None = None
+    settings: RunSettings,
+    *,
+    progress: Progress | None = None,
+    on_rollouts: Callable[[Rollouts, Tensor], None] | None = None,
 ) -> Outcome:
-    """Does what a settings file says.
+    """Does what a settings file says; ``on_rollouts`` is :func:`~tinylora_lite.train_grpo`'s.
 
     Of several learning rates the one with the best score on the validation split is taken; only the base and the model
     that it trained see the test split. The folder holds ``settings.yaml``, ``base/`` and ``trained/`` with every
@@ -93,11 +100,6 @@ def run_experiment(
 
     Several processes under ``accelerate launch`` share the work, and the first one writes the files.
 
-    Args:
-        settings: see :class:`~tinylora_lite.experiment.settings.RunSettings`.
-        progress: where progress is shown; ``None`` shows nothing.
-        on_rollouts: called in every step of GRPO with what was sampled and its rewards, ``[prompts, group_size]``.
-
     Raises:
         ValueError: settings that do not fit the model, the task or the content of the folder.
         OSError: the model, the data or the folder cannot be read or written.
@@ -105,7 +107,6 @@ def run_experiment(
     """
     folder, progress = Path(settings.folder), progress or Progress()
     writes = distributed.rank() == 0
-    _check_processes(settings, folder)
     folder.mkdir(parents=True, exist_ok=True)
     if writes and not (folder / "settings.yaml").exists():
         settings.save(folder / "settings.yaml")
@@ -125,21 +126,28 @@ def run_experiment(
             for name in settings.evaluation.tasks
         }
 
+    config = settings.adapter.config(_basis(runner, task, settings))
     base = test("base")
-    basis = _basis(runner, task, settings)
+    options: dict[str, Any] = {"trainer": settings.trainer, "shard": settings.shard, "on_rollouts": on_rollouts}
+
+    def trained(one: RunSettings) -> AbstractContextManager[tuple[TinyLoraAdapter | None, Run]]:
+        training = one.training_settings(len(task.train))
+        name = f"{one.method}, rate {training.learning_rate:g}"
+        return runner.trained(name, task, config, training, folder=Path(one.folder), **options)
+
     runs, rates = settings.sweep(), {}
     for one in runs if len(runs) > 1 else ():
-        with _trained(runner, task, one, basis, on_rollouts) as (_, run):
+        with trained(one) as (_, run):
             kept = Path(one.folder) / "validation"
             score = runner.evaluate("validation", task, settings.evaluation, split="validation", folder=kept)
         rates[float(run.settings["learning_rate"])] = score
-        if settings.adapter.kind == "all" or settings.shard:  # training changed the base itself
+        if config is None or settings.shard:  # training changed the base itself
             del runner
             gc.collect()
             torch.cuda.empty_cache()
             runner = load()
     chosen = runs[0] if not rates else max(runs, key=lambda one: rates[one.training["learning_rate"]].accuracy)
-    with _trained(runner, task, chosen, basis, on_rollouts) as (adapter, run):
+    with trained(chosen) as (adapter, run):
         adapted = test("trained")
         vectors = () if adapter is None else tuple(adapter.vectors.flatten().tolist())
         outcome = Outcome(chosen, run, rates, base, adapted, vectors, folder)
@@ -147,12 +155,189 @@ def run_experiment(
             save(adapter, folder / "adapter.tinylora", base_sha256=run.base)
         elif writes:
             runner.base.save_pretrained(folder / "model")
-            runner.tokenizer.save_pretrained(folder / "model")
+            tokenizer.save_pretrained(folder / "model")
     if writes:
         settings.save(folder / "settings.yaml")  # again, with the settings that may differ between two calls
         atomic_write(folder / "outcome.json", json.dumps(outcome.summary(), indent=1) + "\n")
     distributed.barrier()
     return outcome
+
+
+@dataclass
+class Runner:
+    """A base and what answers for it; evaluates, calibrates and trains for every command, and shows its progress.
+
+    ``model`` is ``None`` where another engine answers for an untouched base. ``batch_size`` is of evaluations.
+    """
+
+    model: PreTrainedModel | None
+    tokenizer: PreTrainedTokenizerBase
+    sampler: Sampler
+    progress: Progress
+    batch_size: int
+
+    @classmethod
+    def open(
+        cls,
+        settings: RunSettings,
+        tokenizer: PreTrainedTokenizerBase,
+        progress: Progress,
+        *,
+        dtype: str | None = None,
+        device: str | None = None,
+        weights: bool = True,
+        max_model_len: int | None = None,
+        lora_folder: Path | None = None,
+    ) -> Runner:
+        """Loads the base that the settings name, and makes the sampler that they ask for.
+
+        Args:
+            settings: of a run.
+            tokenizer: the base's.
+            progress: told of every phase, step and score.
+            dtype: in place of the settings'; ``dtype`` and ``device`` are as ``load_model`` takes them.
+            device: of the base.
+            weights: ``False`` loads no model, because a vLLM engine answers for the untouched base.
+            max_model_len: tokens of the longest prompt and completion, for vLLM; ``None`` takes the model's own limit.
+            lora_folder: where LoRAs are written for a server to read; ``None`` takes the one for temporary files.
+        """
+        s, options, dtype = settings, settings.sampler, dtype or settings.dtype
+        if dtype == "auto" and is_nano(s.model):
+            dtype = "float32"  # as load_model does; vLLM would take the checkpoint's float16
+        progress.begin(f"loading {s.model}")
+        model = None
+        if weights:
+            model = load_model(s.model, dtype=dtype, device=device, revision=s.revision, quantize=s.quantize)
+            if s.gradient_checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+            if max_model_len is not None:
+                max_model_len = min(max_model_len, model.config.max_position_embeddings)
+        sampler: Sampler
+        if options.engine == "transformers" and model is not None:
+            sampler = ModelSampler(model, tokenizer, options.batch_size)
+        elif options.engine == "vllm-server":
+            from tinylora_lite.sampling.vllm_server import VllmServerSampler
+
+            served = None if is_nano(s.model) else s.model  # the shipped folder's path depends on the machine
+            sampler = VllmServerSampler(str(options.url), tokenizer, model=served, folder=lora_folder)
+        else:
+            from tinylora_lite.sampling.vllm import VllmSampler
+
+            engine: dict[str, Any] = {} if s.revision is None else {"revision": s.revision}
+            engine |= options.model_dump(include={"sync", "gpu_memory", "tensor_parallel"})
+            engine |= {"max_model_len": max_model_len, "dtype": dtype, "max_lora_rank": s.adapter.rank}
+            sampler = VllmSampler(checkpoint(s.model), tokenizer, **engine)
+        batch_size = options.batch_size or (256 if options.engine == "transformers" else 1024)
+        return cls(model, tokenizer, sampler, progress, batch_size)
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The model, which must be loaded."""
+        if self.model is None:
+            raise ValueError("only a sampler answers here; load the model to calibrate or train")
+        return self.model
+
+    def evaluate(
+        self,
+        name: str,
+        task: Task,
+        settings: EvaluationSettings,
+        *,
+        split: str = "test",
+        folder: Path | None = None,
+        **options: Any,
+    ) -> Score:
+        """The score on the first problems of a split; several processes share the problems and return the same score.
+
+        ``name`` is what progress shows. ``folder`` keeps completions, and an interrupted evaluation goes on there.
+        ``options`` are further arguments of :func:`~tinylora_lite.evaluate`.
+        """
+        problems, samples = tuple(getattr(task, split)[: settings.problems]), settings.samples
+        rank, processes = distributed.rank(), distributed.world_size()
+        padded = problems + problems[-1:] * (-len(problems) % processes)
+        changed: dict[str, Any] = {split: padded[rank::processes]}
+        if self.model is not None and distributed.is_sharded(self.model):
+            folder = None  # the processes compute together, so all of them must start from the same place: the start
+        elif folder is not None and processes > 1:
+            folder = folder / f"{rank + 1}-of-{processes}"
+        self.progress.begin(f"testing: {name}", len(changed[split]) * samples)
+        options |= settings.model_dump(include={"samples", "temperature", "max_new_tokens"})
+        score = evaluate(
+            self.model,
+            self.tokenizer,
+            replace(task, **changed),
+            split=split,
+            batch_size=self.batch_size,
+            progress=self.progress.advance,
+            sampler=self.sampler,
+            folder=folder,
+            **options,
+        )
+        if processes > 1:
+            parts = [part.completions for part in distributed.all_gather_object(score)]
+            rows = (parts[i % processes][i // processes * samples :][:samples] for i in range(len(problems)))
+            score = Score.of((completion for row in rows for completion in row), samples)
+        self.progress.scored(name, score)
+        return score
+
+    def calibrate(self, task: Task, file: Path, **options: Any) -> Basis:
+        """Makes a basis as :func:`~tinylora_lite.calibrate` does, from training problems, and writes it to ``file``."""
+        self.progress.begin("calibrating a basis")
+        options |= {"sampler": self.sampler, "progress": self.progress.advance}
+        basis = calibrate(self.base, self.tokenizer, task, **options)
+        if distributed.rank() == 0:
+            save_basis(basis, file)
+        distributed.barrier()
+        return load_basis(file)
+
+    @contextmanager
+    def trained(
+        self,
+        name: str,
+        task: Task,
+        config: TinyLoraConfig | None,
+        settings: GRPOSettings | SFTSettings,
+        *,
+        trainer: str = "own",
+        shard: bool = False,
+        folder: Path | None = None,
+        on_rollouts: Callable[[Rollouts, Tensor], None] | None = None,
+    ) -> Iterator[tuple[TinyLoraAdapter | None, Run]]:
+        """Trains an adapter, which stays on the model during the block, or all weights where ``config`` is ``None``.
+
+        ``name`` is what progress shows. The class of ``settings`` says whether GRPO or SFT trains; with ``trainer``
+        ``"trl"`` TRL's loop does, which calls no ``on_rollouts``. ``shard`` spreads the base over the processes.
+        """
+        adapter = None if config is None else attach(self.base, config)
+        progress = self.progress
+
+        def on_step(run: Run) -> None:
+            if "length" in run.steps[-1]:
+                progress.lengths[name] = run.curve("length")
+            vectors = [] if adapter is None else adapter.vectors.flatten().tolist()
+            progress.step(name, run.curve(progress.measure), vectors)
+
+        arguments: tuple[Any, ...] = (self.base, self.tokenizer, adapter, task, settings)
+        options: dict[str, Any] = {"folder": folder, "on_step": on_step, "sampler": self.sampler}
+        try:
+            if shard and not distributed.is_sharded(self.base):
+                distributed.shard_model(self.base)
+            progress.begin(f"training: {name}", settings.steps)
+            progress.steps = settings.steps
+            progress.measure = "reward" if isinstance(settings, GRPOSettings) else "loss"
+            if trainer == "trl":
+                from tinylora_lite.training.trl import train_trl
+
+                if isinstance(self.sampler, ModelSampler):
+                    options["sampler"] = None  # TRL generates by itself
+                yield adapter, train_trl(*arguments, **options)
+            elif isinstance(settings, SFTSettings):
+                yield adapter, train_sft(*arguments, **options, progress=False)
+            else:
+                yield adapter, train_grpo(*arguments, **options, progress=False, on_rollouts=on_rollouts)
+        finally:
+            if adapter is not None:
+                adapter.detach()
 
 
 def task_named(name: str, settings: RunSettings) -> Task:
@@ -163,79 +348,42 @@ def task_named(name: str, settings: RunSettings) -> Task:
     return load_task(name, data=settings.data, prompt=settings.prompt)
 
 
-def _check_processes(settings: RunSettings, folder: Path) -> None:
-    """Raises ``ValueError``, before anything large is loaded, where several processes cannot do what is asked for."""
-    if distributed.world_size() == 1:
-        return
-    if settings.sampler.engine == "vllm":
-        raise ValueError(
-            "each process would need an engine of its own; start `tinylora serve` and set sampler.engine=vllm-server "
-            "sampler.url=..., or train with one process"
-        )
-    if settings.adapter.projection == "calibrated" and not (folder / "basis.safetensors").exists():
-        raise ValueError(
-            f"a basis is calibrated by one process; run `tinylora calibrate {settings.model} --task {settings.task}` "
-            f"first, with --out {folder / 'basis.safetensors'}"
-        )
-
-
-@contextmanager
-def _trained(
-    runner: Runner, task: Task, settings: RunSettings, basis: Basis | None, on_rollouts: OnRollouts | None
-) -> Iterator[tuple[TinyLoraAdapter | None, Run]]:
-    """Trains one learning rate, or takes up what its folder holds; the adapter stays on the model during the block."""
-    config = settings.adapter.config(basis)
-    adapter = None if config is None else attach(runner.base, config)
-    try:
-        if settings.shard and not distributed.is_sharded(runner.base):
-            distributed.shard_model(runner.base)
-        training = settings.training_settings(len(task.train))
-        name, folder = f"{settings.method}, rate {training.learning_rate:g}", Path(settings.folder)
-        options: dict[str, Any] = {"trainer": settings.trainer, "folder": folder, "on_rollouts": on_rollouts}
-        yield adapter, runner.train(name, task, adapter, training, **options)
-    finally:
-        if adapter is not None:
-            adapter.detach()
-
-
 def _basis(runner: Runner, task: Task, settings: RunSettings) -> Basis | None:
     """The calibrated directions; new ones are made once and kept in the folder of the settings file."""
-    a = settings.adapter
+    a, file = settings.adapter, Path(settings.folder) / "basis.safetensors"
     if not a.calibrated:
         return None
-    if a.projection != "calibrated":
-        return load_basis(a.projection)
-    file = Path(settings.folder) / "basis.safetensors"
-    if file.exists():
-        return load_basis(file)
+    if a.projection != "calibrated" or file.exists():
+        return load_basis(file if a.projection == "calibrated" else a.projection)
+    if distributed.world_size() > 1:
+        raise ValueError(
+            f"a basis is calibrated by one process; run `tinylora calibrate {settings.model} --task {settings.task}` "
+            f"first, with --out {file}"
+        )
     options = a.calibration.model_dump(exclude={"looks"}) | {"passes": a.calibration.looks}
     return runner.calibrate(task, file, rank=a.rank, directions=a.u, sigma=a.sigma, **options)
 
 
 def short_prompts(task: Task, tokenizer: PreTrainedTokenizerBase, most: int) -> Task:
     """The task without the training and validation problems whose prompts have more than ``most`` tokens."""
-
-    def short(examples: Sequence[Example]) -> tuple[Example, ...]:
-        lengths = _lengths(tokenizer, task, examples)
-        return tuple(example for example, length in zip(examples, lengths, strict=True) if length <= most)
-
-    train = short(task.train)
-    if not train:
+    splits: dict[str, Any] = {
+        split: tuple(each for each in getattr(task, split) if _length(tokenizer, task, each) <= most)
+        for split in ("train", "validation")
+    }
+    if not splits["train"]:
         raise ValueError(f"no training problem of {task.name} fits max_prompt_tokens={most}; raise it")
-    return replace(task, train=train, validation=short(task.validation))
+    return replace(task, **splits)
 
 
 def _longest(settings: RunSettings, tasks: Mapping[str, Task], tokenizer: PreTrainedTokenizerBase) -> int:
     """Tokens of the longest prompt and completion together, in calibration, training and tests."""
     s, a = settings, settings.adapter
     trained = max(s.training_settings(1).max_new_tokens, a.calibration.max_new_tokens if a.calibrated else 1)
-    tests = (_lengths(tokenizer, tasks[name], tasks[name].test[: s.evaluation.problems]) for name in s.evaluation.tasks)
-    tested = max((length for lengths in tests for length in lengths), default=0) + s.evaluation.max_new_tokens
-    return max(s.max_prompt_tokens + trained, tested)
+    tested = [(tasks[name], each) for name in s.evaluation.tasks for each in tasks[name].test[: s.evaluation.problems]]
+    longest = max((_length(tokenizer, task, each) for task, each in tested), default=0)
+    return max(s.max_prompt_tokens + trained, longest + s.evaluation.max_new_tokens)
 
 
-def _lengths(tokenizer: PreTrainedTokenizerBase, task: Task, examples: Sequence[Example]) -> list[int]:
-    """Tokens of each prompt."""
-    chunks = (examples[start : start + 1000] for start in range(0, len(examples), 1000))
-    masks = (encode_prompts(tokenizer, task, chunk)[1] for chunk in chunks)
-    return [int(length) for mask in masks for length in mask.sum(dim=1)]
+def _length(tokenizer: PreTrainedTokenizerBase, task: Task, example: Example) -> int:
+    """Tokens of a prompt."""
+    return len(tokenizer.apply_chat_template(task.messages(example), add_generation_prompt=True, return_dict=False))
