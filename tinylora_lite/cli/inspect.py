@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +13,6 @@ import tinylora_lite as tl
 from tinylora_lite.cli import shared
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from rich.console import RenderableType
     from rich.table import Table
     from torch import Tensor
@@ -24,13 +22,10 @@ if TYPE_CHECKING:
 
 EXAMPLE = "tinylora inspect tinylora-demo/calibrated.tinylora --base nano"
 
-TINYLORA, PEFT_TINYLORA = "tinylora", "PEFT TINYLORA"
+PEFT_TINYLORA = "PEFT TINYLORA"
 PEFT_SETTINGS = ("r", "u", "weight_tying", "projection_seed", "save_projection", "target_modules", "peft_version")
-VALUES = 1024
+VALUES = 256
 """A description holds at most this many values of v; of more, only their norm and extremes."""
-
-SHOWN, FIRST = 64, 8
-"""At most ``SHOWN`` values are printed; of longer lists of names, the ``FIRST`` ones."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,95 +44,68 @@ def run(arguments: argparse.Namespace) -> None:
     with shared.told_warnings():
         found = describe(arguments.file, arguments.basis)
         if arguments.base:
-            if found["kind"] not in (TINYLORA, PEFT_TINYLORA):
-                raise ValueError(f"{arguments.file} holds a {found['kind']} adapter; --base takes TinyLoRA adapters")
             found |= _on_base(arguments, arguments.dtype or "bf16")
-    words: list[RenderableType] = [_words(found) if "vectors" in found else _one_line(found)]
+    words: list[RenderableType] = [_words(found)]
     if arguments.base:
         words += [_table(found["merge"]), Text(_verdict(found["merge"]))]
     shared.show(arguments, found, *words)
 
 
 def describe(path: Path, basis: Path | None = None) -> dict[str, Any]:
-    """What an adapter file of this library or a folder of PEFT holds, read without its base, as JSON values.
+    """What an adapter file of this library or a folder with PEFT's TinyLoRA holds, without its base, as JSON values.
 
-    ``kind`` is ``"tinylora"``, or ``"PEFT …"`` with PEFT's name of the kind. ``payload_bytes`` is the size of the
-    trained parameters alone. ``stored_factors`` are the modules whose factors are stored: their places in tying order
-    in a file, their names in a folder. Raises ``AdapterFileError`` for a damaged or foreign file, or another basis.
+    ``payload_bytes`` is the size of the trained parameters alone. ``stored_factors`` are the modules whose factors are
+    stored: their places in tying order in a file, their names in a folder. Raises ``AdapterFileError`` for a damaged or
+    foreign file, or another basis.
     """
-    from tinylora_lite.files.peft_format import kind_of
-
-    if not path.is_dir():
-        return {"file": str(path)} | _file(path, basis)
-    kind, size = kind_of(path), sum(file.stat().st_size for file in path.glob("adapter_*") if file.is_file())
-    # A folder whose kind cannot be read goes to _folder, where reading its settings says what is wrong.
-    is_foreign = isinstance(kind, str) and kind != "TINYLORA"
-    return {"file": str(path), "bytes": size} | (_foreign(path, kind) if is_foreign else _folder(path))
+    return {"file": str(path)} | (_folder(path) if path.is_dir() else _file(path, basis))
 
 
 def _file(path: Path, basis: Path | None) -> dict[str, Any]:
+    from tinylora_lite.files.basis import find_basis
     from tinylora_lite.files.file_format import read_file
 
     header, tensors = read_file(path)
-    try:
-        settings, vectors = header["settings"], tensors["vectors"]
-        base = {"name": header["base"] or None, "revision": header.get("base_revision")}
-        base |= {"dtype": header["base_dtype"], "sha256": header["base_sha256"]}
-        calibrated = None
-        if (wanted := settings["projection"]) not in ("random", "identity"):
-            calibrated = {"fingerprint": wanted, "found": _is_found(wanted, basis, path)}
-        return {
-            "kind": TINYLORA,
-            "format": header["format"],
-            "checksum": "verified",
-            "parameters": vectors.numel(),
-            "dtype": _dtypes([vectors]),
-            "payload_bytes": vectors.nbytes,
-            "bytes": path.stat().st_size,
-            "vectors": _vectors(vectors.float()),
-            "settings": {name: value for name, value in settings.items() if value is not None},
-            "basis": calibrated,
-            "modules": len(tensors["decomposition"]),
-            "stored_factors": sorted(int(key.partition(".")[2]) for key in tensors if key.startswith("left.")),
-            "base": base,
-        }
-    except tl.AdapterFileError:
-        raise
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise tl.AdapterFileError(f"{path} is no complete adapter file ({error!r}); save it again") from error
-
-
-def _is_found(fingerprint: str, given: Path | None, path: Path) -> bool:
-    from tinylora_lite.files.basis import find_basis
-
-    try:
-        find_basis(fingerprint, given, path)
-    except tl.AdapterFileError:
-        if given is not None:
-            raise
-        return False
-    return True
+    settings, vectors, calibrated = header["settings"], tensors["vectors"], None
+    if settings["projection"] not in ("random", "identity"):
+        calibrated = {"fingerprint": settings["projection"], "found": True}
+        try:
+            find_basis(settings["projection"], basis, path)
+        except tl.AdapterFileError:
+            if basis is not None:
+                raise
+            calibrated["found"] = False
+    return {
+        "kind": "tinylora",
+        "format": header["format"],
+        "checksum": "verified",
+        "bytes": path.stat().st_size,
+        **_vectors(vectors, [vectors]),
+        "settings": {name: value for name, value in settings.items() if value is not None},
+        "basis": calibrated,
+        "modules": len(tensors["decomposition"]),
+        "stored_factors": sorted(int(key.partition(".")[2]) for key in tensors if key.startswith("left.")),
+        "base": {
+            "name": header["base"] or None,
+            "revision": header.get("base_revision"),
+            "dtype": header["base_dtype"],
+            "sha256": header["base_sha256"],
+        },
+    }
 
 
 def _folder(folder: Path) -> dict[str, Any]:
     import torch
+    from safetensors.torch import load_file
 
-    from tinylora_lite.files.peft_format import read_settings, read_tensors
+    from tinylora_lite.files.peft_format import TENSOR_FILE, read_settings, read_tensors
 
     settings, held = read_settings(folder).model_dump(), read_tensors(folder)
-    if not held.vectors:
-        raise tl.AdapterFileError(f"{folder} holds no vectors")
-    try:
-        vectors = torch.stack([held.vectors[group] for group in sorted(held.vectors)])
-    except RuntimeError as error:
-        raise tl.AdapterFileError(f"{folder} holds vectors of different lengths") from error
-    stored = [tensor for key, tensor in _stored(folder).items() if ".tinylora_v." in key]
+    stored = [tensor for key, tensor in load_file(folder / TENSOR_FILE).items() if ".tinylora_v." in key]
     return {
         "kind": PEFT_TINYLORA,
-        "parameters": vectors.numel(),
-        "dtype": _dtypes(stored),
-        "payload_bytes": sum(tensor.nbytes for tensor in stored),
-        "vectors": _vectors(vectors),
+        "bytes": sum(file.stat().st_size for file in folder.glob("adapter_*")),
+        **_vectors(torch.stack([held.vectors[group] for group in sorted(held.vectors)]), stored),
         "settings": {name: settings[name] for name in PEFT_SETTINGS if settings[name] is not None},
         "modules": len(held.parts) or None,
         "stored_factors": [name for name, parts in held.parts.items() if "A" in parts],
@@ -145,49 +113,23 @@ def _folder(folder: Path) -> dict[str, Any]:
     }
 
 
-def _foreign(folder: Path, kind: str) -> dict[str, Any]:
-    from tinylora_lite.files.peft_format import CONFIG_FILE
-
-    settings, stored = json.loads((folder / CONFIG_FILE).read_bytes()), _stored(folder).values()
-    named = {name: settings[name] for name in ("r", "lora_alpha", "target_modules") if settings.get(name) is not None}
-    return {
-        "kind": f"PEFT {kind}",
-        "parameters": sum(tensor.numel() for tensor in stored) if stored else None,
-        "dtype": _dtypes(stored) or None,
-        "settings": named,
-        "base": {"name": settings.get("base_model_name_or_path"), "revision": settings.get("revision")},
-    }
-
-
-def _vectors(vectors: Tensor) -> dict[str, Any]:
-    return {
-        "shape": list(vectors.shape),
-        "norm": float(vectors.double().norm()),
-        "smallest": float(vectors.min()),
-        "largest": float(vectors.max()),
-        "values": vectors.tolist() if vectors.numel() <= VALUES else None,
-    }
-
-
-def _stored(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a PEFT folder as they are stored; none where PEFT wrote a pickle."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    from tinylora_lite.files.peft_format import TENSOR_FILE
-
-    path = folder / TENSOR_FILE
-    try:
-        return load_file(path) if path.is_file() else {}
-    except (OSError, SafetensorError) as error:
-        raise tl.AdapterFileError(f"{path} is damaged ({error}); get the folder again") from error
-
-
-def _dtypes(tensors: Iterable[Tensor]) -> str:
+def _vectors(vectors: Tensor, stored: Iterable[Tensor]) -> dict[str, Any]:
+    """The vectors, ``[groups, u]``, and how they are stored."""
     from tinylora_lite.files.file_format import DTYPES
 
-    short = {dtype: name for name, dtype in DTYPES.items()}
-    return ", ".join(sorted({short.get(tensor.dtype, str(tensor.dtype)) for tensor in tensors}))
+    short, stored = {dtype: name for name, dtype in DTYPES.items()}, list(stored)
+    return {
+        "parameters": vectors.numel(),
+        "dtype": ", ".join(sorted({short[tensor.dtype] for tensor in stored})),
+        "payload_bytes": sum(tensor.nbytes for tensor in stored),
+        "vectors": {
+            "shape": list(vectors.shape),
+            "norm": float(vectors.double().norm()),
+            "smallest": float(vectors.min()),
+            "largest": float(vectors.max()),
+            "values": vectors.tolist() if vectors.numel() <= VALUES else None,
+        },
+    }
 
 
 def _on_base(arguments: argparse.Namespace, precision: Precision) -> dict[str, Any]:
@@ -213,7 +155,7 @@ def _effect(effect: MergeEffect) -> dict[str, Any]:
 
 
 def _words(found: dict[str, Any]) -> Table:
-    """A line for each property of a TinyLoRA."""
+    """A line for each property."""
     from rich.table import Table
     from rich.text import Text
 
@@ -231,7 +173,7 @@ def _words(found: dict[str, Any]) -> Table:
         "format": found.get("format", found["kind"]),
         "parameters": f"{found['parameters']:,}, {found['payload_bytes']:,} bytes as {found['dtype']}",
         "size": f"{found['bytes']:,} bytes, settings and checksums included{checked}",
-        "settings": _settings(found["settings"]),
+        "settings": ", ".join(f"{name}={value}" for name, value in found["settings"].items() if name != "projection"),
         "directions": _directions(found),
         "modules": f"{modules}, driven by {groups} vector{'s'[: groups > 1]} of {u} parameter{'s'[: u > 1]}",
         "factors": _factors(found),
@@ -246,18 +188,6 @@ def _words(found: dict[str, Any]) -> Table:
     return table
 
 
-def _one_line(found: dict[str, Any]) -> str:
-    count = "an unknown number of" if found["parameters"] is None else f"{found['parameters']:,}"
-    return (
-        f"{found['file']}: a {found['kind'].removeprefix('PEFT ')} adapter of PEFT ({_settings(found['settings'])}) "
-        f"for {found['base']['name'] or 'a base without a name'}, {count} parameters, {found['bytes']:,} bytes"
-    )
-
-
-def _settings(settings: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={_short(value)}" for name, value in settings.items() if name != "projection")
-
-
 def _directions(found: dict[str, Any]) -> str:
     settings, basis = found["settings"], found.get("basis")
     if found["kind"] == PEFT_TINYLORA:
@@ -269,21 +199,18 @@ def _directions(found: dict[str, Any]) -> str:
 
 
 def _factors(found: dict[str, Any]) -> str:
-    stored = found["stored_factors"]
+    stored, modules = len(found["stored_factors"]), found["modules"]
     if not stored:
         return "computed from the base"
-    if len(stored) == found["modules"]:
-        return "stored, of all modules"
-    return f"stored, of {len(stored)} modules ({_short(stored)}); computed from the base, of the others"
+    return f"stored, of {'all' if stored == modules else f'{stored} of {modules}'} modules"
 
 
 def _values(vectors: dict[str, Any]) -> str:
-    groups, u = vectors["shape"]
+    rows = vectors["values"] or []
+    lines = [[row[0] for row in rows]] if vectors["shape"][1] == 1 else rows
+    printed = [" ".join(f"{value:+.4g}" for value in line) for line in lines if line]
     summary = f"norm {vectors['norm']:.4g}, from {vectors['smallest']:.4g} to {vectors['largest']:.4g}"
-    if groups * u > SHOWN or vectors["values"] is None:
-        return summary
-    lines = [[value for row in vectors["values"] for value in row]] if u == 1 else vectors["values"]
-    return "\n".join([" ".join(f"{value:+.4g}" for value in line) for line in lines] + [summary])
+    return "\n".join([*printed, summary])
 
 
 def _table(merge: dict[str, Any]) -> Table:
@@ -314,9 +241,3 @@ def _verdict(merge: dict[str, Any]) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, list) and len(value) > FIRST:
-        return f"{', '.join(map(str, value[:FIRST]))}, … {len(value)} in all"
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
