@@ -24,13 +24,9 @@ EXAMPLE = "tinylora demo"
 SEED_HELP = "of the random projections, the order of problems and the sampling"
 
 PARAMETERS = 13
-STEPS = 30
 PROMPTS = 32
 GROUP_SIZE = 8
 LEARNING_RATES = {"random": 0.1, "calibrated": 0.2}
-TEST_PROBLEMS = 500
-BASIS_RANK = 8
-FOLDER = Path("tinylora-demo")
 
 
 @dataclass(frozen=True)
@@ -74,10 +70,10 @@ class Demo:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``tinylora demo``."""
     add = parser.add_argument
-    add("--steps", type=int, default=STEPS, help=f"of training, for each adapter (default: {STEPS})")
-    add("--problems", type=int, default=TEST_PROBLEMS, help=f"of the test set (default: {TEST_PROBLEMS})")
+    add("--steps", type=int, default=30, help="of training, for each adapter (default: %(default)s)")
+    add("--problems", type=shared.at_least(1), default=500, help="of the test set (default: %(default)s)")
     add("--calibrate", action="store_true", help="make the calibrated basis anew, not take the shipped one")
-    add("--folder", type=Path, default=FOLDER, help=f"where the files go (default: {FOLDER})")
+    add("--folder", type=Path, default=Path("tinylora-demo"), help="where the files go (default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -92,23 +88,17 @@ def run(arguments: argparse.Namespace) -> None:
 
 def run_demo(
     *,
-    steps: int = STEPS,
-    problems: int = TEST_PROBLEMS,
+    steps: int,
+    problems: int,
+    folder: Path,
     seed: int = 0,
     calibrate: bool = False,
-    folder: str | Path = FOLDER,
     progress: Progress | None = None,
 ) -> Demo:
     """Trains 13 parameters with random and with calibrated projections on the nano base, and evaluates all three.
 
-    Args:
-        steps: of GRPO for each adapter, ``PROMPTS · GROUP_SIZE`` completions each.
-        problems: of the test split, one sampled completion each, the same for all three.
-        seed: of the random projections, the order of problems and the sampling.
-        calibrate: makes the basis anew, from training problems, instead of taking the one that is shipped.
-        folder: where the adapters (``random.tinylora``, ``calibrated.tinylora``), the records of the runs and a new
-            basis are written.
-        progress: where progress is shown; ``None`` shows nothing.
+    The arguments are those of the command. ``progress=None`` shows none. The adapters (``random.tinylora``,
+    ``calibrated.tinylora``), the records of the runs and a new basis are written to ``folder``.
     """
     from tinylora_lite import nano
     from tinylora_lite.experiment.models import load_tokenizer
@@ -116,8 +106,6 @@ def run_demo(
     from tinylora_lite.experiment.settings import EvaluationSettings, RunSettings
     from tinylora_lite.view.progress import Progress
 
-    if problems < 1:
-        raise ValueError(f"problems must be at least 1, not {problems}")
     training = tl.GRPOSettings(
         steps=steps,
         prompts_per_step=PROMPTS,
@@ -126,13 +114,13 @@ def run_demo(
         schedule="linear",
         seed=seed,
     )
-    folder, progress, task = Path(folder), progress or Progress(), nano.task()
+    progress, task = progress or Progress(), nano.task()
     folder.mkdir(parents=True, exist_ok=True)  # fails now rather than after a minute of training
     started = time.perf_counter()
     settings = RunSettings(model="nano", task="nano", dtype="float32")
     runner = Runner.open(settings, load_tokenizer("nano"), progress, device="cpu")
     if calibrate:
-        options = {"rank": BASIS_RANK, "directions": PARAMETERS, "seed": seed, "max_new_tokens": nano.MAX_NEW_TOKENS}
+        options = {"rank": 8, "directions": PARAMETERS, "seed": seed, "max_new_tokens": nano.MAX_NEW_TOKENS}
         basis = runner.calibrate(task, folder / "basis.safetensors", **options)  # tl.load looks beside the adapter
     else:
         basis = nano.basis()

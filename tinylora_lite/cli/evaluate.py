@@ -21,9 +21,8 @@ if TYPE_CHECKING:
 EXAMPLE = "tinylora eval nano --adapter tinylora-demo/calibrated.tinylora --task nano --compare"
 SEED_HELP = "of the sampling"
 
-BATCH_SIZES = {"transformers": 128, "vllm": 1024, "vllm-server": 1024}
+ENGINES = ("transformers", "vllm", "vllm-server")
 MAX_NEW_TOKENS = 2048
-GPU_MEMORY = 0.85
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,23 +31,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", metavar="MODEL", help="nano, the folder of a transformers checkpoint, or its name on the hub")
     add("--task", nargs="+", required=True, metavar="NAME", help="nano, gsm8k, math500 and others; several are allowed")
     add("--adapter", type=Path, metavar="FILE", help="an adapter file, or a folder with PEFT's TinyLoRA")
-    add("--basis", type=Path, help="of a calibrated adapter (default: beside its file, or in the package)")
+    add("--basis", type=Path, help=shared.BASIS_HELP)
     add("--compare", action="store_true", help="score the base on the same problems too, and compare the two")
     add("--split", choices=("test", "validation"), default="test", help="of the task (default: test)")
     add("--problems", type=one_or_more, help="how many, from the start of the split (default: all)")
     add("--samples", type=one_or_more, default=1, help="completions of each problem (default: 1)")
     add("--temperature", type=shared.at_least(0, float), help="0 is greedy (default: 0 with one sample, 1 with more)")
-    add(
-        "--max-new-tokens",
-        type=one_or_more,
-        help=f"the length limit (default: {MAX_NEW_TOKENS}; nano task: enough for it)",
-    )
+    add("--max-new-tokens", type=one_or_more, help=f"the length limit (default: {MAX_NEW_TOKENS}, of nano 48)")
     add("--data", type=Path, metavar="FOLDER", help="where the problems are, in place of the hub")
     add("--prompt", help="how the problems are asked (default: the task's own way)")
-    add("--engine", choices=tuple(BATCH_SIZES), default="transformers", help="what answers (default: transformers)")
+    add("--engine", choices=ENGINES, default=ENGINES[0], help="what answers (default: transformers)")
     add("--url", help="of the server, for the engine vllm-server")
-    add("--gpu-memory", type=float, help=f"vLLM's share of the GPU's memory (default: {GPU_MEMORY})")
-    add("--tensor-parallel", type=one_or_more, help="GPUs that vLLM splits the model over (default: 1)")
+    add("--gpu-memory", type=float, default=0.85, help="vLLM's share of the GPU's memory (default: 0.85)")
+    add("--tensor-parallel", type=one_or_more, default=1, help="GPUs that vLLM splits the model over (default: 1)")
     add("--batch-size", type=one_or_more, help="completions decoded together (default: 128; with vLLM 1024)")
     add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), help="of the model (default: the adapter's)")
     add("--device", help="as torch names it (default: the GPU, where there is one)")
@@ -63,7 +58,8 @@ def run(arguments: argparse.Namespace) -> None:
     from tinylora_lite.utils.record import atomic_write, environment
 
     a = arguments
-    _check(a)
+    if a.adapter is None and (a.compare or a.basis):
+        raise ValueError("--compare and --basis are of an adapter; name it with --adapter")
     if a.temperature is None:
         a.temperature = 0.0 if a.samples == 1 else 1.0
     with shared.command_progress() as progress:
@@ -125,21 +121,6 @@ def run(arguments: argparse.Namespace) -> None:
     shared.show(a, record, _table(scores), *words)
 
 
-def _check(arguments: argparse.Namespace) -> None:
-    """Raises ``ValueError`` where options do not go together, before anything is loaded."""
-    a = arguments
-    if a.compare and a.adapter is None:
-        raise ValueError("--compare is of the base and an adapter; name the adapter with --adapter")
-    if a.basis is not None and a.adapter is None:
-        raise ValueError("--basis belongs to an adapter; name it with --adapter")
-    if (a.url is not None) != (a.engine == "vllm-server"):
-        raise ValueError("--url names the server of --engine vllm-server; give both or neither")
-    if a.engine != "vllm" and (a.gpu_memory is not None or a.tensor_parallel is not None):
-        raise ValueError("--gpu-memory and --tensor-parallel are of --engine vllm; a server has its own")
-    if a.adapter is not None and not a.adapter.exists():
-        raise FileNotFoundError(f"there is no adapter at {a.adapter}")
-
-
 def _settings(arguments: argparse.Namespace, task: str, rank: int) -> RunSettings:
     """The command line as the settings of a run on one task."""
     from tinylora_lite import nano
@@ -156,9 +137,9 @@ def _settings(arguments: argparse.Namespace, task: str, rank: int) -> RunSetting
         sampler=SamplerSettings(
             engine=a.engine,
             url=a.url,
-            tensor_parallel=a.tensor_parallel or 1,
-            gpu_memory=a.gpu_memory or GPU_MEMORY,
-            batch_size=a.batch_size or BATCH_SIZES[a.engine],
+            tensor_parallel=a.tensor_parallel,
+            gpu_memory=a.gpu_memory,
+            batch_size=a.batch_size or (128 if a.engine == "transformers" else 1024),
         ),
         evaluation=EvaluationSettings(
             problems=a.problems,

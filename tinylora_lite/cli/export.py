@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import shutil
@@ -28,13 +27,9 @@ TOKENIZER_FILES = (
 )
 """Copied as they are: a tokenizer that is loaded and saved again is not always the same."""
 
-VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)
-"""What ``--max-lora-rank`` of vLLM takes, from its default upwards."""
-
 KINDS = {"lora": "a PEFT LoRA", "peft": "a PEFT TinyLoRA", "merged": "a checkpoint that needs no adapter"}
 
-NANO_NOTE = "{} transformers.PreTrainedTokenizerFast: AutoTokenizer would take Qwen2's own"
-NANO_NOTES = {"lora": NANO_NOTE.format("send vLLM token ids of"), "merged": NANO_NOTE.format("load the tokenizer with")}
+NANO_NOTE = "take the nano tokenizer by transformers.PreTrainedTokenizerFast; AutoTokenizer would take Qwen2's own"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,7 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
         "rank": adapter.config.rank,
         "merge": merge,
         "serve": serve,
-        "note": NANO_NOTES.get(to) if is_nano else None,
+        "note": NANO_NOTE if is_nano and to != "peft" else None,
         "bytes": sum(files.values()),
         "files": files,
         "warnings": warnings,
@@ -156,13 +151,11 @@ def _check_out(out: Path, to: str) -> None:
 
 def _serve(base: Path, out: Path, name: str, rank: int, is_nano: bool) -> str | None:
     """The command that serves the LoRA with vLLM; ``None`` where its rank is above what vLLM takes."""
-    if rank > VLLM_RANKS[-1]:
+    from tinylora_lite.sampling.vllm import RANKS, reserved_rank
+
+    if rank > RANKS[-1]:
         return None
-    module = f"{name}={out.resolve()}"
-    if "," in module or "=" in name:
-        module = json.dumps({"name": name, "path": str(out.resolve())})
-    command = ["vllm", "serve", str(base.resolve()), "--enable-lora", "--lora-modules", module]
+    command = ["vllm", "serve", str(base.resolve()), "--enable-lora", "--lora-modules", f"{name}={out.resolve()}"]
+    command += ["--max-lora-rank", str(reserved_rank(rank))]
     command += ["--skip-tokenizer-init", "--dtype", "float32"] if is_nano else []  # the dtype of its training
-    if rank > VLLM_RANKS[0]:
-        command += ["--max-lora-rank", str(next(allowed for allowed in VLLM_RANKS if allowed >= rank))]
     return shlex.join(command)
