@@ -14,6 +14,7 @@ import tinylora_lite as tl
 from tinylora_lite.cli import shared
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.table import Table
 
     from tinylora_lite.experiment.settings import RunSettings
@@ -101,24 +102,25 @@ def run(arguments: argparse.Namespace) -> None:
                 with adapter.disabled():
                     found["base"] = score(name, "base")
             found["score"] = score(name, "base" if adapter is None else "adapted")
-    results, words = [], []
+    results: list[dict[str, Any]] = []
+    words: list[RenderableType] = []
     for name, found in scores.items():
-        result: dict[str, Any] = {"task": name}
+        details = {which: each.details() for which, each in found.items()}
+        words.append(_table(name, details))
         for which, each in found.items():
-            low, high = each.bootstrap()
-            result[which] = each.details() | {"bootstrap_low": low, "bootstrap_high": high}
+            details[which] |= dict(zip(("bootstrap_low", "bootstrap_high"), each.bootstrap(), strict=True))
+        results.append({"task": name} | details)
         if "base" in found:
             compared = tl.compare(found["base"], found["score"])
-            result["comparison"] = compared.summary()
+            results[-1]["comparison"] = compared.summary()
             words.append(f"{name}, strict: {compared.strict}")
             words += [f"{name}, lenient: {compared.lenient}"] if compared.lenient is not None else []
-        results.append(result)
     named = ("model", "revision", "engine", "split", "samples", "seed", "folder", "adapter", "temperature")
     record = {name: getattr(a, name) for name in named} | {"results": results, "environment": environment()}
     if a.folder is not None:
         atomic_write(a.folder / "result.json", json.dumps(record, indent=1, default=str) + "\n")
         words.append(f"completions: {a.folder}")
-    shared.show(a, record, _table(scores), *words)
+    shared.show(a, record, *words)
 
 
 def _settings(arguments: argparse.Namespace, task: str, rank: int) -> RunSettings:
@@ -135,42 +137,21 @@ def _settings(arguments: argparse.Namespace, task: str, rank: int) -> RunSetting
         prompt=a.prompt,
         adapter=AdapterSettings(rank=rank),
         sampler=SamplerSettings(
-            engine=a.engine,
-            url=a.url,
-            tensor_parallel=a.tensor_parallel,
-            gpu_memory=a.gpu_memory,
             batch_size=a.batch_size or (128 if a.engine == "transformers" else 1024),
+            **{name: getattr(a, name) for name in ("engine", "url", "tensor_parallel", "gpu_memory")},
         ),
         evaluation=EvaluationSettings(
-            problems=a.problems,
-            samples=a.samples,
-            temperature=a.temperature,
             max_new_tokens=a.max_new_tokens or (nano.MAX_NEW_TOKENS if task == "nano" else MAX_NEW_TOKENS),
+            **{name: getattr(a, name) for name in ("problems", "samples", "temperature")},
         ),
     )
 
 
-def _table(scores: dict[str, dict[str, tl.Score]]) -> Table:
-    """A row for each score, in percent."""
+def _table(task: str, details: dict[str, dict[str, float | int]]) -> Table:
+    """A row for each measure, and a column for each score."""
     from rich.table import Table
 
-    table = Table(box=None, padding=(0, 1, 0, 0))
-    for title in ("", "strict", "lenient", "format", "cut off", "tokens", "n"):
-        table.add_column(title, justify="right" if title else "left", no_wrap=True)
-    for task, found in scores.items():
-        for which, score in found.items():
-            name = ", base" if which == "base" else ", adapted" if "base" in found else ""
-            table.add_row(
-                task + name,
-                _percents(score.accuracy, score.low, score.high),
-                "" if score.lenient is None else _percents(*score.lenient),
-                "" if score.formatted is None else f"{100 * score.formatted:.1f}",
-                "" if score.truncated is None else f"{100 * score.truncated:.1f}",
-                "" if score.tokens is None else f"{score.tokens:.0f}",
-                f"{score.n}" if score.samples == 1 else f"{score.n} x {score.samples}",
-            )
+    table = Table(task, *details, box=None)
+    for measure in details["score"]:
+        table.add_row(measure, *(f"{found[measure]:.4g}" for found in details.values()))
     return table
-
-
-def _percents(accuracy: float, low: float, high: float) -> str:
-    return f"{100 * accuracy:.1f} [{100 * low:.1f}, {100 * high:.1f}]"

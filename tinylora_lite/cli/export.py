@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     base = shared.base_folder(arguments.base)
     is_nano = base.resolve().is_relative_to(nano.CHECKPOINTS.resolve())
     merge = serve = None
-    with shared.command_progress() as progress, shared.told_warnings() as warnings:
+    with shared.command_progress() as progress, shared.told_warnings():
         model, adapter = shared.load_adapted(arguments.file, base, arguments.basis, progress)
         if to == "merged":
             merge = _write_merged(model, adapter, base, out, arguments.dtype, progress)
@@ -80,7 +80,6 @@ def run(arguments: argparse.Namespace) -> None:
         "note": NANO_NOTE if is_nano and to != "peft" else None,
         "bytes": sum(files.values()),
         "files": files,
-        "warnings": warnings,
     }
     lines = [
         f"{out}: {KINDS[to]}, {result['parameters']:,} parameters on {result['modules']} modules, "

@@ -65,7 +65,7 @@ def read_settings(name: str, gpu: str | None, overrides: list[str], seed: int = 
 
 
 def base_folder(name: str) -> Path:
-    """The folder of a base that the command line names. Raises ``FileNotFoundError`` if there is none."""
+    """The folder of a base that the command line names."""
     from tinylora_lite.experiment.models import checkpoint
 
     folder = Path(checkpoint(name))
@@ -98,10 +98,7 @@ def attach_file(model: PreTrainedModel, file: Path, basis: Path | None) -> tl.Ti
 def load_adapted(
     file: Path, folder: Path, basis: Path | None, progress: Progress
 ) -> tuple[PreTrainedModel, tl.TinyLoraAdapter]:
-    """The base in the dtype in which the adapter was trained, on the CPU, and the adapter attached to it.
-
-    Keep both: the adapter alone does not keep the model alive. Raises what ``load_model`` and ``tl.load`` raise.
-    """
+    """The base on the CPU, in the dtype of the adapter's training, and the adapter, which does not keep it alive."""
     from tinylora_lite.experiment.models import load_model
 
     dtype, _ = trained_with(file)  # before the base, which may take minutes
@@ -112,15 +109,13 @@ def load_adapted(
 
 
 @contextlib.contextmanager
-def told_warnings() -> Iterator[list[str]]:
-    """Warnings of the block as one line each on stderr, without their place in the code; in the list at the end."""
-    told: list[str] = []
+def told_warnings() -> Iterator[None]:
+    """Warnings of the block as one line each on stderr, without their place in the code."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        yield told
+        yield
     lines = (" ".join(str(each.message).split()) for each in caught if each.category is UserWarning)
-    told.extend(dict.fromkeys(lines))  # a file that is read twice warns twice
-    for line in told:
+    for line in dict.fromkeys(lines):  # a file that is read twice warns twice
         print(f"warning: {line}", file=sys.stderr)
 
 
@@ -136,7 +131,7 @@ def command_progress(console: Console | None = None, plain: bool = False) -> Pro
 
 
 def results(progress: Progress) -> list[RenderableType]:
-    """What stays on the terminal of a progress that ended: the curves and scores of a live display, or the scores."""
+    """What stays on the terminal of a progress that ended: the curves of a live display, and the scores."""
     from tinylora_lite.view.progress import LiveProgress, score_table
 
     if isinstance(progress, LiveProgress):
@@ -145,10 +140,7 @@ def results(progress: Progress) -> list[RenderableType]:
 
 
 def show(arguments: argparse.Namespace, result: Any, *words: RenderableType) -> None:
-    """Prints the result of a command as JSON where ``--json`` asks for it, and otherwise in words.
-
-    Text goes out as it is, since rich would wrap and colour it.
-    """
+    """Prints the result of a command as JSON where ``--json`` asks for it, and otherwise in words."""
     if arguments.json:
         print(json.dumps(result, default=str))  # paths as text
         return
@@ -156,6 +148,6 @@ def show(arguments: argparse.Namespace, result: Any, *words: RenderableType) -> 
 
     for part in words:
         if isinstance(part, str):
-            print(part)
+            print(part)  # rich would wrap and colour it
         else:
             Console().print(part)
