@@ -227,7 +227,7 @@ def test_vllm_is_told_of_a_rank_above_its_default(capsys, base, tmp_path):
 def test_in_words(capsys, base, file, tmp_path):
     assert main(["export", str(file), "--base", str(base), "--to", "merged", "--out", str(tmp_path / "out")]) == 0
     captured = capsys.readouterr()
-    for text in ("a checkpoint that needs no adapter, 12 parameters on 14 modules", "model.safetensors", "100.0%"):
+    for text in ("parameters  12 ", "modules     14 ", "model.safetensors=", "kept=1,"):
         assert text in captured.out
     steps = [line.partition("] ")[2] for line in captured.err.splitlines()]
     assert steps[:2] == ["loading the base", "attaching the adapter"]

@@ -66,9 +66,4 @@ def run(arguments: argparse.Namespace) -> None:
         **{name: basis.provenance[name] for name in ("problems", "informative", "spectrum")},
         "seconds": round(time.perf_counter() - started, 1),
     }
-    words = (
-        f"{result['directions']} directions of rank {result['rank']} from {result['informative']} of "
-        f"{result['problems']} problems, {result['bytes']:,} bytes, {result['seconds']:.0f} seconds:\n"
-        f"{a.out.resolve()}"
-    )
-    shared.show(a, result, words)
+    shared.show(a, result, shared.described({name: result[name] for name in result if name != "spectrum"}))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,44 +29,6 @@ GROUP_SIZE = 8
 LEARNING_RATES = {"random": 0.1, "calibrated": 0.2}
 
 
-@dataclass(frozen=True)
-class Trained:
-    """One trained adapter: its score, its vectors, and its file."""
-
-    score: tl.Score
-    vectors: tuple[float, ...]
-    file: Path
-
-    def summary(self) -> dict[str, Any]:
-        """What the command prints as JSON."""
-        return {
-            "parameters": len(self.vectors),
-            "trained": self.score.summary(),
-            "file": self.file,
-            "bytes": self.file.stat().st_size,
-            "payload_bytes": 2 * len(self.vectors),  # of the trained parameters alone, as bfloat16
-        }
-
-
-@dataclass(frozen=True)
-class Demo:
-    """The result: the base's score, the two adapters, and the seconds from start to end."""
-
-    base: tl.Score
-    random: Trained
-    calibrated: Trained
-    seconds: float
-
-    def summary(self) -> dict[str, Any]:
-        """What the command prints as JSON: the calibrated adapter's results, the other's under ``random``."""
-        return {
-            **self.calibrated.summary(),
-            "base": self.base.summary(),
-            "seconds": round(self.seconds, 1),
-            "random": self.random.summary(),
-        }
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``tinylora demo``."""
     add = parser.add_argument
@@ -82,8 +44,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     options = {name: getattr(arguments, name) for name in ("steps", "problems", "seed", "calibrate", "folder")}
     with shared.command_progress(Console(), plain=arguments.json) as progress:
-        demo = run_demo(**options, progress=progress)
-    shared.show(arguments, demo.summary(), *shared.results(progress), report(demo))
+        result, scores = run_demo(**options, progress=progress)
+    shared.show(arguments, result, *shared.results(progress), report(result, scores))
 
 
 def run_demo(
@@ -94,11 +56,14 @@ def run_demo(
     seed: int = 0,
     calibrate: bool = False,
     progress: Progress | None = None,
-) -> Demo:
+) -> tuple[dict[str, Any], dict[str, tl.Score]]:
     """Trains 13 parameters with random and with calibrated projections on the nano base, and evaluates all three.
 
     The arguments are those of the command. ``progress=None`` shows none. The adapters (``random.tinylora``,
     ``calibrated.tinylora``), the records of the runs and a new basis are written to ``folder``.
+
+    Returns:
+        What the command prints as JSON, the random adapter's results under ``random``; and the three scores.
     """
     from tinylora_lite import nano
     from tinylora_lite.experiment.models import load_tokenizer
@@ -117,34 +82,40 @@ def run_demo(
     progress, task = progress or Progress(), nano.task()
     folder.mkdir(parents=True, exist_ok=True)  # fails now rather than after a minute of training
     started = time.perf_counter()
-    settings = RunSettings(model="nano", task="nano", dtype="float32")
-    runner = Runner.open(settings, load_tokenizer("nano"), progress, device="cpu")
+    base = RunSettings(model="nano", task="nano", dtype="float32")
+    runner = Runner.open(base, load_tokenizer("nano"), progress, device="cpu")
     if calibrate:
         options = {"rank": 8, "directions": PARAMETERS, "seed": seed, "max_new_tokens": nano.MAX_NEW_TOKENS}
         basis = runner.calibrate(task, folder / "basis.safetensors", **options)  # tl.load looks beside the adapter
     else:
         basis = nano.basis()
     testing = EvaluationSettings(problems=problems, temperature=1.0, max_new_tokens=nano.MAX_NEW_TOKENS)
-    base = runner.evaluate("base", task, testing, seed=seed)
+    scores = {"base": runner.evaluate("base", task, testing, seed=seed)}
     configs = {
         "random": tl.plan(runner.base, PARAMETERS, seed=seed),
         "calibrated": tl.TinyLoraConfig(rank=basis.rank, u=PARAMETERS, n_tie="all", seed=seed, projection=basis),
     }
-    trained = {}
+    results = {}
     for name, config in configs.items():
-        with runner.trained(name, task, config, replace(training, learning_rate=LEARNING_RATES[name])) as (
-            adapter,
-            run,
-        ):
-            assert adapter is not None
+        settings = replace(training, learning_rate=LEARNING_RATES[name])
+        with runner.trained(name, task, config, settings) as (adapter, run):
+            assert adapter is not None  # there is a configuration
             run.save(folder / f"{name}.run.json")
-            score = runner.evaluate(name, task, testing, seed=seed)
+            scores[name] = runner.evaluate(name, task, testing, seed=seed)
             file = tl.save(adapter, folder / f"{name}.tinylora").resolve()
-            trained[name] = Trained(score, tuple(adapter.vectors.flatten().tolist()), file)
-    return Demo(base, trained["random"], trained["calibrated"], time.perf_counter() - started)
+        results[name] = {
+            "parameters": run.parameters,
+            "trained": scores[name].summary(),
+            "file": file,
+            "bytes": file.stat().st_size,
+            "payload_bytes": 2 * run.parameters,  # of the trained parameters alone, as bfloat16
+        }
+    seconds = round(time.perf_counter() - started, 1)
+    common = {"base": scores["base"].summary(), "seconds": seconds}
+    return results["calibrated"] | common | {"random": results["random"]}, scores
 
 
-def report(demo: Demo) -> Table:
+def report(result: dict[str, Any], scores: dict[str, tl.Score]) -> Table:
     """Three problems with their answers, what the untrained base can do, and where the files are."""
     from rich.table import Table
     from rich.text import Text
@@ -152,7 +123,6 @@ def report(demo: Demo) -> Table:
     from tinylora_lite.lab import untrained
 
     report = Table.grid()
-    scores = {"base": demo.base, "random": demo.random.score, "calibrated": demo.calibrated.score}
     for number, answers in enumerate(zip(*(score.completions[:3] for score in scores.values()), strict=True), start=1):
         lines = Table.grid(padding=(0, 1, 0, 0))
         lines.add_column(no_wrap=True)
@@ -169,11 +139,10 @@ def report(demo: Demo) -> Table:
         f"answer must begin with a number, {header['accuracy']:.1%} with its best line of prompt. Here thirteen "
         "numbers make one choice, at one token, that a line of prompt makes too.\n"
     )
-    for name, trained in (("random", demo.random), ("calibrated", demo.calibrated)):
-        made = trained.summary()
+    for name, made in (("random", result["random"]), ("calibrated", result)):
         report.add_row(
             f"{name}: {made['parameters']} parameters, {made['payload_bytes']} bytes, in a file of "
-            f"{made['bytes']:,} bytes:\n  {trained.file}"
+            f"{made['bytes']:,} bytes:\n  {made['file']}"
         )
-    report.add_row(f"{demo.seconds:.0f} seconds in all")
+    report.add_row(f"{result['seconds']:.0f} seconds in all")
     return report

@@ -27,8 +27,6 @@ TOKENIZER_FILES = (
 )
 """Copied as they are: a tokenizer that is loaded and saved again is not always the same."""
 
-KINDS = {"lora": "a PEFT LoRA", "peft": "a PEFT TinyLoRA", "merged": "a checkpoint that needs no adapter"}
-
 NANO_NOTE = "take the nano tokenizer by transformers.PreTrainedTokenizerFast; AutoTokenizer would take Qwen2's own"
 
 
@@ -38,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--base", required=True, help=shared.BASE_HELP)
     forms = "a PEFT LoRA (for PEFT, vLLM and llama.cpp), PEFT's TinyLoRA, or a checkpoint with the update inside"
-    add("--to", required=True, choices=tuple(KINDS), help=forms)
+    add("--to", required=True, choices=("lora", "peft", "merged"), help=forms)
     add("--out", required=True, type=Path, metavar="FOLDER", help="where it goes")
     precisions = "of lora (default: fp32) or merged (default: that of the training)"
     add("--dtype", choices=shared.PRECISIONS, help=precisions)
@@ -81,19 +79,11 @@ def run(arguments: argparse.Namespace) -> None:
         "bytes": sum(files.values()),
         "files": files,
     }
-    lines = [
-        f"{out}: {KINDS[to]}, {result['parameters']:,} parameters on {result['modules']} modules, "
-        f"{result['bytes']:,} bytes",
-        *(f"  {name}: {size:,} bytes" for name, size in files.items()),
-    ]
-    if merge:
-        lines.append(
-            f"merged in {merge['dtype']}: {merge['kept']:.1%} of the update kept along itself, "
-            f"at a cosine of {merge['cosine']:.3f} (1 is no rounding noise)"
-        )
-    lines += [f"serve it: {serve}"] if serve else []
+    alone = ("serve", "note")  # a command is copied from one line
+    words = shared.described({name: value for name, value in result.items() if name not in alone})
+    lines = [f"serve it: {serve}"] if serve else []
     lines += [result["note"]] if result["note"] else []
-    shared.show(arguments, result, "\n".join(lines))
+    shared.show(arguments, result, words, *lines)
 
 
 def _write_merged(

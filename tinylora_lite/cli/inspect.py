@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 EXAMPLE = "tinylora inspect tinylora-demo/calibrated.tinylora --base nano"
 
-PEFT_TINYLORA = "PEFT TINYLORA"
 PEFT_SETTINGS = ("r", "u", "weight_tying", "projection_seed", "save_projection", "target_modules", "peft_version")
 VALUES = 256
 """A description holds at most this many values of v; of more, only their norm and extremes."""
@@ -37,17 +36,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints the description in words and, with a base, a table of the merge; or JSON."""
-    from rich.text import Text
-
     if arguments.dtype and not arguments.base:
         raise ValueError("--dtype is of a merge; say into which base with --base")
     with shared.told_warnings():
         found = describe(arguments.file, arguments.basis)
         if arguments.base:
             found |= _on_base(arguments, arguments.dtype or "bf16")
-    words: list[RenderableType] = [_words(found)]
+    words: list[RenderableType] = [shared.described({name: found[name] for name in found if name != "merge"})]
     if arguments.base:
-        words += [_table(found["merge"]), Text(_verdict(found["merge"]))]
+        words += [_table(found["merge"]), _verdict(found["merge"])]
     shared.show(arguments, found, *words)
 
 
@@ -103,7 +100,7 @@ def _folder(folder: Path) -> dict[str, Any]:
     settings, held = read_settings(folder).model_dump(), read_tensors(folder)
     stored = [tensor for key, tensor in load_file(folder / TENSOR_FILE).items() if ".tinylora_v." in key]
     return {
-        "kind": PEFT_TINYLORA,
+        "kind": "PEFT TINYLORA",
         "bytes": sum(file.stat().st_size for file in folder.glob("adapter_*")),
         **_vectors(torch.stack([held.vectors[group] for group in sorted(held.vectors)]), stored),
         "settings": {name: settings[name] for name in PEFT_SETTINGS if settings[name] is not None},
@@ -152,65 +149,6 @@ def _on_base(arguments: argparse.Namespace, precision: Precision) -> dict[str, A
 def _effect(effect: MergeEffect) -> dict[str, Any]:
     values = {name: value if math.isfinite(value) else None for name, value in asdict(effect).items()}
     return values | {"flag": "lost" if effect.kept < 0.5 else "noisy" if effect.cosine < 0.9 else None}
-
-
-def _words(found: dict[str, Any]) -> Table:
-    """A line for each property."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    base, (groups, u) = found["base"], found["vectors"]["shape"]
-    checked = "; checksum verified" if "checksum" in found else ""
-    modules = found["modules"] or "as many as its target_modules name"
-    origin = [base["name"] or "no name"]
-    origin += [f"revision {base['revision']}"] if base["revision"] else []
-    origin += [f"trained in {base['dtype']}"] if base.get("dtype") else []
-    rows = {
-        "file": found["file"],
-        "format": found.get("format", found["kind"]),
-        "parameters": f"{found['parameters']:,}, {found['payload_bytes']:,} bytes as {found['dtype']}",
-        "size": f"{found['bytes']:,} bytes, settings and checksums included{checked}",
-        "settings": ", ".join(f"{name}={value}" for name, value in found["settings"].items() if name != "projection"),
-        "directions": _directions(found),
-        "modules": f"{modules}, driven by {groups} vector{'s'[: groups > 1]} of {u} parameter{'s'[: u > 1]}",
-        "factors": _factors(found),
-        "base": ", ".join(origin),
-        "fingerprint": base.get("sha256"),
-        "fits": found["merge"]["base"] if "merge" in found else None,
-        "v": _values(found["vectors"]),
-    }
-    for name, text in rows.items():
-        if text:
-            table.add_row(name, Text(text))
-    return table
-
-
-def _directions(found: dict[str, Any]) -> str:
-    settings, basis = found["settings"], found.get("basis")
-    if found["kind"] == PEFT_TINYLORA:
-        return "P in the folder" if settings["save_projection"] else "P left out, to be drawn again from its seed"
-    if basis is not None:
-        where = "found" if basis["found"] else "not found beside the file or in the package; give it with --basis"
-        return f"calibrated basis {basis['fingerprint'][:12]}…, {where}"
-    return f"random, seed {settings['seed']}" if settings["projection"] == "random" else "all of R (LoRA-XS)"
-
-
-def _factors(found: dict[str, Any]) -> str:
-    stored, modules = len(found["stored_factors"]), found["modules"]
-    if not stored:
-        return "computed from the base"
-    return f"stored, of {'all' if stored == modules else f'{stored} of {modules}'} modules"
-
-
-def _values(vectors: dict[str, Any]) -> str:
-    rows = vectors["values"] or []
-    lines = [[row[0] for row in rows]] if vectors["shape"][1] == 1 else rows
-    printed = [" ".join(f"{value:+.4g}" for value in line) for line in lines if line]
-    summary = f"norm {vectors['norm']:.4g}, from {vectors['smallest']:.4g} to {vectors['largest']:.4g}"
-    return "\n".join([*printed, summary])
 
 
 def _table(merge: dict[str, Any]) -> Table:

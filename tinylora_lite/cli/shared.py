@@ -8,7 +8,7 @@ import json
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import tinylora_lite as tl
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+    from rich.table import Table
     from transformers import PreTrainedModel
 
     from tinylora_lite.experiment.settings import RunSettings
@@ -137,6 +138,28 @@ def results(progress: Progress) -> list[RenderableType]:
     if isinstance(progress, LiveProgress):
         return [progress]
     return [score_table(progress.scores)] if progress.scores else []
+
+
+def described(values: Mapping[str, Any]) -> Table:
+    """A line for each entry of a result that there is, under its name in the JSON."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in values.items():
+        if value is not None:
+            table.add_row(name.replace("_", " "), Text(_text(value)))
+    return table
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}={_text(each)}" for name, each in value.items() if each is not None)
+    if isinstance(value, list):
+        return " ".join(map(_text, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def show(arguments: argparse.Namespace, result: Any, *words: RenderableType) -> None:
