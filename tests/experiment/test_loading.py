@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from tinylora_lite import nano
-from tinylora_lite.experiment.models import default_device, load_model, load_tokenizer
+from tinylora_lite.experiment.models import load_model, load_tokenizer
 
 
 def test_the_nano_base():
     model, shipped = load_model("nano", dtype="float32"), nano.load()
-    assert (model.dtype, model.device, model.training) == (torch.float32, default_device(), False)
+    wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    assert (model.dtype, model.device.type, model.training) == (torch.float32, wanted, False)
     assert all(torch.equal(a, b) for a, b in zip(shipped[0].parameters(), model.parameters(), strict=True))
     text = nano.task().test[0].prompt
     assert load_tokenizer("nano")(text).input_ids == shipped[1](text).input_ids

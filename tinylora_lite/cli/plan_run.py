@@ -76,22 +76,22 @@ def _memory(plan: Plan) -> Table:
 
 
 def _time(plan: Plan) -> Table:
-    from rich.table import Table
-
     time, runs = plan.time, len(plan.settings.sweep())
-    table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_row("steps", f"{time.steps:,}, each of {time.tokens:,.0f} tokens and {time.flops / 1e12:,.1f} TFLOPs")
-    table.add_row("sampling", f"{_range(time.sampling)} seconds a step")
-    table.add_row("training", f"{_range(time.training)} seconds a step")
-    for name, seconds in (("calibrating", time.calibrating), ("evaluating", time.evaluating)):
-        if seconds.high:
-            table.add_row(name, f"{_range(seconds * (1 / 60))} minutes")
-    table.add_row("in all", f"{_range(time.hours)} hours a run")
-    if runs > 1:
-        table.add_row("", f"{_range(time.hours * runs)} hours for {runs} learning rates")
+    minutes = {
+        name: f"{_range(seconds * (1 / 60))} minutes" if seconds.high else None
+        for name, seconds in (("calibrating", time.calibrating), ("evaluating", time.evaluating))
+    }
+    sweep = f", {_range(time.hours * runs)} hours for {runs} learning rates" if runs > 1 else ""
+    lines = {
+        "steps": f"{time.steps:,}, each of {time.tokens:,.0f} tokens and {time.flops / 1e12:,.1f} TFLOPs",
+        "sampling": f"{_range(time.sampling)} seconds a step",
+        "training": f"{_range(time.training)} seconds a step",
+        **minutes,
+        "in all": f"{_range(time.hours)} hours a run{sweep}",
+    }
     if plan.cost is not None:
-        table.add_row("cost", f"{plan.cost[0]:,.2f} to {plan.cost[1]:,.2f} a run, at {plan.price:g} an hour and GPU")
-    return table
+        lines["cost"] = f"{plan.cost[0]:,.2f} to {plan.cost[1]:,.2f} a run, at {plan.price:g} an hour and GPU"
+    return shared.described(lines)
 
 
 def _range(found: Range) -> str:

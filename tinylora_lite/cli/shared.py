@@ -149,7 +149,7 @@ def described(values: Mapping[str, Any]) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in values.items():
-        if value is not None:
+        if value not in (None, []):
             table.add_row(name.replace("_", " "), Text(_text(value)))
     return table
 

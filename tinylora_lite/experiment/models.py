@@ -22,13 +22,6 @@ Quantize = Literal["nf4", "int8"]
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
-def default_device() -> torch.device:
-    """This process's own GPU if there is one (``LOCAL_RANK`` says which), otherwise the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
-
-
 def nano_package() -> ModuleType:
     """:mod:`tinylora_lite.nano`, imported by name, because it is built on the packages below this one."""
     return importlib.import_module("tinylora_lite.nano")
@@ -60,7 +53,7 @@ def load_model(
     Args:
         name: ``"nano"`` for the shipped base, a folder with a checkpoint of transformers, or a name on the hub.
         dtype: a name of ``DTYPES``; ``"auto"`` is the checkpoint's, and float32 for ``nano``.
-        device: ``None`` takes :func:`default_device`.
+        device: ``None`` takes this process's own GPU (``LOCAL_RANK`` says which) if there is one, otherwise the CPU.
         revision: a commit, branch or tag on the hub.
         quantize: ``"nf4"`` or ``"int8"`` loads the linear layers through bitsandbytes.
 
@@ -69,7 +62,8 @@ def load_model(
         OSError: no such model here or on the hub, the hub cannot be reached, or the checkpoint is damaged.
         ImportError: ``quantize`` without the extra that it needs.
     """
-    device = device or default_device()
+    if device is None:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts

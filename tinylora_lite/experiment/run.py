@@ -285,10 +285,8 @@ class Runner:
         self.progress.begin("calibrating a basis")
         options |= {"sampler": self.sampler, "progress": self.progress.advance}
         basis = calibrate(self.base, self.tokenizer, task, **options)
-        if distributed.rank() == 0:
-            save_basis(basis, file)
-        distributed.barrier()
-        return load_basis(file)
+        save_basis(basis, file)
+        return basis
 
     @contextmanager
     def trained(
