@@ -164,8 +164,9 @@ def test_another_engine_answers(capsys, adapter, monkeypatch):
     [
         (["--compare"], "--adapter"),
         (["--basis", "b"], "--adapter"),
-        (["--engine", "vllm-server"], "url names the server of engine vllm-server; give both or neither"),
+        (["--engine", "vllm-server"], "error: url names the server of engine vllm-server; give both or neither"),
         (["--url", "http://x"], "url names the server of engine vllm-server"),
+        (["--gpu-memory", "1.5"], "error: sampler.gpu_memory should be less than or equal to 1, not 1.5"),
         (["--adapter", "nowhere.tinylora"], "no adapter file at nowhere.tinylora"),
         (["--device", "cuda:77"], "no device cuda:77"),
     ],

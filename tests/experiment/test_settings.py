@@ -123,7 +123,6 @@ WRONG = {
     "evaluation:\n  temperature: .inf": ("line 4", "evaluation.temperature should be a finite number, not inf"),
     "adapter:\n  seed: -1": ("line 4", "adapter.seed should be greater than or equal to 0, not -1"),
     "3: 3": ("settings.yaml: ", "unknown setting 3; there are: model, "),
-    "learning_rates: [1e-4, 1e-4]": ("line 3", "holds a rate twice"),
     "model: other": ("line 3", "duplicate key"),
     "a: : b": ("line 3", "this is no YAML"),
 }

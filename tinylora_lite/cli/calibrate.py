@@ -44,14 +44,9 @@ def run(arguments: argparse.Namespace) -> None:
     a, started = arguments, time.perf_counter()
     if not a.out.absolute().parent.is_dir():  # before an hour of work, not after it
         raise FileNotFoundError(f"there is no folder {a.out.absolute().parent} to write to")
-    settings = RunSettings(
-        model=a.model,
-        task=a.task,
-        data=a.data,
-        revision=a.revision,
-        dtype="float32" if is_nano(a.model) else a.dtype,
-        gradient_checkpointing=a.checkpointing,
-    )
+    values = {name: getattr(a, name) for name in ("model", "task", "data", "revision")}
+    values |= {"dtype": "float32" if is_nano(a.model) else a.dtype, "gradient_checkpointing": a.checkpointing}
+    settings = RunSettings.from_dict(values)
     task = task_named(a.task, settings)
     names = ("rank", "directions", "seed", "problems", "group_size", "max_new_tokens", "micro_batch")
     with shared.command_progress() as progress:

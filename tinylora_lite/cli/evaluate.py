@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--samples", type=one_or_more, default=1, help="completions of each problem (default: 1)")
     add("--temperature", type=shared.at_least(0, float), help="0 is greedy (default: 0 with one sample, 1 with more)")
     add("--max-new-tokens", type=one_or_more, help=f"the length limit (default: {MAX_NEW_TOKENS}, of nano 48)")
-    add("--data", type=Path, metavar="FOLDER", help="where the problems are, in place of the hub")
+    add("--data", metavar="FOLDER", help="where the problems are, in place of the hub")
     add("--prompt", help="how the problems are asked (default: the task's own way)")
     add("--engine", choices=ENGINES, default=ENGINES[0], help="what answers (default: transformers)")
     add("--url", help="of the server, for the engine vllm-server")
@@ -126,25 +126,17 @@ def run(arguments: argparse.Namespace) -> None:
 def _settings(arguments: argparse.Namespace, task: str, rank: int) -> RunSettings:
     """The command line as the settings of a run on one task."""
     from tinylora_lite import nano
-    from tinylora_lite.experiment.settings import AdapterSettings, EvaluationSettings, RunSettings, SamplerSettings
+    from tinylora_lite.experiment.settings import RunSettings
 
-    a = arguments
-    return RunSettings(
-        model=a.model,
-        task=task,
-        revision=a.revision,
-        data=None if a.data is None else str(a.data),
-        prompt=a.prompt,
-        adapter=AdapterSettings(rank=rank),
-        sampler=SamplerSettings(
-            batch_size=a.batch_size or (128 if a.engine == "transformers" else 1024),
-            **{name: getattr(a, name) for name in ("engine", "url", "tensor_parallel", "gpu_memory")},
-        ),
-        evaluation=EvaluationSettings(
-            max_new_tokens=a.max_new_tokens or (nano.MAX_NEW_TOKENS if task == "nano" else MAX_NEW_TOKENS),
-            **{name: getattr(a, name) for name in ("problems", "samples", "temperature")},
-        ),
-    )
+    def given(*names: str) -> dict[str, Any]:
+        return {name: getattr(arguments, name) for name in names}
+
+    limit = arguments.max_new_tokens or (nano.MAX_NEW_TOKENS if task == "nano" else MAX_NEW_TOKENS)
+    batch_size = arguments.batch_size or (128 if arguments.engine == "transformers" else 1024)
+    values = given("model", "revision", "data", "prompt") | {"task": task, "adapter": {"rank": rank}}
+    values["sampler"] = given("engine", "url", "tensor_parallel", "gpu_memory") | {"batch_size": batch_size}
+    values["evaluation"] = given("problems", "samples", "temperature") | {"max_new_tokens": limit}
+    return RunSettings.from_dict(values)
 
 
 def _table(task: str, details: dict[str, dict[str, float | int]]) -> Table:

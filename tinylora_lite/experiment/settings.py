@@ -184,8 +184,6 @@ class RunSettings(Settings):
             yield "trainer", "under trl a float16 gradient would be rounded to nothing; set trainer: own"
         if everything and self.shard:
             yield "shard", "only a frozen base is spread over GPUs here; set shard: false"
-        if len(set(self.learning_rates)) < len(self.learning_rates):
-            yield "learning_rates", "learning_rates holds a rate twice; name each once"
 
     def training_settings(self, problems: int) -> GRPOSettings | SFTSettings:
         """The settings of the training loop, for so many ``problems`` in the training split.
