@@ -17,7 +17,6 @@ def test_the_nano_base():
     text = nano.task().test[0].prompt
     assert load_tokenizer("nano")(text).input_ids == shipped[1](text).input_ids
     assert load_model("nano").dtype == torch.bfloat16
-    assert load_model("nano", dtype="auto").dtype == torch.float32
 
 
 def test_a_folder(make_model, tokenizer, tmp_path):

@@ -29,11 +29,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.name is None:
         table = Table(Column("preset", no_wrap=True), "model", title=f"Presets, for {', '.join(presets.GPUS)}")
         table.title_justify = "left"
-        for base, found in presets.BASES.items():
-            for recipe in presets.RECIPES:
-                table.add_row(f"{base}/{recipe}", found["model"])
-        table.add_row(presets.NANO[0], "the shipped base, on a CPU")
-        table.caption = "each by GRPO; NAME/sft trains by imitation, NAME/calibrated on calibrated directions"
+        for name in presets.preset_names():
+            table.add_row(name, presets.preset(name).model)
         shared.show(arguments, {"presets": presets.preset_names(), "gpus": presets.GPUS}, table)
         return
     seed = [f"training.seed={arguments.seed}"] if arguments.seed else []

@@ -52,7 +52,7 @@ def load_model(
 
     Args:
         name: ``"nano"`` for the shipped base, a folder with a checkpoint of transformers, or a name on the hub.
-        dtype: a name of ``DTYPES``; ``"auto"`` is the checkpoint's, and float32 for ``nano``.
+        dtype: a name of ``DTYPES``; ``"auto"`` is the checkpoint's.
         device: ``None`` takes this process's own GPU (``LOCAL_RANK`` says which) if there is one, otherwise the CPU.
         revision: a commit, branch or tag on the hub.
         quantize: ``"nf4"`` or ``"int8"`` loads the linear layers through bitsandbytes.
@@ -67,9 +67,7 @@ def load_model(
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise ValueError(f"there is no device {device} here ({_first_line(error)}); cpu is always there") from error
-    if is_nano(name) and dtype == "auto":
-        dtype = "float32"
+        raise ValueError(f"there is no device {device} here ({error}); cpu is always there") from error
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), "revision": revision}
     if quantize is not None:
         options["quantization_config"] = _quantization(quantize, dtype)
@@ -121,11 +119,8 @@ def _loading(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().partition("\n")[0]
         raise OSError(
-            f"no model could be loaded from {name} ({_first_line(error)}); give the folder of a transformers "
-            "checkpoint, or a name on the hub, after `hf auth login` where it asks for that"
+            f"no model could be loaded from {name} ({reason}); give the folder of a transformers checkpoint, "
+            "or a name on the hub, after `hf auth login` where it asks for that"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]

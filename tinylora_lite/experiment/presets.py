@@ -20,7 +20,6 @@ BASES = TABLE["bases"]
 GPUS = ("t4", "a100-80gb", "h100")
 """The GPUs that a preset comes for; ``tinylora plan-run`` takes others."""
 
-RECIPES = ("gsm8k", "math")
 NANO = ("nano", "nano/sft", "nano/calibrated")
 
 

@@ -203,7 +203,7 @@ class Runner:
         """
         s, options, dtype = settings, settings.sampler, dtype or settings.dtype
         if dtype == "auto" and is_nano(s.model):
-            dtype = "float32"  # as load_model does; vLLM would take the checkpoint's float16
+            dtype = "float32"  # of its training; the checkpoint is in float16
         progress.begin(f"loading {s.model}")
         model = None
         if weights:
