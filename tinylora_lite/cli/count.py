@@ -45,26 +45,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints a table of all methods, one line for one method, or JSON."""
-    from rich.filesize import decimal
-    from rich.table import Column, Table
-
     from tinylora_lite.planning.counting import count_parameters
 
     model, config = arguments.model, shapes.model_config(arguments.model)
-    table = Table("method", "settings", *(Column(name, justify="right") for name in ("parameters", "as bfloat16")))
-    table.title, table.title_justify = f"What trains on {model}", "left"
     rows = []
     for method, settings in _asked(arguments):
         parameters = count_parameters(config, method, **settings)
         rows.append({"method": method, "settings": settings, "parameters": parameters, "bytes": 2 * parameters})
-        words = ", ".join(f"{key}={value}" for key, value in settings.items())
-        size = decimal(2 * parameters, precision=2)
-        table.add_row(method, words, f"{parameters:,}", size, style="bold" if method == "tinylora" else None)
     if arguments.method is None:
+        table = shared.table(rows, f"What trains on {model}, and its size as bfloat16")
         shared.show(arguments, {"model": model, "methods": rows}, table)
     else:
-        line = f"{model}, {method}{f' ({words})' if words else ''}: {parameters:,} parameters, {size} as bfloat16"
-        shared.show(arguments, {"model": model} | rows[0], line)
+        words = ", ".join(f"{key}={value}" for key, value in settings.items())
+        line = f"{model}, {method}{f' ({words})' if words else ''}: {parameters:,} parameters"
+        shared.show(arguments, {"model": model} | rows[0], f"{line}, {2 * parameters:,} bytes as bfloat16")
 
 
 def _asked(arguments: argparse.Namespace) -> tuple[tuple[Method, dict[str, Any]], ...]:

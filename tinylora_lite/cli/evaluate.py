@@ -15,7 +15,6 @@ from tinylora_lite.cli import shared
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-    from rich.table import Table
 
     from tinylora_lite.experiment.settings import RunSettings
 
@@ -106,7 +105,8 @@ def run(arguments: argparse.Namespace) -> None:
     words: list[RenderableType] = []
     for name, found in scores.items():
         details = {which: each.details() for which, each in found.items()}
-        words.append(_table(name, details))
+        measures = [{name: key} | {which: details[which][key] for which in found} for key in details["score"]]
+        words.append(shared.table(measures))
         for which, each in found.items():
             details[which] |= dict(zip(("bootstrap_low", "bootstrap_high"), each.bootstrap(), strict=True))
         results.append({"task": name} | details)
@@ -137,13 +137,3 @@ def _settings(arguments: argparse.Namespace, task: str, rank: int) -> RunSetting
     values["sampler"] = given("engine", "url", "tensor_parallel", "gpu_memory") | {"batch_size": batch_size}
     values["evaluation"] = given("problems", "samples", "temperature") | {"max_new_tokens": limit}
     return RunSettings.from_dict(values)
-
-
-def _table(task: str, details: dict[str, dict[str, float | int]]) -> Table:
-    """A row for each measure, and a column for each score."""
-    from rich.table import Table
-
-    table = Table(task, *details, box=None)
-    for measure in details["score"]:
-        table.add_row(measure, *(f"{found[measure]:.4g}" for found in details.values()))
-    return table

@@ -14,7 +14,6 @@ from tinylora_lite.cli import shared
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-    from rich.table import Table
     from torch import Tensor
 
     from tinylora_lite.files.file_format import Precision
@@ -44,7 +43,9 @@ def run(arguments: argparse.Namespace) -> None:
             found |= _on_base(arguments, arguments.dtype or "bf16")
     words: list[RenderableType] = [shared.described({name: found[name] for name in found if name != "merge"})]
     if arguments.base:
-        words += [_table(found["merge"]), _verdict(found["merge"])]
+        merge = found["merge"]
+        rows = [{"module": name} | effect for name, effect in [*merge["modules"].items(), ("all", merge["total"])]]
+        words += [shared.table(rows, f"A merge in {merge['dtype']}"), _verdict(merge)]
     shared.show(arguments, found, *words)
 
 
@@ -151,31 +152,12 @@ def _effect(effect: MergeEffect) -> dict[str, Any]:
     return values | {"flag": "lost" if effect.kept < 0.5 else "noisy" if effect.cosine < 0.9 else None}
 
 
-def _table(merge: dict[str, Any]) -> Table:
-    """A row for each module, and the whole update in the last."""
-    from rich import box
-    from rich.table import Table
-
-    flags = "lost: less than half of the update is kept; noisy: the cosine is below 0.9"
-    table = Table(title=f"A merge in {merge['dtype']}", caption=flags, box=box.SIMPLE_HEAD, show_footer=True)
-    table.title_justify, table.caption_justify, table.padding = "left", "left", (0, 1, 0, 0)
-    columns, total = ("changed", "kept", "cosine", "size"), merge["total"]
-    table.add_column("module", "all", overflow="fold")
-    for name in columns:
-        table.add_column(name, _number(total[name]), justify="right", no_wrap=True)
-    table.add_column("flag", total["flag"] or "", no_wrap=True)
-    for name, effect in merge["modules"].items():
-        table.add_row(name, *(_number(effect[column]) for column in columns), effect["flag"] or "")
-    return table
-
-
 def _verdict(merge: dict[str, Any]) -> str:
     flags, merged = [effect["flag"] for effect in merge["modules"].values()], f"A merge in {merge['dtype']}"
     spoilt = sum(flag is not None for flag in flags)
     if not spoilt:
         return f"{merged} keeps the update in all {len(flags)} modules."
-    return f"{merged} spoils the update in {spoilt} of {len(flags)} modules; tinylora export --to lora keeps all of it."
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
+    return (
+        f"{merged} spoils the update in {spoilt} of {len(flags)} modules (lost: less than half of it is kept; noisy: "
+        "the cosine is below 0.9); tinylora export --to lora keeps all of it."
+    )

@@ -9,9 +9,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich import box
-from rich.table import Table
-
 from tinylora_lite.cli import shared
 from tinylora_lite.utils.record import atomic_write
 
@@ -56,12 +53,8 @@ def run(arguments: argparse.Namespace) -> None:
 def _list(chosen: list[Claim], store: Store, arguments: argparse.Namespace) -> None:
     from tinylora_lite.lab.plan import progress_of
 
-    table, result = Table("claim", "what it says", "runs", "to go", box=box.SIMPLE), []
-    for claim in chosen:
-        runs = progress_of(claim, store)
-        result.append({"claim": claim.name, "title": claim.title} | runs)
-        table.add_row(claim.name, claim.title, str(runs["recorded"]), str(runs["missing"] or "done"))
-    shared.show(arguments, result, table)
+    rows = [{"claim": claim.name, "title": claim.title} | progress_of(claim, store) for claim in chosen]
+    shared.show(arguments, rows, shared.table(rows))
 
 
 def _run(chosen: list[Claim], store: Store, arguments: argparse.Namespace) -> None:
@@ -103,7 +96,6 @@ def _table(chosen: list[Claim], store: Store, arguments: argparse.Namespace) -> 
     from tinylora_lite.lab.plan import rows_of
 
     rows = rows_of(chosen, store)
-    table = Table("claim", "paper", "ours", "verdict", box=box.SIMPLE)
-    for row in rows:
-        table.add_row(row["title"], row["paper"], row["ours"], row["finding"])
+    columns = {"title": "claim", "paper": "paper", "ours": "ours", "finding": "verdict"}
+    table = shared.table([{name: row[key] for key, name in columns.items()} for row in rows])
     shared.show(arguments, rows, table)

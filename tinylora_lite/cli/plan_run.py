@@ -60,19 +60,15 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _memory(plan: Plan) -> Table:
-    from rich.table import Column, Table
-
     settings, where = plan.settings, f"{plan.gpus} x {plan.gpu.name}" if plan.gpus > 1 else plan.gpu.name
+    terms: list[tuple[str, str, float]] = [(term.name, term.phase, term.bytes) for term in plan.terms]
+    terms += [
+        (f"all of it, {'at' if phase == 'set-up' else 'while'} {phase}", "", n) for phase, n in plan.peaks.items()
+    ]
+    terms += [("what the GPU has for it", "", plan.gpu.usable)]
+    rows = [{"memory on each GPU": name, "when": phase, "GiB": _gib(needed)} for name, phase, needed in terms]
     title = f"{settings.model}, {settings.task}, {settings.method}: {plan.parameters:,} parameters on {where}"
-    table = Table("memory on each GPU", "when", Column("GiB", justify="right"), title=title, title_justify="left")
-    for term in plan.terms:
-        table.add_row(term.name, term.phase, _gib(term.bytes))
-    table.add_section()
-    for phase, needed in plan.peaks.items():
-        style = "bold" if needed <= plan.gpu.usable else "bold red"
-        table.add_row(f"all of it, {'at' if phase == 'set-up' else 'while'} {phase}", "", _gib(needed), style=style)
-    table.add_row("what the GPU has for it", "", _gib(plan.gpu.usable))
-    return table
+    return shared.table(rows, title)
 
 
 def _time(plan: Plan) -> Table:

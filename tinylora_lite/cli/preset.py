@@ -22,15 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints names, or YAML, or JSON."""
-    from rich.table import Column, Table
-
     from tinylora_lite.experiment import presets
 
     if arguments.name is None:
-        table = Table(Column("preset", no_wrap=True), "model", title=f"Presets, for {', '.join(presets.GPUS)}")
-        table.title_justify = "left"
-        for name in presets.preset_names():
-            table.add_row(name, presets.preset(name).model)
+        rows = [{"preset": name, "model": presets.preset(name).model} for name in presets.preset_names()]
+        table = shared.table(rows, f"Presets, for {', '.join(presets.GPUS)}")
         shared.show(arguments, {"presets": presets.preset_names(), "gpus": presets.GPUS}, table)
         return
     seed = [f"training.seed={arguments.seed}"] if arguments.seed else []

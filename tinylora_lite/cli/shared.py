@@ -8,7 +8,7 @@ import json
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,12 +154,27 @@ def described(values: Mapping[str, Any]) -> Table:
     return table
 
 
+def table(rows: Sequence[Mapping[str, Any]], title: str = "") -> Table:
+    """A line for each row, under the names of its entries; numbers are to the right."""
+    from rich import box
+    from rich.table import Column, Table
+
+    numbers = {name for row in rows for name, value in row.items() if isinstance(value, (int, float))}
+    columns = (
+        Column(name, justify="right" if name in numbers else "left", overflow="fold") for name in next(iter(rows), ())
+    )
+    found = Table(*columns, title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
+    for row in rows:
+        found.add_row(*(f"{value:,}" if isinstance(value, int) else _text(value) for value in row.values()))
+    return found
+
+
 def _text(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name}={_text(each)}" for name, each in value.items() if each is not None)
     if isinstance(value, list):
         return " ".join(map(_text, value))
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
 def show(arguments: argparse.Namespace, result: Any, *words: RenderableType) -> None:
