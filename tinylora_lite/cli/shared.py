@@ -157,15 +157,16 @@ def described(values: Mapping[str, Any]) -> Table:
 def table(rows: Sequence[Mapping[str, Any]], title: str = "") -> Table:
     """A line for each row, under the names of its entries; numbers are to the right."""
     from rich import box
-    from rich.table import Column, Table
+    from rich.table import Table
 
-    numbers = {name for row in rows for name, value in row.items() if isinstance(value, (int, float))}
-    columns = (
-        Column(name, justify="right" if name in numbers else "left", overflow="fold") for name in next(iter(rows), ())
-    )
-    found = Table(*columns, title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
+    formats = {int: ",", float: ".3g"}
+    numbers = {name for row in rows for name, value in row.items() if type(value) in formats}
+    found = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in next(iter(rows), ()):
+        found.add_column(name, justify="right" if name in numbers else "left", overflow="fold")
     for row in rows:
-        found.add_row(*(f"{value:,}" if isinstance(value, int) else _text(value) for value in row.values()))
+        cells = ((value, formats.get(type(value))) for value in row.values())
+        found.add_row(*(_text(value) if spec is None else format(value, spec) for value, spec in cells))
     return found
 
 
