@@ -191,15 +191,9 @@ class Runner:
     ) -> Runner:
         """Loads the base that the settings name, and makes the sampler that they ask for.
 
-        Args:
-            settings: of a run.
-            tokenizer: the base's.
-            progress: told of every phase, step and score.
-            dtype: in place of the settings'; ``dtype`` and ``device`` are as ``load_model`` takes them.
-            device: of the base.
-            weights: ``False`` loads no model, because a vLLM engine answers for the untouched base.
-            max_model_len: tokens of the longest prompt and completion, for vLLM; ``None`` takes the model's own limit.
-            lora_folder: where LoRAs are written for a server to read; ``None`` takes the one for temporary files.
+        ``dtype``, in place of the settings', and ``device`` are as ``load_model`` takes them. Without ``weights`` no
+        model is loaded, since a vLLM engine answers for the untouched base. ``max_model_len`` is of prompt and
+        completion together, for vLLM. ``lora_folder`` is where a server reads LoRAs; by default a temporary one.
         """
         s, options, dtype = settings, settings.sampler, dtype or settings.dtype
         if dtype == "auto" and is_nano(s.model):
