@@ -260,15 +260,11 @@ class RunSettings(Settings):
 
     def to_yaml(self, header: str = "") -> str:
         """The settings file: every key with a comment; ``header`` goes above, as comments."""
-        return settings_file.write(self.to_dict(), COMMENTS, header)
+        return settings_file.write(self.to_dict(), RunSettings, TRAINING, header)
 
     def save(self, path: str | Path, header: str = "") -> Path:
         """Writes :meth:`to_yaml` to a file, which appears whole or not at all."""
         return atomic_write(path, self.to_yaml(header))
-
-
-COMMENTS = dict(settings_file.comments(RunSettings)) | {f"training.{name}": text for name, text in TRAINING.items()}
-"""The comment of every key of a settings file."""
 
 
 def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> RunSettings:
@@ -278,12 +274,7 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> RunSetting
         FileNotFoundError: there is no such file.
         ValueError: the file is no YAML, or a setting is wrong; the message names the file and the line.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no settings file at {path}; tinylora preset NAME > {path.name} prints one to start from"
-        )
-    text = path.read_text(encoding="utf-8")
+    text = Path(path).read_text(encoding="utf-8")
     try:
         settings = RunSettings.from_dict(settings_file.read(text))
     except SettingsError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import io
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -49,29 +49,18 @@ def read(text: str) -> Any:
         raise ValueError(f"{where}{getattr(error, 'problem', None) or error}; this is no YAML") from error
 
 
-def write(values: Mapping[str, Any], comments: Mapping[str, str], header: str = "") -> str:
-    """YAML of nested mappings, one key a line, each with its comment, below the lines of a header as comments.
+def write(values: Mapping[str, Any], group: type[Settings], more: Mapping[str, str], header: str = "") -> str:
+    """YAML, one key a line, below a header of comments.
 
-    >>> print(write({"adapter": {"rank": 2}}, {"adapter": "what trains", "adapter.rank": "r"}).replace(" " * 23, " "))
-    adapter:              # what trains
-      rank: 2             # r
-    <BLANKLINE>
+    Every key has the description of its field in ``group`` as its comment, or, in a plain dictionary, that in ``more``.
     """
     yaml, text = YAML(), io.StringIO()
     yaml.version = (1, 1)  # what it quotes and how it writes floats, readers of YAML 1.2 understand too
     yaml.width = 10**6
     yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
-    yaml.dump(_commented(values, comments, ""), text)
+    yaml.dump(_commented(values, group, more), text)
     body = text.getvalue().removeprefix("%YAML 1.1\n---\n")
     return "".join(f"# {line}".rstrip() + "\n" for line in header.splitlines()) + body
-
-
-def comments(group: type[Settings], above: str = "") -> Iterator[tuple[str, str]]:
-    """Every key, keys inside keys as ``outer.inner``, and the ``description`` of its field."""
-    for name, field in group.model_fields.items():
-        yield f"{above}{name}", field.description or ""
-        if inner := _inner(group, name):
-            yield from comments(inner, f"{above}{name}.")
 
 
 def unknown(key: str, known: Iterable[str]) -> SettingsError:
@@ -126,14 +115,15 @@ def _inner(group: type[Settings], name: str) -> type[Settings] | None:
     return inner if isinstance(inner, type) and issubclass(inner, Settings) else None
 
 
-def _commented(values: Mapping[str, Any], comments: Mapping[str, str], above: str) -> CommentedMap:
+def _commented(values: Mapping[str, Any], group: type[Settings] | None, more: Mapping[str, str]) -> CommentedMap:
     commented = CommentedMap()
     for name, value in values.items():
+        comment = group.model_fields[name].description if group else more[name]
         if isinstance(value, Mapping):
-            value = _commented(value, comments, f"{above}{name}.")
+            value = _commented(value, _inner(group, name) if group else None, more)
         elif isinstance(value, list):
             value = CommentedSeq(value)
             value.fa.set_flow_style()
         commented[name] = value
-        commented.yaml_add_eol_comment(comments[f"{above}{name}"], name, column=COMMENT_COLUMN)
+        commented.yaml_add_eol_comment(comment, name, column=COMMENT_COLUMN)
     return commented
