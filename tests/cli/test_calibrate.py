@@ -25,6 +25,6 @@ def test_a_basis_of_the_nano_base(capsys, tmp_path):
 
 
 def test_a_folder_that_is_missing_is_said_before_the_work(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("tinylora_lite.experiment.run.load_model", None)
+    monkeypatch.setattr("tinylora_lite.experiment.runner.load_model", None)
     assert main(["calibrate", "nano", "--task", "nano", "--out", str(tmp_path / "none" / "b.safetensors")]) == 1
     assert "there is no folder" in capsys.readouterr().err

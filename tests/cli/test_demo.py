@@ -14,7 +14,7 @@ from tinylora_lite import nano
 from tinylora_lite.adapter.adapter import adapter_of
 from tinylora_lite.adapter.tying import find_target_modules
 from tinylora_lite.cli import demo, main
-from tinylora_lite.experiment import run as running
+from tinylora_lite.experiment import runner
 from tinylora_lite.files import adapter_file as files
 
 
@@ -83,7 +83,7 @@ def test_calibrating_anew(capsys, tmp_path, monkeypatch, basis):
         assert (rank, directions, seed) == (8, 13, 5)
         return tl.Basis(basis.directions.flip(0), basis.names)
 
-    monkeypatch.setattr(running, "calibrate", calibrate)
+    monkeypatch.setattr(runner, "calibrate", calibrate)
     result, progress = run(capsys, tmp_path, "--calibrate", "--seed", "5")
     assert "calibrating a basis" in progress
     # Found beside the adapter, without being named.
@@ -112,7 +112,7 @@ def test_the_report_fits(tmp_path):
 
 def test_an_error_leaves_no_adapter_on_the_model(tmp_path, monkeypatch):
     model, _ = nano.load()
-    monkeypatch.setattr(running, "load_model", lambda *args, **options: model)
+    monkeypatch.setattr(runner, "load_model", lambda *args, **options: model)
     monkeypatch.setattr(tl, "save", lambda adapter, file: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         demo.run_demo(steps=1, problems=1, folder=tmp_path)
@@ -120,7 +120,7 @@ def test_an_error_leaves_no_adapter_on_the_model(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_cannot_be_made_is_noticed_before_training(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(running, "train_grpo", lambda *args, **options: pytest.fail("it has begun to train"))
+    monkeypatch.setattr(runner, "train_grpo", lambda *args, **options: pytest.fail("it has begun to train"))
     (tmp_path / "taken").touch()
     assert main(["demo", "--folder", str(tmp_path / "taken")]) == 1
     assert str(tmp_path / "taken") in capsys.readouterr().err

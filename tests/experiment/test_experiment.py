@@ -8,7 +8,7 @@ import torch
 import tinylora_lite as tl
 from tinylora_lite import nano
 from tinylora_lite.evaluation.score import Score
-from tinylora_lite.experiment import run as running
+from tinylora_lite.experiment import runner
 from tinylora_lite.experiment.models import load_model, load_tokenizer
 from tinylora_lite.experiment.run import run_experiment, short_prompts
 from tinylora_lite.experiment.settings import RunSettings
@@ -165,6 +165,6 @@ def test_prompts_that_are_too_long_are_left_out():
 
 
 def test_prompts_that_are_all_too_long_are_noticed_before_the_model_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr(running, "load_model", lambda *args, **options: pytest.fail("it has begun to load"))
+    monkeypatch.setattr(runner, "load_model", lambda *args, **options: pytest.fail("it has begun to load"))
     with pytest.raises(ValueError, match="no training problem of nano fits max_prompt_tokens=3; raise it"):
         run_experiment(settings(tmp_path, max_prompt_tokens=3))

@@ -38,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Calibrates and writes the basis; prints where it is and how many problems informed it, or JSON."""
     from tinylora_lite.experiment.models import is_nano, load_tokenizer
-    from tinylora_lite.experiment.run import Runner, task_named
+    from tinylora_lite.experiment.run import task_named
+    from tinylora_lite.experiment.runner import Runner
     from tinylora_lite.experiment.settings import RunSettings
 
     a, started = arguments, time.perf_counter()

@@ -67,7 +67,7 @@ def run_demo(
     """
     from tinylora_lite import nano
     from tinylora_lite.experiment.models import load_tokenizer
-    from tinylora_lite.experiment.run import Runner
+    from tinylora_lite.experiment.runner import Runner
     from tinylora_lite.experiment.settings import EvaluationSettings, RunSettings
     from tinylora_lite.view.progress import Progress
 

@@ -54,7 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Shows a table of the scores and the comparisons in words; or JSON."""
     from tinylora_lite.experiment.models import load_tokenizer
-    from tinylora_lite.experiment.run import Runner, task_named
+    from tinylora_lite.experiment.run import task_named
+    from tinylora_lite.experiment.runner import Runner
     from tinylora_lite.utils.record import atomic_write, environment
 
     a = arguments
