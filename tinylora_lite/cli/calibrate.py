@@ -43,8 +43,6 @@ def run(arguments: argparse.Namespace) -> None:
     from tinylora_lite.experiment.settings import RunSettings
 
     a, started = arguments, time.perf_counter()
-    if not a.out.absolute().parent.is_dir():  # before an hour of work, not after it
-        raise FileNotFoundError(f"there is no folder {a.out.absolute().parent} to write to")
     values = {name: getattr(a, name) for name in ("model", "task", "data", "revision")}
     values |= {"dtype": "float32" if is_nano(a.model) else a.dtype, "gradient_checkpointing": a.checkpointing}
     settings = RunSettings.from_dict(values)

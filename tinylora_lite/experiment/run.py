@@ -41,11 +41,9 @@ class Outcome:
     """The result of an experiment; all of it is in ``folder``, too.
 
     Attributes:
-        settings: of the run that was chosen, where several learning rates were tried.
-        run: its record.
+        settings, run: of the chosen learning rate, where several were tried.
         rates: the validation score of every learning rate that was tried; empty where there was one.
-        base: the untouched base's scores, by the name of the task.
-        adapted: the trained model's, on the same problems.
+        base, adapted: scores on the same problems by the name of the task, of the untouched base and after training.
         vectors: v at the end, group by group; empty where all weights trained.
         folder: where everything is.
     """

@@ -126,17 +126,9 @@ class Runner:
             folder = folder / f"{rank + 1}-of-{processes}"
         self.progress.begin(f"testing: {name}", len(changed[split]) * samples)
         options |= settings.model_dump(include={"samples", "temperature", "max_new_tokens"})
-        score = evaluate(
-            self.model,
-            self.tokenizer,
-            replace(task, **changed),
-            split=split,
-            batch_size=self.batch_size,
-            progress=self.progress.advance,
-            sampler=self.sampler,
-            folder=folder,
-            **options,
-        )
+        options |= {"split": split, "batch_size": self.batch_size, "sampler": self.sampler, "folder": folder}
+        options |= {"progress": self.progress.advance}
+        score: Score = evaluate(self.model, self.tokenizer, replace(task, **changed), **options)
         if processes > 1:
             parts = [part.completions for part in distributed.all_gather_object(score)]
             rows = (parts[i % processes][i // processes * samples :][:samples] for i in range(len(problems)))
