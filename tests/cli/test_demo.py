@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 import tinylora_lite as tl
 from tinylora_lite import nano
@@ -67,8 +68,9 @@ def test_json(capsys, tmp_path, basis):
 
 def test_the_seed_decides(tmp_path):
     def trained(seed: int, folder: str) -> list:
-        made = demo.run_demo(steps=1, problems=4, seed=seed, folder=tmp_path / folder)
-        return [made.random.vectors, made.calibrated.vectors, [c.text for c in made.base.completions]]
+        made, scores = demo.run_demo(steps=1, problems=4, seed=seed, folder=tmp_path / folder)
+        vectors = [load_file(found["file"])["vectors"].tolist() for found in (made["random"], made)]
+        return [*vectors, [c.text for c in scores["base"].completions]]
 
     first = trained(1, "a")
     assert trained(1, "b") == first
@@ -99,13 +101,13 @@ def test_in_words(capsys, tmp_path):
 
 
 def test_the_report_fits(tmp_path):
-    made = demo.run_demo(steps=1, problems=4, folder=tmp_path)
+    made, scores = demo.run_demo(steps=1, problems=4, folder=tmp_path)
     for width in (60, 120):
         console = Console(record=True, width=width, file=io.StringIO())
-        console.print(demo.report(made))
+        console.print(demo.report(made, scores))
         text = console.export_text()
         assert max(map(len, text.splitlines())) <= width
-        assert made.base.completions[0].prompt.split()[0] in text
+        assert scores["base"].completions[0].prompt.split()[0] in text
 
 
 def test_an_error_leaves_no_adapter_on_the_model(tmp_path, monkeypatch):

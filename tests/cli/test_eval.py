@@ -90,13 +90,12 @@ def test_in_words(capsys, adapter, monkeypatch):
     argv = ["eval", "nano", "--adapter", str(adapter), "--compare", "--task", "nano", "--problems", "100"]
     assert main([*argv, "--batch-size", "20"]) == 0
     captured = capsys.readouterr()
-    assert "nano, base" in captured.out
     assert "nano, strict: " in captured.out
     assert "nano, lenient: " in captured.out
     table = captured.out.partition("nano, strict")[0]
-    assert "…" not in table
+    assert table.split()[:3] == ["nano", "base", "score"]
+    assert "lenient_high" in table
     assert max(map(len, table.splitlines())) <= 80
-    assert table.count("[") == 4
     assert "testing: nano, base\n" in captured.err
     assert "nano, adapted: pass@1" in captured.err
 
@@ -165,10 +164,10 @@ def test_another_engine_answers(capsys, adapter, monkeypatch):
     [
         (["--compare"], "--adapter"),
         (["--basis", "b"], "--adapter"),
-        (["--engine", "vllm-server"], "--url"),
-        (["--url", "http://x"], "--engine vllm-server"),
-        (["--gpu-memory", "0.5"], "of --engine vllm"),
-        (["--adapter", "nowhere.tinylora"], "no adapter at nowhere.tinylora"),
+        (["--engine", "vllm-server"], "error: url names the server of engine vllm-server; give both or neither"),
+        (["--url", "http://x"], "url names the server of engine vllm-server"),
+        (["--gpu-memory", "1.5"], "error: sampler.gpu_memory should be less than or equal to 1, not 1.5"),
+        (["--adapter", "nowhere.tinylora"], "no adapter file at nowhere.tinylora"),
         (["--device", "cuda:77"], "no device cuda:77"),
     ],
 )
@@ -204,9 +203,8 @@ def test_a_value_out_of_its_range_is_a_wrong_command_line(capsys, option, value,
 @pytest.mark.parametrize(
     ("name", "offline", "reason"),
     [
-        ("/nowhere/model", False, "no folder at /nowhere/model"),
-        ("Qwen/Qwen2.5-7B", True, "HF_HUB_OFFLINE is set; unset it, run `hf download Qwen/Qwen2.5-7B`"),
-        ("Qwen/Qwen2.5-7B", False, "the hub did not give it"),
+        ("/nowhere/model", False, "no model could be loaded from /nowhere/model"),
+        ("Qwen/Qwen2.5-7B", True, "Qwen/Qwen2.5-7B (We couldn't connect to 'https://huggingface.co'); give the folder"),
     ],
 )
 def test_a_model_that_cannot_be_had(capsys, monkeypatch, name, offline, reason):
@@ -223,7 +221,7 @@ def test_a_model_that_cannot_be_had(capsys, monkeypatch, name, offline, reason):
 
 def test_an_empty_folder(capsys, tmp_path):
     assert main(["eval", str(tmp_path), "--task", "nano"]) == 1
-    assert "holds no config.json" in capsys.readouterr().err
+    assert f"no model could be loaded from {tmp_path} (" in capsys.readouterr().err
 
 
 def test_a_file_that_is_no_adapter(capsys, tmp_path):

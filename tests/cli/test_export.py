@@ -204,23 +204,30 @@ def test_how_vllm_serves_a_lora(capsys, base, file, tmp_path):
     assert main(["export", str(file), "--base", str(base), "--to", "lora", "--out", str(out)]) == 0
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("serve it: "))
     command = shlex.split(line.removeprefix("serve it: "))
-    assert command == ["vllm", "serve", str(base.resolve()), "--enable-lora", "--lora-modules", f"a={out.resolve()}"]
+    assert command == [
+        "vllm",
+        "serve",
+        str(base.resolve()),
+        "--enable-lora",
+        "--lora-modules",
+        f"a={out.resolve()}",
+        "--max-lora-rank",
+        "8",
+    ]
 
 
 def test_vllm_is_told_of_a_rank_above_its_default(capsys, base, tmp_path):
     config = tl.TinyLoraConfig(rank=20, u=3, target_modules=["gate_proj"])
     file = written(base, tmp_path / "a.tinylora", config)
-    result = exported(capsys, file, "--base", base, "--to", "lora", "--out", tmp_path / "one,two")
+    result = exported(capsys, file, "--base", base, "--to", "lora", "--out", tmp_path / "out")
     command = shlex.split(result["serve"])
     assert command[-2:] == ["--max-lora-rank", "32"]
-    # vLLM reads name=path only where there is no comma in it.
-    assert json.loads(command[-3]) == {"name": "a", "path": str(tmp_path / "one,two")}
 
 
 def test_in_words(capsys, base, file, tmp_path):
     assert main(["export", str(file), "--base", str(base), "--to", "merged", "--out", str(tmp_path / "out")]) == 0
     captured = capsys.readouterr()
-    for text in ("a checkpoint that needs no adapter, 12 parameters on 14 modules", "model.safetensors", "100.0%"):
+    for text in ("parameters  12 ", "modules     14 ", "model.safetensors=", "kept=1,"):
         assert text in captured.out
     steps = [line.partition("] ")[2] for line in captured.err.splitlines()]
     assert steps[:2] == ["loading the base", "attaching the adapter"]
@@ -250,9 +257,8 @@ def test_a_warning_takes_one_line(capsys, base, tmp_path):
     call = [str(part) for part in ("export", file, "--base", base, "--to", "peft", "--out", tmp_path / "out")]
     assert main([*call, "--json"]) == 0
     captured = capsys.readouterr()
-    (warning,) = json.loads(captured.out)["warnings"]
+    (warning,) = (line for line in captured.err.splitlines() if line.startswith("warning: "))
     assert "no weight_tying of PEFT ties modules as this adapter does" in warning
-    assert f"warning: {warning}" in captured.err.splitlines()
 
 
 @pytest.mark.parametrize("kind", ["lora", "peft", "merged"])

@@ -55,11 +55,11 @@ def test_a_preset(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere.yaml"], "no settings file at nowhere.yaml; tinylora preset NAME > nowhere.yaml prints one"),
+        (["nowhere.yaml"], "No such file or directory: 'nowhere.yaml'"),
         (["FILE", "adapter.rnak=3"], "unknown setting adapter.rnak; did you mean adapter.rank?"),
         (["FILE", "--gpu", "t4"], "--gpu chooses among presets; a settings file says everything itself"),
         (["no-such-preset"], "no-such-preset"),
-        (["FILE", "model=nobody/has-this"], "no model nobody/has-this: it is no folder here"),
+        (["FILE", "model=nobody/has-this"], "no model could be loaded from nobody/has-this ("),
         (["FILE", "sampler.engine=vllm-server"], "url names the server of engine vllm-server"),
     ],
 )

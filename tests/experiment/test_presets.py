@@ -5,7 +5,7 @@ import re
 import pytest
 
 import tinylora_lite as tl
-from tinylora_lite.experiment.presets import BASES, GPUS, NANO, PAPER_RATES, describe, preset, preset_names
+from tinylora_lite.experiment.presets import BASES, GPUS, NANO, describe, preset, preset_names
 from tinylora_lite.experiment.settings import RunSettings
 from tinylora_lite.planning.plan import plan_run
 from tinylora_lite.planning.shapes import ModelShape, model_config
@@ -17,7 +17,7 @@ def test_the_paper_on_gsm8k():
     training = preset("qwen2.5-7b/gsm8k").training
     wanted = {"epochs": 3, "prompts_per_step": 64, "group_size": 4, "max_new_tokens": 4096, "kl": 0.0}
     assert {name: training[name] for name in wanted} == wanted
-    assert preset("qwen2.5-7b/gsm8k").learning_rates == PAPER_RATES == (1e-7, 5e-7, 1e-6, 5e-6, 1e-5, 1e-4, 2e-4)
+    assert preset("qwen2.5-7b/gsm8k").learning_rates == (1e-7, 5e-7, 1e-6, 5e-6, 1e-5, 1e-4, 2e-4)
 
 
 def test_the_paper_on_math():
@@ -29,12 +29,12 @@ def test_the_paper_on_math():
 
 @pytest.mark.parametrize("base", BASES)
 def test_thirteen_numbers_with_as_little_tying_as_can_be(base):
-    config, wanted = model_config(base), BASES[base].n_tie
+    config, settings = model_config(base), preset(f"{base}/gsm8k")
+    wanted = settings.adapter.n_tie
     assert tl.plan(config, 13).n_tie == wanted
     assert tl.count_parameters(config, "tinylora", n_tie=wanted) == 13
-    assert BASES[base].positions <= config.max_position_embeddings
-    assert re.fullmatch("[0-9a-f]{40}", BASES[base].revision)
-    assert model_config(BASES[base].hub).to_dict() == config.to_dict()
+    assert re.fullmatch("[0-9a-f]{40}", settings.revision)
+    assert model_config(settings.model).to_dict() == config.to_dict()
 
 
 @pytest.fixture(scope="module")

@@ -43,16 +43,9 @@ def run(arguments: argparse.Namespace) -> None:
     from tinylora_lite.experiment.settings import RunSettings
 
     a, started = arguments, time.perf_counter()
-    if not a.out.absolute().parent.is_dir():  # before an hour of work, not after it
-        raise FileNotFoundError(f"there is no folder {a.out.absolute().parent} to write to")
-    settings = RunSettings(
-        model=a.model,
-        task=a.task,
-        data=a.data,
-        revision=a.revision,
-        dtype="float32" if is_nano(a.model) else a.dtype,
-        gradient_checkpointing=a.checkpointing,
-    )
+    values = {name: getattr(a, name) for name in ("model", "task", "data", "revision")}
+    values |= {"dtype": "float32" if is_nano(a.model) else a.dtype, "gradient_checkpointing": a.checkpointing}
+    settings = RunSettings.from_dict(values)
     task = task_named(a.task, settings)
     names = ("rank", "directions", "seed", "problems", "group_size", "max_new_tokens", "micro_batch")
     with shared.command_progress() as progress:
@@ -67,9 +60,4 @@ def run(arguments: argparse.Namespace) -> None:
         **{name: basis.provenance[name] for name in ("problems", "informative", "spectrum")},
         "seconds": round(time.perf_counter() - started, 1),
     }
-    words = (
-        f"{result['directions']} directions of rank {result['rank']} from {result['informative']} of "
-        f"{result['problems']} problems, {result['bytes']:,} bytes, {result['seconds']:.0f} seconds:\n"
-        f"{a.out.resolve()}"
-    )
-    shared.show(a, result, words)
+    shared.show(a, result, shared.described({name: result[name] for name in result if name != "spectrum"}))

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 EXAMPLE = "tinylora count qwen2.5-7b --method tinylora --u 1 --n-tie 16"
 
+TINYLORA: dict[str, Any] = {"u": 1, "n_tie": 1, "tying": "tiled"}
 ROWS: tuple[tuple[Method, dict[str, Any]], ...] = (
     ("full", {}),
     ("lora", {"rank": 64}),
@@ -22,9 +23,9 @@ ROWS: tuple[tuple[Method, dict[str, Any]], ...] = (
     ("lora_xs", {"rank": 64}),
     ("lora_xs", {"rank": 8}),
     ("lora_xs", {"rank": 2}),
-    ("tinylora", {"u": 1, "n_tie": 1, "tying": "tiled"}),
-    ("tinylora", {"u": 1, "n_tie": 16, "tying": "tiled"}),
-    ("tinylora", {"u": 1, "n_tie": "all", "tying": "tiled"}),
+    ("tinylora", TINYLORA),
+    ("tinylora", TINYLORA | {"n_tie": 16}),
+    ("tinylora", TINYLORA | {"n_tie": "all"}),
 )
 """What is shown where no method is asked for."""
 
@@ -44,28 +45,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints a table of all methods, one line for one method, or JSON."""
-    from rich.filesize import decimal
-    from rich.table import Column, Table
-
     from tinylora_lite.planning.counting import count_parameters
 
     model, config = arguments.model, shapes.model_config(arguments.model)
-    table = Table("method", "settings", *(Column(name, justify="right") for name in ("parameters", "as bfloat16")))
-    table.title, table.title_justify = f"What trains on {model}", "left"
     rows = []
     for method, settings in _asked(arguments):
         parameters = count_parameters(config, method, **settings)
         rows.append({"method": method, "settings": settings, "parameters": parameters, "bytes": 2 * parameters})
-        words, size = (
-            ", ".join(f"{key}={value}" for key, value in settings.items()),
-            decimal(2 * parameters, precision=2),
-        )
-        table.add_row(method, words, f"{parameters:,}", size, style="bold" if method == "tinylora" else None)
     if arguments.method is None:
+        table = shared.table(rows, f"What trains on {model}, and its size as bfloat16")
         shared.show(arguments, {"model": model, "methods": rows}, table)
     else:
-        line = f"{model}, {method}{f' ({words})' if words else ''}: {parameters:,} parameters, {size} as bfloat16"
-        shared.show(arguments, {"model": model} | rows[0], line)
+        words = ", ".join(f"{key}={value}" for key, value in settings.items())
+        line = f"{model}, {method}{f' ({words})' if words else ''}: {parameters:,} parameters"
+        shared.show(arguments, {"model": model} | rows[0], f"{line}, {2 * parameters:,} bytes as bfloat16")
 
 
 def _asked(arguments: argparse.Namespace) -> tuple[tuple[Method, dict[str, Any]], ...]:
@@ -73,16 +66,13 @@ def _asked(arguments: argparse.Namespace) -> tuple[tuple[Method, dict[str, Any]]
     method: Method | None = arguments.method
     given = {name: getattr(arguments, name) for name in ("rank", "u", "n_tie", "tying")}
     given = {name: value for name, value in given.items() if value is not None}
-    takes = () if method is None else SETTINGS[method]
     for name in given:
-        if name not in takes:
-            wrong = "belongs to one method; say which with --method" if method is None else f"is no setting of {method}"
-            raise ValueError(f"--{name.replace('_', '-')} {wrong}")
+        if method is None or name not in SETTINGS[method]:
+            of = method or "all methods; choose one with --method"
+            raise ValueError(f"--{name.replace('_', '-')} is no setting of {of}")
     if method is None:
         return ROWS
-    if "rank" in takes and "rank" not in given:
-        raise ValueError(f"{method} needs --rank")
-    return ((method, ({"u": 1, "n_tie": 1, "tying": "tiled"} if method == "tinylora" else {}) | given),)
+    return ((method, (TINYLORA if method == "tinylora" else {}) | given),)
 
 
 def _n_tie(text: str) -> int | str:

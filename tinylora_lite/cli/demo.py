@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,60 +24,18 @@ EXAMPLE = "tinylora demo"
 SEED_HELP = "of the random projections, the order of problems and the sampling"
 
 PARAMETERS = 13
-STEPS = 30
 PROMPTS = 32
 GROUP_SIZE = 8
 LEARNING_RATES = {"random": 0.1, "calibrated": 0.2}
-TEST_PROBLEMS = 500
-BASIS_RANK = 8
-FOLDER = Path("tinylora-demo")
-
-
-@dataclass(frozen=True)
-class Trained:
-    """One trained adapter: its score, its vectors, and its file."""
-
-    score: tl.Score
-    vectors: tuple[float, ...]
-    file: Path
-
-    def summary(self) -> dict[str, Any]:
-        """What the command prints as JSON."""
-        return {
-            "parameters": len(self.vectors),
-            "trained": self.score.summary(),
-            "file": self.file,
-            "bytes": self.file.stat().st_size,
-            "payload_bytes": 2 * len(self.vectors),  # of the trained parameters alone, as bfloat16
-        }
-
-
-@dataclass(frozen=True)
-class Demo:
-    """The result: the base's score, the two adapters, and the seconds from start to end."""
-
-    base: tl.Score
-    random: Trained
-    calibrated: Trained
-    seconds: float
-
-    def summary(self) -> dict[str, Any]:
-        """What the command prints as JSON: the calibrated adapter's results, the other's under ``random``."""
-        return {
-            **self.calibrated.summary(),
-            "base": self.base.summary(),
-            "seconds": round(self.seconds, 1),
-            "random": self.random.summary(),
-        }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``tinylora demo``."""
     add = parser.add_argument
-    add("--steps", type=int, default=STEPS, help=f"of training, for each adapter (default: {STEPS})")
-    add("--problems", type=int, default=TEST_PROBLEMS, help=f"of the test set (default: {TEST_PROBLEMS})")
+    add("--steps", type=int, default=30, help="of training, for each adapter (default: %(default)s)")
+    add("--problems", type=shared.at_least(1), default=500, help="of the test set (default: %(default)s)")
     add("--calibrate", action="store_true", help="make the calibrated basis anew, not take the shipped one")
-    add("--folder", type=Path, default=FOLDER, help=f"where the files go (default: {FOLDER})")
+    add("--folder", type=Path, default=Path("tinylora-demo"), help="where the files go (default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -86,29 +44,26 @@ def run(arguments: argparse.Namespace) -> None:
 
     options = {name: getattr(arguments, name) for name in ("steps", "problems", "seed", "calibrate", "folder")}
     with shared.command_progress(Console(), plain=arguments.json) as progress:
-        demo = run_demo(**options, progress=progress)
-    shared.show(arguments, demo.summary(), *shared.results(progress), report(demo))
+        result, scores = run_demo(**options, progress=progress)
+    shared.show(arguments, result, *shared.results(progress), report(result, scores))
 
 
 def run_demo(
     *,
-    steps: int = STEPS,
-    problems: int = TEST_PROBLEMS,
+    steps: int,
+    problems: int,
+    folder: Path,
     seed: int = 0,
     calibrate: bool = False,
-    folder: str | Path = FOLDER,
     progress: Progress | None = None,
-) -> Demo:
+) -> tuple[dict[str, Any], dict[str, tl.Score]]:
     """Trains 13 parameters with random and with calibrated projections on the nano base, and evaluates all three.
 
-    Args:
-        steps: of GRPO for each adapter, ``PROMPTS · GROUP_SIZE`` completions each.
-        problems: of the test split, one sampled completion each, the same for all three.
-        seed: of the random projections, the order of problems and the sampling.
-        calibrate: makes the basis anew, from training problems, instead of taking the one that is shipped.
-        folder: where the adapters (``random.tinylora``, ``calibrated.tinylora``), the records of the runs and a new
-            basis are written.
-        progress: where progress is shown; ``None`` shows nothing.
+    The arguments are those of the command. ``progress=None`` shows none. The adapters (``random.tinylora``,
+    ``calibrated.tinylora``), the records of the runs and a new basis are written to ``folder``.
+
+    Returns:
+        What the command prints as JSON, the random adapter's results under ``random``; and the three scores.
     """
     from tinylora_lite import nano
     from tinylora_lite.experiment.models import load_tokenizer
@@ -116,8 +71,6 @@ def run_demo(
     from tinylora_lite.experiment.settings import EvaluationSettings, RunSettings
     from tinylora_lite.view.progress import Progress
 
-    if problems < 1:
-        raise ValueError(f"problems must be at least 1, not {problems}")
     training = tl.GRPOSettings(
         steps=steps,
         prompts_per_step=PROMPTS,
@@ -126,37 +79,43 @@ def run_demo(
         schedule="linear",
         seed=seed,
     )
-    folder, progress, task = Path(folder), progress or Progress(), nano.task()
+    progress, task = progress or Progress(), nano.task()
     folder.mkdir(parents=True, exist_ok=True)  # fails now rather than after a minute of training
     started = time.perf_counter()
-    settings = RunSettings(model="nano", task="nano", dtype="float32")
-    runner = Runner.open(settings, load_tokenizer("nano"), progress, device="cpu")
+    base = RunSettings(model="nano", task="nano", dtype="float32")
+    runner = Runner.open(base, load_tokenizer("nano"), progress, device="cpu")
     if calibrate:
-        options = {"rank": BASIS_RANK, "directions": PARAMETERS, "seed": seed, "max_new_tokens": nano.MAX_NEW_TOKENS}
+        options = {"rank": 8, "directions": PARAMETERS, "seed": seed, "max_new_tokens": nano.MAX_NEW_TOKENS}
         basis = runner.calibrate(task, folder / "basis.safetensors", **options)  # tl.load looks beside the adapter
     else:
         basis = nano.basis()
     testing = EvaluationSettings(problems=problems, temperature=1.0, max_new_tokens=nano.MAX_NEW_TOKENS)
-    base = runner.evaluate("base", task, testing, seed=seed)
+    scores = {"base": runner.evaluate("base", task, testing, seed=seed)}
     configs = {
         "random": tl.plan(runner.base, PARAMETERS, seed=seed),
         "calibrated": tl.TinyLoraConfig(rank=basis.rank, u=PARAMETERS, n_tie="all", seed=seed, projection=basis),
     }
-    trained = {}
+    results = {}
     for name, config in configs.items():
-        adapter = tl.attach(runner.base, config)
-        try:
-            run = runner.train(name, task, adapter, replace(training, learning_rate=LEARNING_RATES[name]))
+        settings = replace(training, learning_rate=LEARNING_RATES[name])
+        with runner.trained(name, task, config, settings) as (adapter, run):
+            assert adapter is not None  # there is a configuration
             run.save(folder / f"{name}.run.json")
-            score = runner.evaluate(name, task, testing, seed=seed)
+            scores[name] = runner.evaluate(name, task, testing, seed=seed)
             file = tl.save(adapter, folder / f"{name}.tinylora").resolve()
-            trained[name] = Trained(score, tuple(adapter.vectors.flatten().tolist()), file)
-        finally:
-            adapter.detach()
-    return Demo(base, trained["random"], trained["calibrated"], time.perf_counter() - started)
+        results[name] = {
+            "parameters": run.parameters,
+            "trained": scores[name].summary(),
+            "file": file,
+            "bytes": file.stat().st_size,
+            "payload_bytes": 2 * run.parameters,  # of the trained parameters alone, as bfloat16
+        }
+    seconds = round(time.perf_counter() - started, 1)
+    common = {"base": scores["base"].summary(), "seconds": seconds}
+    return results["calibrated"] | common | {"random": results["random"]}, scores
 
 
-def report(demo: Demo) -> Table:
+def report(result: dict[str, Any], scores: dict[str, tl.Score]) -> Table:
     """Three problems with their answers, what the untrained base can do, and where the files are."""
     from rich.table import Table
     from rich.text import Text
@@ -164,7 +123,6 @@ def report(demo: Demo) -> Table:
     from tinylora_lite.lab import untrained
 
     report = Table.grid()
-    scores = {"base": demo.base, "random": demo.random.score, "calibrated": demo.calibrated.score}
     for number, answers in enumerate(zip(*(score.completions[:3] for score in scores.values()), strict=True), start=1):
         lines = Table.grid(padding=(0, 1, 0, 0))
         lines.add_column(no_wrap=True)
@@ -181,11 +139,10 @@ def report(demo: Demo) -> Table:
         f"answer must begin with a number, {header['accuracy']:.1%} with its best line of prompt. Here thirteen "
         "numbers make one choice, at one token, that a line of prompt makes too.\n"
     )
-    for name, trained in (("random", demo.random), ("calibrated", demo.calibrated)):
-        made = trained.summary()
+    for name, made in (("random", result["random"]), ("calibrated", result)):
         report.add_row(
             f"{name}: {made['parameters']} parameters, {made['payload_bytes']} bytes, in a file of "
-            f"{made['bytes']:,} bytes:\n  {trained.file}"
+            f"{made['bytes']:,} bytes:\n  {made['file']}"
         )
-    report.add_row(f"{demo.seconds:.0f} seconds in all")
+    report.add_row(f"{result['seconds']:.0f} seconds in all")
     return report

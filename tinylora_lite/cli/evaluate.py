@@ -14,16 +14,15 @@ import tinylora_lite as tl
 from tinylora_lite.cli import shared
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import RenderableType
 
     from tinylora_lite.experiment.settings import RunSettings
 
 EXAMPLE = "tinylora eval nano --adapter tinylora-demo/calibrated.tinylora --task nano --compare"
 SEED_HELP = "of the sampling"
 
-BATCH_SIZES = {"transformers": 128, "vllm": 1024, "vllm-server": 1024}
+ENGINES = ("transformers", "vllm", "vllm-server")
 MAX_NEW_TOKENS = 2048
-GPU_MEMORY = 0.85
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,23 +31,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", metavar="MODEL", help="nano, the folder of a transformers checkpoint, or its name on the hub")
     add("--task", nargs="+", required=True, metavar="NAME", help="nano, gsm8k, math500 and others; several are allowed")
     add("--adapter", type=Path, metavar="FILE", help="an adapter file, or a folder with PEFT's TinyLoRA")
-    add("--basis", type=Path, help="of a calibrated adapter (default: beside its file, or in the package)")
+    add("--basis", type=Path, help=shared.BASIS_HELP)
     add("--compare", action="store_true", help="score the base on the same problems too, and compare the two")
     add("--split", choices=("test", "validation"), default="test", help="of the task (default: test)")
     add("--problems", type=one_or_more, help="how many, from the start of the split (default: all)")
     add("--samples", type=one_or_more, default=1, help="completions of each problem (default: 1)")
     add("--temperature", type=shared.at_least(0, float), help="0 is greedy (default: 0 with one sample, 1 with more)")
-    add(
-        "--max-new-tokens",
-        type=one_or_more,
-        help=f"the length limit (default: {MAX_NEW_TOKENS}; nano task: enough for it)",
-    )
-    add("--data", type=Path, metavar="FOLDER", help="where the problems are, in place of the hub")
+    add("--max-new-tokens", type=one_or_more, help=f"the length limit (default: {MAX_NEW_TOKENS}, of nano 48)")
+    add("--data", metavar="FOLDER", help="where the problems are, in place of the hub")
     add("--prompt", help="how the problems are asked (default: the task's own way)")
-    add("--engine", choices=tuple(BATCH_SIZES), default="transformers", help="what answers (default: transformers)")
+    add("--engine", choices=ENGINES, default=ENGINES[0], help="what answers (default: transformers)")
     add("--url", help="of the server, for the engine vllm-server")
-    add("--gpu-memory", type=float, help=f"vLLM's share of the GPU's memory (default: {GPU_MEMORY})")
-    add("--tensor-parallel", type=one_or_more, help="GPUs that vLLM splits the model over (default: 1)")
+    add("--gpu-memory", type=float, default=0.85, help="vLLM's share of the GPU's memory (default: 0.85)")
+    add("--tensor-parallel", type=one_or_more, default=1, help="GPUs that vLLM splits the model over (default: 1)")
     add("--batch-size", type=one_or_more, help="completions decoded together (default: 128; with vLLM 1024)")
     add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), help="of the model (default: the adapter's)")
     add("--device", help="as torch names it (default: the GPU, where there is one)")
@@ -64,7 +59,8 @@ def run(arguments: argparse.Namespace) -> None:
     from tinylora_lite.utils.record import atomic_write, environment
 
     a = arguments
-    _check(a)
+    if a.adapter is None and (a.compare or a.basis):
+        raise ValueError("--compare and --basis are of an adapter; name it with --adapter")
     if a.temperature is None:
         a.temperature = 0.0 if a.samples == 1 else 1.0
     with shared.command_progress() as progress:
@@ -106,91 +102,39 @@ def run(arguments: argparse.Namespace) -> None:
                 with adapter.disabled():
                     found["base"] = score(name, "base")
             found["score"] = score(name, "base" if adapter is None else "adapted")
-    results, words = [], []
+    results: list[dict[str, Any]] = []
+    words: list[RenderableType] = []
     for name, found in scores.items():
-        result: dict[str, Any] = {"task": name}
+        details = {which: each.details() for which, each in found.items()}
+        measures = [{name: key} | {which: details[which][key] for which in found} for key in details["score"]]
+        words.append(shared.table(measures))
         for which, each in found.items():
-            low, high = each.bootstrap()
-            result[which] = each.details() | {"bootstrap_low": low, "bootstrap_high": high}
+            details[which] |= dict(zip(("bootstrap_low", "bootstrap_high"), each.bootstrap(), strict=True))
+        results.append({"task": name} | details)
         if "base" in found:
             compared = tl.compare(found["base"], found["score"])
-            result["comparison"] = compared.summary()
+            results[-1]["comparison"] = compared.summary()
             words.append(f"{name}, strict: {compared.strict}")
             words += [f"{name}, lenient: {compared.lenient}"] if compared.lenient is not None else []
-        results.append(result)
     named = ("model", "revision", "engine", "split", "samples", "seed", "folder", "adapter", "temperature")
     record = {name: getattr(a, name) for name in named} | {"results": results, "environment": environment()}
     if a.folder is not None:
         atomic_write(a.folder / "result.json", json.dumps(record, indent=1, default=str) + "\n")
         words.append(f"completions: {a.folder}")
-    shared.show(a, record, _table(scores), *words)
-
-
-def _check(arguments: argparse.Namespace) -> None:
-    """Raises ``ValueError`` where options do not go together, before anything is loaded."""
-    a = arguments
-    if a.compare and a.adapter is None:
-        raise ValueError("--compare is of the base and an adapter; name the adapter with --adapter")
-    if a.basis is not None and a.adapter is None:
-        raise ValueError("--basis belongs to an adapter; name it with --adapter")
-    if (a.url is not None) != (a.engine == "vllm-server"):
-        raise ValueError("--url names the server of --engine vllm-server; give both or neither")
-    if a.engine != "vllm" and (a.gpu_memory is not None or a.tensor_parallel is not None):
-        raise ValueError("--gpu-memory and --tensor-parallel are of --engine vllm; a server has its own")
-    if a.adapter is not None and not a.adapter.exists():
-        raise FileNotFoundError(f"there is no adapter at {a.adapter}")
+    shared.show(a, record, *words)
 
 
 def _settings(arguments: argparse.Namespace, task: str, rank: int) -> RunSettings:
     """The command line as the settings of a run on one task."""
     from tinylora_lite import nano
-    from tinylora_lite.experiment.settings import AdapterSettings, EvaluationSettings, RunSettings, SamplerSettings
+    from tinylora_lite.experiment.settings import RunSettings
 
-    a = arguments
-    return RunSettings(
-        model=a.model,
-        task=task,
-        revision=a.revision,
-        data=None if a.data is None else str(a.data),
-        prompt=a.prompt,
-        adapter=AdapterSettings(rank=rank),
-        sampler=SamplerSettings(
-            engine=a.engine,
-            url=a.url,
-            tensor_parallel=a.tensor_parallel or 1,
-            gpu_memory=a.gpu_memory or GPU_MEMORY,
-            batch_size=a.batch_size or BATCH_SIZES[a.engine],
-        ),
-        evaluation=EvaluationSettings(
-            problems=a.problems,
-            samples=a.samples,
-            temperature=a.temperature,
-            max_new_tokens=a.max_new_tokens or (nano.MAX_NEW_TOKENS if task == "nano" else MAX_NEW_TOKENS),
-        ),
-    )
+    def given(*names: str) -> dict[str, Any]:
+        return {name: getattr(arguments, name) for name in names}
 
-
-def _table(scores: dict[str, dict[str, tl.Score]]) -> Table:
-    """A row for each score, in percent."""
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 1, 0, 0))
-    for title in ("", "strict", "lenient", "format", "cut off", "tokens", "n"):
-        table.add_column(title, justify="right" if title else "left", no_wrap=True)
-    for task, found in scores.items():
-        for which, score in found.items():
-            name = ", base" if which == "base" else ", adapted" if "base" in found else ""
-            table.add_row(
-                task + name,
-                _percents(score),
-                "" if score.lenient is None else _percents(score.lenient),
-                "" if score.formatted is None else f"{100 * score.formatted:.1f}",
-                f"{100 * score.truncated:.1f}",
-                f"{score.tokens:.0f}",
-                f"{score.n}" if score.samples == 1 else f"{score.n} x {score.samples}",
-            )
-    return table
-
-
-def _percents(score: tl.Score) -> str:
-    return f"{100 * score.accuracy:.1f} [{100 * score.low:.1f}, {100 * score.high:.1f}]"
+    limit = arguments.max_new_tokens or (nano.MAX_NEW_TOKENS if task == "nano" else MAX_NEW_TOKENS)
+    batch_size = arguments.batch_size or (128 if arguments.engine == "transformers" else 1024)
+    values = given("model", "revision", "data", "prompt") | {"task": task, "adapter": {"rank": rank}}
+    values["sampler"] = given("engine", "url", "tensor_parallel", "gpu_memory") | {"batch_size": batch_size}
+    values["evaluation"] = given("problems", "samples", "temperature") | {"max_new_tokens": limit}
+    return RunSettings.from_dict(values)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import shutil
@@ -28,13 +27,7 @@ TOKENIZER_FILES = (
 )
 """Copied as they are: a tokenizer that is loaded and saved again is not always the same."""
 
-VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)
-"""What ``--max-lora-rank`` of vLLM takes, from its default upwards."""
-
-KINDS = {"lora": "a PEFT LoRA", "peft": "a PEFT TinyLoRA", "merged": "a checkpoint that needs no adapter"}
-
-NANO_NOTE = "{} transformers.PreTrainedTokenizerFast: AutoTokenizer would take Qwen2's own"
-NANO_NOTES = {"lora": NANO_NOTE.format("send vLLM token ids of"), "merged": NANO_NOTE.format("load the tokenizer with")}
+NANO_NOTE = "take the nano tokenizer by transformers.PreTrainedTokenizerFast; AutoTokenizer would take Qwen2's own"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--base", required=True, help=shared.BASE_HELP)
     forms = "a PEFT LoRA (for PEFT, vLLM and llama.cpp), PEFT's TinyLoRA, or a checkpoint with the update inside"
-    add("--to", required=True, choices=tuple(KINDS), help=forms)
+    add("--to", required=True, choices=("lora", "peft", "merged"), help=forms)
     add("--out", required=True, type=Path, metavar="FOLDER", help="where it goes")
     precisions = "of lora (default: fp32) or merged (default: that of the training)"
     add("--dtype", choices=shared.PRECISIONS, help=precisions)
@@ -60,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
     base = shared.base_folder(arguments.base)
     is_nano = base.resolve().is_relative_to(nano.CHECKPOINTS.resolve())
     merge = serve = None
-    with shared.command_progress() as progress, shared.told_warnings() as warnings:
+    with shared.command_progress() as progress, shared.told_warnings():
         model, adapter = shared.load_adapted(arguments.file, base, arguments.basis, progress)
         if to == "merged":
             merge = _write_merged(model, adapter, base, out, arguments.dtype, progress)
@@ -82,24 +75,15 @@ def run(arguments: argparse.Namespace) -> None:
         "rank": adapter.config.rank,
         "merge": merge,
         "serve": serve,
-        "note": NANO_NOTES.get(to) if is_nano else None,
+        "note": NANO_NOTE if is_nano and to != "peft" else None,
         "bytes": sum(files.values()),
         "files": files,
-        "warnings": warnings,
     }
-    lines = [
-        f"{out}: {KINDS[to]}, {result['parameters']:,} parameters on {result['modules']} modules, "
-        f"{result['bytes']:,} bytes",
-        *(f"  {name}: {size:,} bytes" for name, size in files.items()),
-    ]
-    if merge:
-        lines.append(
-            f"merged in {merge['dtype']}: {merge['kept']:.1%} of the update kept along itself, "
-            f"at a cosine of {merge['cosine']:.3f} (1 is no rounding noise)"
-        )
-    lines += [f"serve it: {serve}"] if serve else []
+    alone = ("serve", "note")  # a command is copied from one line
+    words = shared.described({name: value for name, value in result.items() if name not in alone})
+    lines = [f"serve it: {serve}"] if serve else []
     lines += [result["note"]] if result["note"] else []
-    shared.show(arguments, result, "\n".join(lines))
+    shared.show(arguments, result, words, *lines)
 
 
 def _write_merged(
@@ -156,13 +140,11 @@ def _check_out(out: Path, to: str) -> None:
 
 def _serve(base: Path, out: Path, name: str, rank: int, is_nano: bool) -> str | None:
     """The command that serves the LoRA with vLLM; ``None`` where its rank is above what vLLM takes."""
-    if rank > VLLM_RANKS[-1]:
+    from tinylora_lite.sampling.vllm import RANKS, engine_settings
+
+    if rank > RANKS[-1]:
         return None
-    module = f"{name}={out.resolve()}"
-    if "," in module or "=" in name:
-        module = json.dumps({"name": name, "path": str(out.resolve())})
-    command = ["vllm", "serve", str(base.resolve()), "--enable-lora", "--lora-modules", module]
+    command = ["vllm", "serve", str(base.resolve()), "--enable-lora", "--lora-modules", f"{name}={out.resolve()}"]
+    command += ["--max-lora-rank", str(engine_settings(base, rank)["max_lora_rank"])]
     command += ["--skip-tokenizer-init", "--dtype", "float32"] if is_nano else []  # the dtype of its training
-    if rank > VLLM_RANKS[0]:
-        command += ["--max-lora-rank", str(next(allowed for allowed in VLLM_RANKS if allowed >= rank))]
     return shlex.join(command)

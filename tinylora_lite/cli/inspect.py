@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +13,7 @@ import tinylora_lite as tl
 from tinylora_lite.cli import shared
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from rich.console import RenderableType
-    from rich.table import Table
     from torch import Tensor
 
     from tinylora_lite.files.file_format import Precision
@@ -24,13 +21,9 @@ if TYPE_CHECKING:
 
 EXAMPLE = "tinylora inspect tinylora-demo/calibrated.tinylora --base nano"
 
-TINYLORA, PEFT_TINYLORA = "tinylora", "PEFT TINYLORA"
 PEFT_SETTINGS = ("r", "u", "weight_tying", "projection_seed", "save_projection", "target_modules", "peft_version")
-VALUES = 1024
+VALUES = 256
 """A description holds at most this many values of v; of more, only their norm and extremes."""
-
-SHOWN, FIRST = 64, 8
-"""At most ``SHOWN`` values are printed; of longer lists of names, the ``FIRST`` ones."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,102 +35,75 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints the description in words and, with a base, a table of the merge; or JSON."""
-    from rich.text import Text
-
     if arguments.dtype and not arguments.base:
         raise ValueError("--dtype is of a merge; say into which base with --base")
     with shared.told_warnings():
         found = describe(arguments.file, arguments.basis)
         if arguments.base:
-            if found["kind"] not in (TINYLORA, PEFT_TINYLORA):
-                raise ValueError(f"{arguments.file} holds a {found['kind']} adapter; --base takes TinyLoRA adapters")
             found |= _on_base(arguments, arguments.dtype or "bf16")
-    words: list[RenderableType] = [_words(found) if "vectors" in found else _one_line(found)]
+    words: list[RenderableType] = [shared.described({name: found[name] for name in found if name != "merge"})]
     if arguments.base:
-        words += [_table(found["merge"]), Text(_verdict(found["merge"]))]
+        merge = found["merge"]
+        rows = [{"module": name} | effect for name, effect in [*merge["modules"].items(), ("all", merge["total"])]]
+        words += [shared.table(rows, f"A merge in {merge['dtype']}"), _verdict(merge)]
     shared.show(arguments, found, *words)
 
 
 def describe(path: Path, basis: Path | None = None) -> dict[str, Any]:
-    """What an adapter file of this library or a folder of PEFT holds, read without its base, as JSON values.
+    """What an adapter file of this library or a folder with PEFT's TinyLoRA holds, without its base, as JSON values.
 
-    ``kind`` is ``"tinylora"``, or ``"PEFT …"`` with PEFT's name of the kind. ``payload_bytes`` is the size of the
-    trained parameters alone. ``stored_factors`` are the modules whose factors are stored: their places in tying order
-    in a file, their names in a folder. Raises ``AdapterFileError`` for a damaged or foreign file, or another basis.
+    ``payload_bytes`` is the size of the trained parameters alone. ``stored_factors`` are the modules whose factors are
+    stored: their places in tying order in a file, their names in a folder. Raises ``AdapterFileError`` for a damaged or
+    foreign file, or another basis.
     """
-    from tinylora_lite.files.peft_format import kind_of
-
-    if not path.is_dir():
-        return {"file": str(path)} | _file(path, basis)
-    kind, size = kind_of(path), sum(file.stat().st_size for file in path.glob("adapter_*") if file.is_file())
-    # A folder whose kind cannot be read goes to _folder, where reading its settings says what is wrong.
-    is_foreign = isinstance(kind, str) and kind != "TINYLORA"
-    return {"file": str(path), "bytes": size} | (_foreign(path, kind) if is_foreign else _folder(path))
+    return {"file": str(path)} | (_folder(path) if path.is_dir() else _file(path, basis))
 
 
 def _file(path: Path, basis: Path | None) -> dict[str, Any]:
+    from tinylora_lite.files.basis import find_basis
     from tinylora_lite.files.file_format import read_file
 
     header, tensors = read_file(path)
-    try:
-        settings, vectors = header["settings"], tensors["vectors"]
-        base = {"name": header["base"] or None, "revision": header.get("base_revision")}
-        base |= {"dtype": header["base_dtype"], "sha256": header["base_sha256"]}
-        calibrated = None
-        if (wanted := settings["projection"]) not in ("random", "identity"):
-            calibrated = {"fingerprint": wanted, "found": _is_found(wanted, basis, path)}
-        return {
-            "kind": TINYLORA,
-            "format": header["format"],
-            "checksum": "verified",
-            "parameters": vectors.numel(),
-            "dtype": _dtypes([vectors]),
-            "payload_bytes": vectors.nbytes,
-            "bytes": path.stat().st_size,
-            "vectors": _vectors(vectors.float()),
-            "settings": {name: value for name, value in settings.items() if value is not None},
-            "basis": calibrated,
-            "modules": len(tensors["decomposition"]),
-            "stored_factors": sorted(int(key.partition(".")[2]) for key in tensors if key.startswith("left.")),
-            "base": base,
-        }
-    except tl.AdapterFileError:
-        raise
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise tl.AdapterFileError(f"{path} is no complete adapter file ({error!r}); save it again") from error
-
-
-def _is_found(fingerprint: str, given: Path | None, path: Path) -> bool:
-    from tinylora_lite.files.basis import find_basis
-
-    try:
-        find_basis(fingerprint, given, path)
-    except tl.AdapterFileError:
-        if given is not None:
-            raise
-        return False
-    return True
+    settings, vectors, calibrated = header["settings"], tensors["vectors"], None
+    if settings["projection"] not in ("random", "identity"):
+        calibrated = {"fingerprint": settings["projection"], "found": True}
+        try:
+            find_basis(settings["projection"], basis, path)
+        except tl.AdapterFileError:
+            if basis is not None:
+                raise
+            calibrated["found"] = False
+    return {
+        "kind": "tinylora",
+        "format": header["format"],
+        "checksum": "verified",
+        "bytes": path.stat().st_size,
+        **_vectors(vectors, [vectors]),
+        "settings": {name: value for name, value in settings.items() if value is not None},
+        "basis": calibrated,
+        "modules": len(tensors["decomposition"]),
+        "stored_factors": sorted(int(key.partition(".")[2]) for key in tensors if key.startswith("left.")),
+        "base": {
+            "name": header["base"] or None,
+            "revision": header.get("base_revision"),
+            "dtype": header["base_dtype"],
+            "sha256": header["base_sha256"],
+        },
+    }
 
 
 def _folder(folder: Path) -> dict[str, Any]:
     import torch
+    from safetensors.torch import load_file
 
-    from tinylora_lite.files.peft_format import read_settings, read_tensors
+    from tinylora_lite.files.peft_format import TENSOR_FILE, read_settings, read_tensors
 
     settings, (by_group, parts, _) = read_settings(folder).model_dump(), read_tensors(folder)
-    if not by_group:
-        raise tl.AdapterFileError(f"{folder} holds no vectors")
-    try:
-        vectors = torch.stack([by_group[group] for group in sorted(by_group)])
-    except RuntimeError as error:
-        raise tl.AdapterFileError(f"{folder} holds vectors of different lengths") from error
-    stored = [tensor for key, tensor in _stored(folder).items() if ".tinylora_v." in key]
+    stored = [tensor for key, tensor in load_file(folder / TENSOR_FILE).items() if ".tinylora_v." in key]
     return {
-        "kind": PEFT_TINYLORA,
-        "parameters": vectors.numel(),
-        "dtype": _dtypes(stored),
-        "payload_bytes": sum(tensor.nbytes for tensor in stored),
-        "vectors": _vectors(vectors),
+        "kind": "PEFT TINYLORA",
+        "bytes": sum(file.stat().st_size for file in folder.glob("adapter_*")),
+        **_vectors(torch.stack([by_group[group] for group in sorted(by_group)]), stored),
         "settings": {name: settings[name] for name in PEFT_SETTINGS if settings[name] is not None},
         "modules": len(parts) or None,
         "stored_factors": [name for name, held in parts.items() if "A" in held],
@@ -145,49 +111,23 @@ def _folder(folder: Path) -> dict[str, Any]:
     }
 
 
-def _foreign(folder: Path, kind: str) -> dict[str, Any]:
-    from tinylora_lite.files.peft_format import CONFIG_FILE
-
-    settings, stored = json.loads((folder / CONFIG_FILE).read_bytes()), _stored(folder).values()
-    named = {name: settings[name] for name in ("r", "lora_alpha", "target_modules") if settings.get(name) is not None}
-    return {
-        "kind": f"PEFT {kind}",
-        "parameters": sum(tensor.numel() for tensor in stored) if stored else None,
-        "dtype": _dtypes(stored) or None,
-        "settings": named,
-        "base": {"name": settings.get("base_model_name_or_path"), "revision": settings.get("revision")},
-    }
-
-
-def _vectors(vectors: Tensor) -> dict[str, Any]:
-    return {
-        "shape": list(vectors.shape),
-        "norm": float(vectors.double().norm()),
-        "smallest": float(vectors.min()),
-        "largest": float(vectors.max()),
-        "values": vectors.tolist() if vectors.numel() <= VALUES else None,
-    }
-
-
-def _stored(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a PEFT folder as they are stored; none where PEFT wrote a pickle."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    from tinylora_lite.files.peft_format import TENSOR_FILE
-
-    path = folder / TENSOR_FILE
-    try:
-        return load_file(path) if path.is_file() else {}
-    except (OSError, SafetensorError) as error:
-        raise tl.AdapterFileError(f"{path} is damaged ({error}); get the folder again") from error
-
-
-def _dtypes(tensors: Iterable[Tensor]) -> str:
+def _vectors(vectors: Tensor, stored: Iterable[Tensor]) -> dict[str, Any]:
+    """The vectors, ``[groups, u]``, and how they are stored."""
     from tinylora_lite.files.file_format import DTYPES
 
-    short = {dtype: name for name, dtype in DTYPES.items()}
-    return ", ".join(sorted({short.get(tensor.dtype, str(tensor.dtype)) for tensor in tensors}))
+    short, stored = {dtype: name for name, dtype in DTYPES.items()}, list(stored)
+    return {
+        "parameters": vectors.numel(),
+        "dtype": ", ".join(sorted({short[tensor.dtype] for tensor in stored})),
+        "payload_bytes": sum(tensor.nbytes for tensor in stored),
+        "vectors": {
+            "shape": list(vectors.shape),
+            "norm": float(vectors.double().norm()),
+            "smallest": float(vectors.min()),
+            "largest": float(vectors.max()),
+            "values": vectors.tolist() if vectors.numel() <= VALUES else None,
+        },
+    }
 
 
 def _on_base(arguments: argparse.Namespace, precision: Precision) -> dict[str, Any]:
@@ -212,111 +152,12 @@ def _effect(effect: MergeEffect) -> dict[str, Any]:
     return values | {"flag": "lost" if effect.kept < 0.5 else "noisy" if effect.cosine < 0.9 else None}
 
 
-def _words(found: dict[str, Any]) -> Table:
-    """A line for each property of a TinyLoRA."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    base, (groups, u) = found["base"], found["vectors"]["shape"]
-    checked = "; checksum verified" if "checksum" in found else ""
-    modules = found["modules"] or "as many as its target_modules name"
-    origin = [base["name"] or "no name"]
-    origin += [f"revision {base['revision']}"] if base["revision"] else []
-    origin += [f"trained in {base['dtype']}"] if base.get("dtype") else []
-    rows = {
-        "file": found["file"],
-        "format": found.get("format", found["kind"]),
-        "parameters": f"{found['parameters']:,}, {found['payload_bytes']:,} bytes as {found['dtype']}",
-        "size": f"{found['bytes']:,} bytes, settings and checksums included{checked}",
-        "settings": _settings(found["settings"]),
-        "directions": _directions(found),
-        "modules": f"{modules}, driven by {groups} vector{'s'[: groups > 1]} of {u} parameter{'s'[: u > 1]}",
-        "factors": _factors(found),
-        "base": ", ".join(origin),
-        "fingerprint": base.get("sha256"),
-        "fits": found["merge"]["base"] if "merge" in found else None,
-        "v": _values(found["vectors"]),
-    }
-    for name, text in rows.items():
-        if text:
-            table.add_row(name, Text(text))
-    return table
-
-
-def _one_line(found: dict[str, Any]) -> str:
-    count = "an unknown number of" if found["parameters"] is None else f"{found['parameters']:,}"
-    return (
-        f"{found['file']}: a {found['kind'].removeprefix('PEFT ')} adapter of PEFT ({_settings(found['settings'])}) "
-        f"for {found['base']['name'] or 'a base without a name'}, {count} parameters, {found['bytes']:,} bytes"
-    )
-
-
-def _settings(settings: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={_short(value)}" for name, value in settings.items() if name != "projection")
-
-
-def _directions(found: dict[str, Any]) -> str:
-    settings, basis = found["settings"], found.get("basis")
-    if found["kind"] == PEFT_TINYLORA:
-        return "P in the folder" if settings["save_projection"] else "P left out, to be drawn again from its seed"
-    if basis is not None:
-        where = "found" if basis["found"] else "not found beside the file or in the package; give it with --basis"
-        return f"calibrated basis {basis['fingerprint'][:12]}…, {where}"
-    return f"random, seed {settings['seed']}" if settings["projection"] == "random" else "all of R (LoRA-XS)"
-
-
-def _factors(found: dict[str, Any]) -> str:
-    stored = found["stored_factors"]
-    if not stored:
-        return "computed from the base"
-    if len(stored) == found["modules"]:
-        return "stored, of all modules"
-    return f"stored, of {len(stored)} modules ({_short(stored)}); computed from the base, of the others"
-
-
-def _values(vectors: dict[str, Any]) -> str:
-    groups, u = vectors["shape"]
-    summary = f"norm {vectors['norm']:.4g}, from {vectors['smallest']:.4g} to {vectors['largest']:.4g}"
-    if groups * u > SHOWN or vectors["values"] is None:
-        return summary
-    lines = [[value for row in vectors["values"] for value in row]] if u == 1 else vectors["values"]
-    return "\n".join([" ".join(f"{value:+.4g}" for value in line) for line in lines] + [summary])
-
-
-def _table(merge: dict[str, Any]) -> Table:
-    """A row for each module, and the whole update in the last."""
-    from rich import box
-    from rich.table import Table
-
-    flags = "lost: less than half of the update is kept; noisy: the cosine is below 0.9"
-    table = Table(title=f"A merge in {merge['dtype']}", caption=flags, box=box.SIMPLE_HEAD, show_footer=True)
-    table.title_justify, table.caption_justify, table.padding = "left", "left", (0, 1, 0, 0)
-    columns, total = ("changed", "kept", "cosine", "size"), merge["total"]
-    table.add_column("module", "all", overflow="fold")
-    for name in columns:
-        table.add_column(name, _number(total[name]), justify="right", no_wrap=True)
-    table.add_column("flag", total["flag"] or "", no_wrap=True)
-    for name, effect in merge["modules"].items():
-        table.add_row(name, *(_number(effect[column]) for column in columns), effect["flag"] or "")
-    return table
-
-
 def _verdict(merge: dict[str, Any]) -> str:
     flags, merged = [effect["flag"] for effect in merge["modules"].values()], f"A merge in {merge['dtype']}"
     spoilt = sum(flag is not None for flag in flags)
     if not spoilt:
         return f"{merged} keeps the update in all {len(flags)} modules."
-    return f"{merged} spoils the update in {spoilt} of {len(flags)} modules; tinylora export --to lora keeps all of it."
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, list) and len(value) > FIRST:
-        return f"{', '.join(map(str, value[:FIRST]))}, … {len(value)} in all"
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return (
+        f"{merged} spoils the update in {spoilt} of {len(flags)} modules (lost: less than half of it is kept; noisy: "
+        "the cosine is below 0.9); tinylora export --to lora keeps all of it."
+    )

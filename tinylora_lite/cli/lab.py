@@ -9,9 +9,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich import box
-from rich.table import Table
-
 from tinylora_lite.cli import shared
 from tinylora_lite.utils.record import atomic_write
 
@@ -27,23 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``tinylora lab``."""
     add = parser.add_argument
     add("action", choices=("list", "run", "draw", "table"), help="what to do")
-    add(
-        "claims",
-        nargs="*",
-        metavar="CLAIM",
-        help="names from `tinylora lab list`, paths of files that define CLAIM, or all; "
-        "chapters: the runs of the book's first chapters",
-    )
+    named = "names from `tinylora lab list`, files that define CLAIM, all, or chapters: the runs of the first chapters"
+    add("claims", nargs="*", metavar="CLAIM", help=named)
     add("--folder", type=Path, help="the folder of the records (default: the book's)")
     add("--workers", type=shared.at_least(1), help="processes, each on one core (default: one for each core)")
     add("--minutes", type=shared.at_least(0, float), help="after which `run` starts nothing new (default: no limit)")
-    add(
-        "--score",
-        choices=("sampled", "greedy"),
-        default="sampled",
-        help="by which answers `draw` and `table` compare: one sampled at temperature 1, or the greedy one "
-        "(default: sampled)",
-    )
+    scores = "answers that `draw` and `table` compare: sampled at temperature 1, or greedy (default: sampled)"
+    add("--score", choices=("sampled", "greedy"), default="sampled", help=scores)
     add("--out", type=Path, help="where `draw` puts its picture (default: CLAIM.svg); .png works too")
 
 
@@ -66,12 +53,8 @@ def run(arguments: argparse.Namespace) -> None:
 def _list(chosen: list[Claim], store: Store, arguments: argparse.Namespace) -> None:
     from tinylora_lite.lab.plan import progress_of
 
-    table, result = Table("claim", "what it says", "runs", "to go", box=box.SIMPLE), []
-    for claim in chosen:
-        runs = progress_of(claim, store)
-        result.append({"claim": claim.name, "title": claim.title} | runs)
-        table.add_row(claim.name, claim.title, str(runs["recorded"]), str(runs["missing"] or "done"))
-    shared.show(arguments, result, table)
+    rows = [{"claim": claim.name, "title": claim.title} | progress_of(claim, store) for claim in chosen]
+    shared.show(arguments, rows, shared.table(rows))
 
 
 def _run(chosen: list[Claim], store: Store, arguments: argparse.Namespace) -> None:
@@ -91,9 +74,8 @@ def _run(chosen: list[Claim], store: Store, arguments: argparse.Namespace) -> No
     seconds = None if arguments.minutes is None else arguments.minutes * 60
     complete = execute(chosen, store, workers=arguments.workers, seconds=seconds, report=report)
     result = {"runs": made, "complete": complete, "seconds": round(time.monotonic() - started, 1)}
-    shared.show(
-        arguments, result, f"{made} runs made; {'nothing is missing' if complete else 'more to go: call it again'}."
-    )
+    left = "nothing is missing" if complete else "more to go: call it again"
+    shared.show(arguments, result, f"{made} runs made; {left}.")
 
 
 def _draw(chosen: list[Claim], store: Store, arguments: argparse.Namespace) -> None:
@@ -114,7 +96,6 @@ def _table(chosen: list[Claim], store: Store, arguments: argparse.Namespace) -> 
     from tinylora_lite.lab.plan import rows_of
 
     rows = rows_of(chosen, store)
-    table = Table("claim", "paper", "ours", "verdict", box=box.SIMPLE)
-    for row in rows:
-        table.add_row(row["title"], row["paper"], row["ours"], row["finding"])
+    columns = {"title": "claim", "paper": "paper", "ours": "ours", "finding": "verdict"}
+    table = shared.table([{name: row[key] for key, name in columns.items()} for row in rows])
     shared.show(arguments, rows, table)

@@ -61,38 +61,34 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _memory(plan: Plan) -> Table:
-    from rich.table import Column, Table
-
     settings, where = plan.settings, f"{plan.gpus} x {plan.gpu.name}" if plan.gpus > 1 else plan.gpu.name
+    terms: list[tuple[str, str, float]] = [(term.name, term.phase, term.bytes) for term in plan.terms]
+    terms += [
+        (f"all of it, {'at' if phase == 'set-up' else 'while'} {phase}", "", n) for phase, n in plan.peaks.items()
+    ]
+    terms += [("what the GPU has for it", "", plan.gpu.usable)]
+    rows = [{"memory on each GPU": name, "when": phase, "GiB": _gib(needed)} for name, phase, needed in terms]
     title = f"{settings.model}, {settings.task}, {settings.method}: {plan.parameters:,} parameters on {where}"
-    table = Table("memory on each GPU", "when", Column("GiB", justify="right"), title=title, title_justify="left")
-    for term in plan.terms:
-        table.add_row(term.name, term.phase, _gib(term.bytes))
-    table.add_section()
-    for phase, needed in plan.peaks.items():
-        style = "bold" if needed <= plan.gpu.usable else "bold red"
-        table.add_row(f"all of it, {'at' if phase == 'set-up' else 'while'} {phase}", "", _gib(needed), style=style)
-    table.add_row("what the GPU has for it", "", _gib(plan.gpu.usable))
-    return table
+    return shared.table(rows, title)
 
 
 def _time(plan: Plan) -> Table:
-    from rich.table import Table
-
     time, runs = plan.time, len(plan.settings.sweep())
-    table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_row("steps", f"{time.steps:,}, each of {time.tokens:,.0f} tokens and {time.flops / 1e12:,.1f} TFLOPs")
-    table.add_row("sampling", f"{_range(time.sampling)} seconds a step")
-    table.add_row("training", f"{_range(time.training)} seconds a step")
-    for name, seconds in (("calibrating", time.calibrating), ("evaluating", time.evaluating)):
-        if seconds.high:
-            table.add_row(name, f"{_range(seconds * (1 / 60))} minutes")
-    table.add_row("in all", f"{_range(time.hours)} hours a run")
-    if runs > 1:
-        table.add_row("", f"{_range(time.hours * runs)} hours for {runs} learning rates")
+    minutes = {
+        name: f"{_range(seconds * (1 / 60))} minutes" if seconds.high else None
+        for name, seconds in (("calibrating", time.calibrating), ("evaluating", time.evaluating))
+    }
+    sweep = f", {_range(time.hours * runs)} hours for {runs} learning rates" if runs > 1 else ""
+    lines = {
+        "steps": f"{time.steps:,}, each of {time.tokens:,.0f} tokens and {time.flops / 1e12:,.1f} TFLOPs",
+        "sampling": f"{_range(time.sampling)} seconds a step",
+        "training": f"{_range(time.training)} seconds a step",
+        **minutes,
+        "in all": f"{_range(time.hours)} hours a run{sweep}",
+    }
     if plan.cost is not None:
-        table.add_row("cost", f"{plan.cost[0]:,.2f} to {plan.cost[1]:,.2f} a run, at {plan.price:g} an hour and GPU")
-    return table
+        lines["cost"] = f"{plan.cost[0]:,.2f} to {plan.cost[1]:,.2f} a run, at {plan.price:g} an hour and GPU"
+    return shared.described(lines)
 
 
 def _range(found: Range) -> str:

@@ -22,18 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints names, or YAML, or JSON."""
-    from rich.table import Column, Table
-
     from tinylora_lite.experiment import presets
 
     if arguments.name is None:
-        table = Table(Column("preset", no_wrap=True), "model", title=f"Presets, for {', '.join(presets.GPUS)}")
-        table.title_justify = "left"
-        for base, found in presets.BASES.items():
-            for recipe in presets.RECIPES:
-                table.add_row(f"{base}/{recipe}", found.hub)
-        table.add_row(presets.NANO[0], "the shipped base, on a CPU")
-        table.caption = "each by GRPO; NAME/sft trains by imitation, NAME/calibrated on calibrated directions"
+        rows = [{"preset": name, "model": presets.preset(name).model} for name in presets.preset_names()]
+        table = shared.table(rows, f"Presets, for {', '.join(presets.GPUS)}")
         shared.show(arguments, {"presets": presets.preset_names(), "gpus": presets.GPUS}, table)
         return
     seed = [f"training.seed={arguments.seed}"] if arguments.seed else []

@@ -8,7 +8,7 @@ import json
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import tinylora_lite as tl
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+    from rich.table import Table
     from transformers import PreTrainedModel
 
     from tinylora_lite.experiment.settings import RunSettings
@@ -65,7 +66,7 @@ def read_settings(name: str, gpu: str | None, overrides: list[str], seed: int = 
 
 
 def base_folder(name: str) -> Path:
-    """The folder of a base that the command line names. Raises ``FileNotFoundError`` if there is none."""
+    """The folder of a base that the command line names."""
     from tinylora_lite.experiment.models import checkpoint
 
     folder = Path(checkpoint(name))
@@ -98,10 +99,7 @@ def attach_file(model: PreTrainedModel, file: Path, basis: Path | None) -> tl.Ti
 def load_adapted(
     file: Path, folder: Path, basis: Path | None, progress: Progress
 ) -> tuple[PreTrainedModel, tl.TinyLoraAdapter]:
-    """The base in the dtype in which the adapter was trained, on the CPU, and the adapter attached to it.
-
-    Keep both: the adapter alone does not keep the model alive. Raises what ``load_model`` and ``tl.load`` raise.
-    """
+    """The base on the CPU, in the dtype of the adapter's training, and the adapter, which does not keep it alive."""
     from tinylora_lite.experiment.models import load_model
 
     dtype, _ = trained_with(file)  # before the base, which may take minutes
@@ -112,15 +110,13 @@ def load_adapted(
 
 
 @contextlib.contextmanager
-def told_warnings() -> Iterator[list[str]]:
-    """Warnings of the block as one line each on stderr, without their place in the code; in the list at the end."""
-    told: list[str] = []
+def told_warnings() -> Iterator[None]:
+    """Warnings of the block as one line each on stderr, without their place in the code."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        yield told
+        yield
     lines = (" ".join(str(each.message).split()) for each in caught if each.category is UserWarning)
-    told.extend(dict.fromkeys(lines))  # a file that is read twice warns twice
-    for line in told:
+    for line in dict.fromkeys(lines):  # a file that is read twice warns twice
         print(f"warning: {line}", file=sys.stderr)
 
 
@@ -136,7 +132,7 @@ def command_progress(console: Console | None = None, plain: bool = False) -> Pro
 
 
 def results(progress: Progress) -> list[RenderableType]:
-    """What stays on the terminal of a progress that ended: the curves and scores of a live display, or the scores."""
+    """What stays on the terminal of a progress that ended: the curves of a live display, and the scores."""
     from tinylora_lite.view.progress import LiveProgress, score_table
 
     if isinstance(progress, LiveProgress):
@@ -144,11 +140,46 @@ def results(progress: Progress) -> list[RenderableType]:
     return [score_table(progress.scores)] if progress.scores else []
 
 
-def show(arguments: argparse.Namespace, result: Any, *words: RenderableType) -> None:
-    """Prints the result of a command as JSON where ``--json`` asks for it, and otherwise in words.
+def described(values: Mapping[str, Any]) -> Table:
+    """A line for each entry of a result that there is, under its name in the JSON."""
+    from rich.table import Table
+    from rich.text import Text
 
-    Text goes out as it is, since rich would wrap and colour it.
-    """
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in values.items():
+        if value not in (None, []):
+            table.add_row(name.replace("_", " "), Text(_text(value)))
+    return table
+
+
+def table(rows: Sequence[Mapping[str, Any]], title: str = "") -> Table:
+    """A line for each row, under the names of its entries; numbers are to the right."""
+    from rich import box
+    from rich.table import Table
+
+    formats = {int: ",", float: ".3g"}
+    numbers = {name for row in rows for name, value in row.items() if type(value) in formats}
+    found = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in next(iter(rows), ()):
+        found.add_column(name, justify="right" if name in numbers else "left", overflow="fold")
+    for row in rows:
+        cells = ((value, formats.get(type(value))) for value in row.values())
+        found.add_row(*(_text(value) if spec is None else format(value, spec) for value, spec in cells))
+    return found
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}={_text(each)}" for name, each in value.items() if each is not None)
+    if isinstance(value, list):
+        return " ".join(map(_text, value))
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def show(arguments: argparse.Namespace, result: Any, *words: RenderableType) -> None:
+    """Prints the result of a command as JSON where ``--json`` asks for it, and otherwise in words."""
     if arguments.json:
         print(json.dumps(result, default=str))  # paths as text
         return
@@ -156,6 +187,6 @@ def show(arguments: argparse.Namespace, result: Any, *words: RenderableType) -> 
 
     for part in words:
         if isinstance(part, str):
-            print(part)
+            print(part)  # rich would wrap and colour it
         else:
             Console().print(part)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from tinylora_lite.adapter.adapter import TinyLoraAdapter
+from tinylora_lite.adapter.adapter import TinyLoraAdapter, attach
 from tinylora_lite.adapter.basis import Basis
+from tinylora_lite.adapter.config import TinyLoraConfig
 from tinylora_lite.evaluation.evaluate import evaluate
 from tinylora_lite.evaluation.score import Score
 from tinylora_lite.experiment.models import checkpoint, is_nano, load_model
 from tinylora_lite.experiment.settings import EvaluationSettings, RunSettings
-from tinylora_lite.files.basis import load_basis, save_basis
+from tinylora_lite.files.basis import save_basis
 from tinylora_lite.sampling.rollouts import Rollouts, Sampler
 from tinylora_lite.sampling.sampler import ModelSampler
 from tinylora_lite.tasks.task import Task
@@ -30,19 +32,12 @@ from tinylora_lite.view.progress import Progress
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-OnRollouts = Callable[[Rollouts, Tensor], None]
-
 
 @dataclass
 class Runner:
-    """A base, what answers for it, and where progress is shown.
+    """A base and what answers for it; evaluates, calibrates and trains for every command, and shows its progress.
 
-    Attributes:
-        model: the base, with the adapter that it carries; ``None`` if another engine answers for an untouched base.
-        tokenizer: the base's.
-        sampler: what answers.
-        progress: told of every phase, step and score.
-        batch_size: completions of an evaluation that are decoded together.
+    ``model`` is ``None`` where another engine answers for an untouched base. ``batch_size`` is of evaluations.
     """
 
     model: PreTrainedModel | None
@@ -66,19 +61,13 @@ class Runner:
     ) -> Runner:
         """Loads the base that the settings name, and makes the sampler that they ask for.
 
-        Args:
-            settings: of a run.
-            tokenizer: the base's.
-            progress: see the class.
-            dtype: of the base, in place of the settings'; ``"auto"`` as ``load_model`` takes it.
-            device: of the base; ``None`` takes the GPU if there is one.
-            weights: ``False`` loads no model, because a vLLM engine answers for the untouched base.
-            max_model_len: tokens of the longest prompt and completion, for vLLM; ``None`` takes the model's own limit.
-            lora_folder: where LoRAs are written for a server to read; ``None`` takes the one for temporary files.
+        ``dtype``, in place of the settings', and ``device`` are as ``load_model`` takes them. Without ``weights`` no
+        model is loaded, since a vLLM engine answers for the untouched base. ``max_model_len`` is of prompt and
+        completion together, for vLLM. ``lora_folder`` is where a server reads LoRAs; by default a temporary one.
         """
         s, options, dtype = settings, settings.sampler, dtype or settings.dtype
         if dtype == "auto" and is_nano(s.model):
-            dtype = "float32"  # as load_model does; vLLM would take the checkpoint's float16
+            dtype = "float32"  # of its training; the checkpoint is in float16
         progress.begin(f"loading {s.model}")
         model = None
         if weights:
@@ -99,23 +88,15 @@ class Runner:
             from tinylora_lite.sampling.vllm import VllmSampler
 
             engine: dict[str, Any] = {} if s.revision is None else {"revision": s.revision}
-            sampler = VllmSampler(
-                checkpoint(s.model),
-                tokenizer,
-                sync=options.sync,
-                max_model_len=max_model_len,
-                gpu_memory_utilization=options.gpu_memory,
-                tensor_parallel_size=options.tensor_parallel,
-                dtype=dtype,
-                max_lora_rank=s.adapter.rank,
-                **engine,
-            )
+            engine |= {"gpu_memory_utilization": options.gpu_memory, "tensor_parallel_size": options.tensor_parallel}
+            engine |= {"max_model_len": max_model_len, "dtype": dtype, "max_lora_rank": s.adapter.rank}
+            sampler = VllmSampler(checkpoint(s.model), tokenizer, sync=options.sync, **engine)
         batch_size = options.batch_size or (256 if options.engine == "transformers" else 1024)
         return cls(model, tokenizer, sampler, progress, batch_size)
 
     @property
     def base(self) -> PreTrainedModel:
-        """The model. Raises ``ValueError`` if none is loaded."""
+        """The model, which must be loaded."""
         if self.model is None:
             raise ValueError("only a sampler answers here; load the model to calibrate or train")
         return self.model
@@ -127,16 +108,15 @@ class Runner:
         settings: EvaluationSettings,
         *,
         split: str = "test",
-        seed: int = 0,
         folder: Path | None = None,
-        subject: dict[str, str] | None = None,
+        **options: Any,
     ) -> Score:
         """The score on the first problems of a split; several processes share the problems and return the same score.
 
         ``name`` is what progress shows. ``folder`` keeps completions, and an interrupted evaluation goes on there.
-        The rest is as :func:`~tinylora_lite.evaluate` takes it.
+        ``options`` are further arguments of :func:`~tinylora_lite.evaluate`.
         """
-        problems = tuple(getattr(task, split)[: settings.problems])
+        problems, samples = tuple(getattr(task, split)[: settings.problems]), settings.samples
         rank, processes = distributed.rank(), distributed.world_size()
         padded = problems + problems[-1:] * (-len(problems) % processes)
         changed: dict[str, Any] = {split: padded[rank::processes]}
@@ -144,24 +124,13 @@ class Runner:
             folder = None  # the processes compute together, so all of them must start from the same place: the start
         elif folder is not None and processes > 1:
             folder = folder / f"{rank + 1}-of-{processes}"
-        self.progress.begin(f"testing: {name}", len(changed[split]) * settings.samples)
-        score = evaluate(
-            self.model,
-            self.tokenizer,
-            replace(task, **changed),
-            split=split,
-            samples=settings.samples,
-            temperature=settings.temperature,
-            max_new_tokens=settings.max_new_tokens,
-            batch_size=self.batch_size,
-            seed=seed,
-            progress=self.progress.advance,
-            sampler=self.sampler,
-            folder=folder,
-            subject=subject,
-        )
+        self.progress.begin(f"testing: {name}", len(changed[split]) * samples)
+        options |= settings.model_dump(include={"samples", "temperature", "max_new_tokens"})
+        options |= {"split": split, "batch_size": self.batch_size, "sampler": self.sampler, "folder": folder}
+        options |= {"progress": self.progress.advance}
+        score: Score = evaluate(self.model, self.tokenizer, replace(task, **changed), **options)
         if processes > 1:
-            parts, samples = [part.completions for part in distributed.all_gather_object(score)], settings.samples
+            parts = [part.completions for part in distributed.all_gather_object(score)]
             rows = (parts[i % processes][i // processes * samples :][:samples] for i in range(len(problems)))
             score = Score.of((completion for row in rows for completion in row), samples)
         self.progress.scored(name, score)
@@ -170,55 +139,56 @@ class Runner:
     def calibrate(self, task: Task, file: Path, **options: Any) -> Basis:
         """Makes a basis as :func:`~tinylora_lite.calibrate` does, from training problems, and writes it to ``file``."""
         self.progress.begin("calibrating a basis")
-        basis = calibrate(
-            self.base, self.tokenizer, task, sampler=self.sampler, progress=self.progress.advance, **options
-        )
-        if distributed.rank() == 0:
-            save_basis(basis, file)
-        distributed.barrier()
-        return load_basis(file)
+        options |= {"sampler": self.sampler, "progress": self.progress.advance}
+        basis = calibrate(self.base, self.tokenizer, task, **options)
+        save_basis(basis, file)
+        return basis
 
-    def train(
+    @contextmanager
+    def trained(
         self,
         name: str,
         task: Task,
-        adapter: TinyLoraAdapter | None,
+        config: TinyLoraConfig | None,
         settings: GRPOSettings | SFTSettings,
         *,
         trainer: str = "own",
+        shard: bool = False,
         folder: Path | None = None,
-        on_rollouts: OnRollouts | None = None,
-    ) -> Run:
-        """Trains an adapter that the model carries, or all weights where ``adapter`` is ``None``.
+        on_rollouts: Callable[[Rollouts, Tensor], None] | None = None,
+    ) -> Iterator[tuple[TinyLoraAdapter | None, Run]]:
+        """Trains an adapter, which stays on the model during the block, or all weights where ``config`` is ``None``.
 
-        Args:
-            name: of the run, as progress shows it.
-            task: the problems and the reward.
-            adapter: attached to the model.
-            settings: of GRPO or SFT; their class says which of the two trains.
-            trainer: ``"own"``, or ``"trl"`` for TRL's loop of GRPO.
-            folder: where the run is kept and an interrupted one goes on; ``None`` keeps nothing.
-            on_rollouts: see :func:`~tinylora_lite.train_grpo`; TRL's loop does not call it.
+        ``name`` is what progress shows. The class of ``settings`` says whether GRPO or SFT trains; with ``trainer``
+        ``"trl"`` TRL's loop does, which calls no ``on_rollouts``. ``shard`` spreads the base over the processes.
         """
-        self.progress.begin(f"training: {name}", settings.steps)
-        self.progress.steps = settings.steps
-        self.progress.measure = measure = "reward" if isinstance(settings, GRPOSettings) else "loss"
+        adapter = None if config is None else attach(self.base, config)
+        progress = self.progress
 
         def on_step(run: Run) -> None:
             if "length" in run.steps[-1]:
-                self.progress.lengths[name] = run.curve("length")
+                progress.lengths[name] = run.curve("length")
             vectors = [] if adapter is None else adapter.vectors.flatten().tolist()
-            self.progress.step(name, run.curve(measure), vectors)
+            progress.step(name, run.curve(progress.measure), vectors)
 
-        common: dict[str, Any] = {"folder": folder, "on_step": on_step}
-        if trainer == "trl":
-            from tinylora_lite.training.trl import train_trl
+        arguments: tuple[Any, ...] = (self.base, self.tokenizer, adapter, task, settings)
+        options: dict[str, Any] = {"folder": folder, "on_step": on_step, "sampler": self.sampler}
+        try:
+            if shard and not distributed.is_sharded(self.base):
+                distributed.shard_model(self.base)
+            progress.begin(f"training: {name}", settings.steps)
+            progress.steps = settings.steps
+            progress.measure = "reward" if isinstance(settings, GRPOSettings) else "loss"
+            if trainer == "trl":
+                from tinylora_lite.training.trl import train_trl
 
-            assert adapter is not None  # RunSettings rules the rest out
-            assert isinstance(settings, GRPOSettings)
-            sampler = None if isinstance(self.sampler, ModelSampler) else self.sampler
-            return train_trl(self.base, self.tokenizer, adapter, task, settings, sampler=sampler, **common)
-        common |= {"sampler": self.sampler, "progress": False}
-        if isinstance(settings, SFTSettings):
-            return train_sft(self.base, self.tokenizer, adapter, task, settings, **common)
-        return train_grpo(self.base, self.tokenizer, adapter, task, settings, on_rollouts=on_rollouts, **common)
+                if isinstance(self.sampler, ModelSampler):
+                    options["sampler"] = None  # TRL generates by itself
+                yield adapter, train_trl(*arguments, **options)
+            elif isinstance(settings, SFTSettings):
+                yield adapter, train_sft(*arguments, **options, progress=False)
+            else:
+                yield adapter, train_grpo(*arguments, **options, progress=False, on_rollouts=on_rollouts)
+        finally:
+            if adapter is not None:
+                adapter.detach()

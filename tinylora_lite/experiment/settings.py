@@ -1,13 +1,8 @@
-"""One run in one file: which model, which task, what trains, how it trains and who samples.
-
-The same file drives our own loop and TRL's, one device and several. :func:`load_settings` reads it, ``tinylora train``
-runs it, ``tinylora plan-run`` says beforehand what it takes.
-"""
+"""One run in one file: which model, which task, what trains, how it trains and who samples."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -22,9 +17,6 @@ from tinylora_lite.utils.record import atomic_write
 if TYPE_CHECKING:
     from tinylora_lite.adapter.basis import Basis
     from tinylora_lite.adapter.config import TinyLoraConfig
-
-Dtype = Literal["bfloat16", "float32", "float16"]
-"""The names of torch's dtypes that a base may have."""
 
 Name = Annotated[str, Field(min_length=1)]
 
@@ -57,10 +49,7 @@ TRAINING = {
 
 
 class CalibrationSettings(Settings):
-    """How calibrated directions are found; see :func:`~tinylora_lite.calibrate`.
-
-    Their rank and number are those of the adapter (``rank``, ``u``).
-    """
+    """How calibrated directions, ``u`` of the adapter's ``rank``, are found; see :func:`~tinylora_lite.calibrate`."""
 
     problems: PositiveInt = Field(256, description="to take policy gradients on")
     group_size: int = Field(8, ge=2, description="completions of each")
@@ -70,10 +59,7 @@ class CalibrationSettings(Settings):
 
 
 class AdapterSettings(Settings):
-    """What trains: TinyLoRA, LoRA-XS, or every weight of the model (``kind="all"``, where nothing else counts).
-
-    LoRA-XS takes only ``rank`` and ``sigma``.
-    """
+    """What trains. LoRA-XS takes only ``rank`` and ``sigma``; where all weights train, nothing else counts."""
 
     kind: Literal["tinylora", "lora_xs", "all"] = Field("tinylora", description="tinylora, lora_xs, or all (weights)")
     rank: PositiveInt = Field(2, description="r, frozen singular triplets per module")
@@ -97,11 +83,8 @@ class AdapterSettings(Settings):
     def config(self, basis: Basis | None = None) -> TinyLoraConfig | None:
         """The adapter's configuration; ``None`` where every weight trains.
 
-        Args:
-            basis: of calibrated directions; needed where ``projection`` is not ``"random"``.
-
         Raises:
-            ValueError: the basis is missing or does not fit.
+            ValueError: the ``basis`` of a calibrated projection is missing or does not fit.
         """
         from tinylora_lite.adapter.config import TinyLoraConfig, lora_xs  # imports torch
 
@@ -117,11 +100,7 @@ class AdapterSettings(Settings):
 
 
 class SamplerSettings(Settings):
-    """Who answers the prompts: the model that trains, vLLM in this process, or a vLLM server.
-
-    ``sync`` says how vLLM follows the adapter: ``"lora"`` swaps an exact LoRA of rank r at every step, ``"merged"``
-    sends merged weights, as the paper did.
-    """
+    """Who answers the prompts. The paper sent merged weights; ``sync="lora"`` swaps an exact LoRA of rank r."""
 
     engine: Literal["transformers", "vllm", "vllm-server"] = Field(
         "transformers", description="transformers (the model that trains), vllm or vllm-server"
@@ -147,13 +126,10 @@ class EvaluationSettings(Settings):
 
 
 class RunSettings(Settings):
-    """One run, whole, its fields in the order of a settings file. :func:`load_settings` reads one.
+    """One run, its fields in the order of a settings file. :func:`load_settings` reads one.
 
-    Attributes:
-        training: the fields of :class:`~tinylora_lite.GRPOSettings` or
-            :class:`~tinylora_lite.SFTSettings`; ``epochs`` may take the place of ``steps``, and
-            ``evaluation.every`` that of ``evaluate_every``. Values that are not given take those classes' defaults.
-        learning_rates: a sweep; empty runs ``training.learning_rate`` alone. See :meth:`sweep`.
+    ``training`` holds fields of :class:`~tinylora_lite.GRPOSettings` or :class:`~tinylora_lite.SFTSettings`, with their
+    defaults; ``epochs`` may take the place of ``steps``, and ``evaluation.every`` takes that of ``evaluate_every``.
 
     Raises:
         ValueError: a setting is of the wrong type or out of its range, or two do not go together.
@@ -161,7 +137,9 @@ class RunSettings(Settings):
 
     model: Name = Field(description="name on the hub, or a folder")
     revision: str | None = Field(None, description="commit of the hub; null takes the newest")
-    dtype: Dtype = Field("bfloat16", description="of the frozen base: bfloat16, float16 or float32")
+    dtype: Literal["bfloat16", "float32", "float16"] = Field(
+        "bfloat16", description="of the frozen base: bfloat16, float16 or float32"
+    )
     quantize: Literal["nf4", "int8", None] = Field(None, description="the base in fewer bits: nf4, int8 or null")
     gradient_checkpointing: bool = Field(False, description="recompute activations: far less memory, 1.5 times as long")
     task: Name = Field(description="gsm8k, math, nano, ...")
@@ -206,41 +184,34 @@ class RunSettings(Settings):
             yield "trainer", "under trl a float16 gradient would be rounded to nothing; set trainer: own"
         if everything and self.shard:
             yield "shard", "only a frozen base is spread over GPUs here; set shard: false"
-        if len(set(self.learning_rates)) < len(self.learning_rates):
-            yield "learning_rates", "learning_rates holds a rate twice; name each once"
 
     def training_settings(self, problems: int) -> GRPOSettings | SFTSettings:
-        """The settings of the training loop.
-
-        Args:
-            problems: of the training split; ``epochs`` times their number, in whole steps, is how long it trains.
+        """The settings of the training loop, for so many ``problems`` in the training split.
 
         Raises:
             SettingsError: a value of ``training`` is unknown or out of its range.
         """
         kind: type[GRPOSettings] | type[SFTSettings] = GRPOSettings if self.method == "grpo" else SFTSettings
-        fields = [field.name for field in dataclasses.fields(kind)]
+        known = dict.fromkeys([*(field.name for field in dataclasses.fields(kind)), "epochs"])
+        for name in self.training:
+            if name not in known:
+                raise settings_file.unknown(f"training.{name}", known)
         values = dict(self.training)
-        for name in values:
-            if name not in (*fields, "epochs"):
-                raise settings_file.unknown(f"training.{name}", [*fields, "epochs"])
+        epochs = values.pop("epochs", None)
         if "evaluate_every" in values:
             raise SettingsError("training.evaluate_every", "evaluation.every says how often; leave evaluate_every out")
-        epochs = values.pop("epochs", None)
         if epochs is not None and "steps" in values:
             raise SettingsError("training.epochs", "epochs and steps both say how long to train; leave one out")
-        if epochs is not None and (type(epochs) not in (int, float) or not 0 < epochs < math.inf):
-            raise SettingsError("training.epochs", f"epochs must be a finite number above 0, not {epochs!r}")
         try:
             settings = kind(**values, evaluate_every=self.evaluation.every)
-        except (TypeError, ValueError) as error:
+            length = SFTSettings(epochs=epochs, steps=settings.steps, prompts_per_step=settings.prompts_per_step)
+        except ValueError as error:
             name = str(error).split()[0]
-            raise SettingsError(f"training.{name}" if name in fields else "training", str(error)) from error
-        steps = settings.steps if epochs is None else math.floor(epochs * problems / settings.prompts_per_step)
-        return dataclasses.replace(settings, steps=max(1, steps))
+            raise SettingsError(f"training.{name}" if name in known else "training", str(error)) from error
+        return dataclasses.replace(settings, steps=length.in_steps(problems).steps)
 
     def sweep(self) -> list[RunSettings]:
-        """One run for each of ``learning_rates``, in a folder of its own inside ``folder``; itself where there is none.
+        """One run for each of ``learning_rates``, in a folder of its own; the run itself where there are none.
 
         >>> run = RunSettings(model="nano", task="nano", learning_rates=(1e-4, 2e-4), folder="out")
         >>> [one.folder for one in run.sweep()]
@@ -255,7 +226,7 @@ class RunSettings(Settings):
         return runs
 
     def override(self, assignments: Sequence[str]) -> RunSettings:
-        """The same run with settings of a command line, each ``key=value`` or ``key.sub=value``, value as in YAML.
+        """The same run with other settings, each ``key=value`` or ``key.sub=value``, the value as in YAML.
 
         >>> RunSettings(model="nano", task="nano").override(["adapter.rank=4", "training.kl=1e-4"]).adapter.rank
         4
@@ -281,7 +252,7 @@ class RunSettings(Settings):
         return RunSettings.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that JSON and YAML hold, in the order of a settings file; :meth:`from_dict` reads them."""
+        """Plain values, in the order of a settings file; :meth:`from_dict` reads them."""
         values = self.model_dump(mode="json")
         if not self.adapter.calibrated and self.adapter.calibration == CalibrationSettings():
             del values["adapter"]["calibration"]
@@ -289,26 +260,25 @@ class RunSettings(Settings):
 
     def to_yaml(self, header: str = "") -> str:
         """The settings file: every key with a comment; ``header`` goes above, as comments."""
-        return settings_file.write(self.to_dict(), COMMENTS, header)
+        return settings_file.write(self.to_dict(), RunSettings, TRAINING, header)
 
     def save(self, path: str | Path, header: str = "") -> Path:
         """Writes :meth:`to_yaml` to a file, which appears whole or not at all."""
         return atomic_write(path, self.to_yaml(header))
 
 
-COMMENTS = dict(settings_file.comments(RunSettings)) | {f"training.{name}": text for name, text in TRAINING.items()}
-"""The comment of every key of a settings file."""
-
-
 def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> RunSettings:
-    """Reads a settings file; keys that it lacks take their defaults.
-
-    Args:
-        path: of a YAML file.
-        overrides: see :meth:`RunSettings.override`.
+    """Reads a YAML file; keys that it lacks take their defaults. For ``overrides`` see :meth:`RunSettings.override`.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is no YAML, or a setting is wrong; the message names the file and the line.
     """
-    return RunSettings.load(Path(path)).override(overrides)
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        settings = RunSettings.from_dict(settings_file.read(text))
+    except SettingsError as error:
+        raise SettingsError(error.key, f"{path}{settings_file.line_of(error.key, text)}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}, {error}") from error
+    return settings.override(overrides)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import difflib
 import io
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -33,42 +32,15 @@ class Settings(BaseModel):
 
     @classmethod
     def from_dict(cls, values: Any) -> Self:
-        """Settings from plain values.
-
-        Raises:
-            SettingsError: a key is unknown (the nearest one is named), missing, or of another type.
-        """
+        """Settings from plain values. Raises ``SettingsError`` for what is wrong first."""
         try:
             return cls.model_validate(values)
         except ValidationError as error:
             raise _first_mistake(error, cls) from error
 
-    @classmethod
-    def load(cls, path: Path) -> Self:
-        """Reads a settings file; keys that it lacks take their defaults.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is no YAML, or a setting is wrong; the message names the file and the line.
-        """
-        if not path.is_file():
-            cure = f"tinylora preset NAME > {path.name} prints one to start from"
-            raise FileNotFoundError(f"no settings file at {path}; {cure}")
-        text = path.read_text(encoding="utf-8")
-        try:
-            return cls.from_dict(read(text))
-        except SettingsError as error:
-            raise SettingsError(error.key, f"{path}{_line_of(error.key, text)}: {error}") from error
-        except ValueError as error:
-            raise ValueError(f"{path}, {error}") from error
-
 
 def read(text: str) -> Any:
-    """The plain values of a YAML 1.2 text, in which ``1e-4`` is a number.
-
-    Raises:
-        ValueError: the text is no YAML, holds more than one document, or names a key twice.
-    """
+    """The plain values of a YAML 1.2 text, in which ``1e-4`` is a number. Raises ``ValueError`` if it is no YAML."""
     try:
         return YAML(typ="safe", pure=True).load(text)
     except YAMLError as error:
@@ -77,38 +49,22 @@ def read(text: str) -> Any:
         raise ValueError(f"{where}{getattr(error, 'problem', None) or error}; this is no YAML") from error
 
 
-def write(values: Mapping[str, Any], comments: Mapping[str, str], header: str = "") -> str:
-    """YAML of nested mappings, one key a line, each with its comment.
+def write(values: Mapping[str, Any], group: type[Settings], more: Mapping[str, str], header: str = "") -> str:
+    """YAML, one key a line, below a header of comments.
 
-    Args:
-        values: mappings, lists of plain values, and plain values.
-        comments: by key, keys inside keys as ``outer.inner``.
-        header: lines of text that go above, as comments.
-
-    >>> print(write({"adapter": {"rank": 2}}, {"adapter": "what trains", "adapter.rank": "r"}).replace(" " * 23, " "))
-    adapter:              # what trains
-      rank: 2             # r
-    <BLANKLINE>
+    Every key has the description of its field in ``group`` as its comment, or, in a plain dictionary, that in ``more``.
     """
     yaml, text = YAML(), io.StringIO()
     yaml.version = (1, 1)  # what it quotes and how it writes floats, readers of YAML 1.2 understand too
     yaml.width = 10**6
     yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
-    yaml.dump(_commented(values, comments, ""), text)
+    yaml.dump(_commented(values, group, more), text)
     body = text.getvalue().removeprefix("%YAML 1.1\n---\n")
     return "".join(f"# {line}".rstrip() + "\n" for line in header.splitlines()) + body
 
 
-def comments(group: type[Settings], above: str = "") -> Iterator[tuple[str, str]]:
-    """Every key, keys inside keys as ``outer.inner``, and the ``description`` of its field."""
-    for name, field in group.model_fields.items():
-        yield f"{above}{name}", field.description or ""
-        if inner := _inner(group, name):
-            yield from comments(inner, f"{above}{name}.")
-
-
 def unknown(key: str, known: Iterable[str]) -> SettingsError:
-    """The error of a key that is none of the ``known`` ones in its group; it names the nearest."""
+    """The error of a key that is none of its group's; it names the nearest."""
     above, dot, name = key.rpartition(".")
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     advice = f"did you mean {above}{dot}{near[0]}?" if near else f"there are: {', '.join(known)}"
@@ -143,8 +99,8 @@ def _first_mistake(error: ValidationError, group: type[Settings]) -> SettingsErr
     return SettingsError(key, f"{key} should {wanted.replace('None', 'null')}, not {value!r}")
 
 
-def _line_of(key: str, text: str) -> str:
-    """Where a key is in a text, or the innermost group around it, as words to go into a message."""
+def line_of(key: str, text: str) -> str:
+    """The line of a key in a text, or of the innermost group around it, as words to go into a message."""
     place, line = YAML().load(text), ""
     for name in key.split("."):
         if not isinstance(place, CommentedMap) or name not in place:
@@ -159,14 +115,15 @@ def _inner(group: type[Settings], name: str) -> type[Settings] | None:
     return inner if isinstance(inner, type) and issubclass(inner, Settings) else None
 
 
-def _commented(values: Mapping[str, Any], comments: Mapping[str, str], above: str) -> CommentedMap:
+def _commented(values: Mapping[str, Any], group: type[Settings] | None, more: Mapping[str, str]) -> CommentedMap:
     commented = CommentedMap()
     for name, value in values.items():
+        comment = group.model_fields[name].description if group else more[name]
         if isinstance(value, Mapping):
-            value = _commented(value, comments, f"{above}{name}.")
+            value = _commented(value, _inner(group, name) if group else None, more)
         elif isinstance(value, list):
             value = CommentedSeq(value)
             value.fa.set_flow_style()
         commented[name] = value
-        commented.yaml_add_eol_comment(comments[f"{above}{name}"], name, column=COMMENT_COLUMN)
+        commented.yaml_add_eol_comment(comment, name, column=COMMENT_COLUMN)
     return commented
