@@ -223,7 +223,7 @@ class VllmSampler(VllmEngine):
 
 
 def engine_settings(model: str | Path, lora_rank: int | None) -> dict[str, Any]:
-    """Settings of engine and server alike; ``None`` takes no LoRAs. Raises ``ValueError`` for a rank above all."""
+    """Settings of engine and server alike; ``None`` takes no LoRAs. Raises ``ValueError`` for a rank out of range."""
     settings: dict[str, Any] = {"model": str(model), "skip_tokenizer_init": True}
     settings["logprobs_mode"] = "processed_logprobs"  # at the temperature of the draw; raw ones would be at 1
     if lora_rank is None:

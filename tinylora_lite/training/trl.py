@@ -103,9 +103,9 @@ def train_trl(*args: Any, folder: str | Path | None = None, **options: Any) -> R
 class TinyLoraGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
     """``GRPOTrainer`` for an adapter. Its checkpoints hold v and the optimizer's state, and no weights of the base.
 
-    Arguments are those of :func:`~tinylora_lite.train_grpo`, but that ``sampler=None`` takes TRL's own generation, and
-    evaluates with ours. The adapter is not on the output layer. ``config`` is further fields of TRL's ``GRPOConfig``,
-    such as ``report_to`` or ``use_cpu``.
+    Arguments are those of :func:`~tinylora_lite.train_grpo`, except that ``sampler=None`` takes TRL's own generation,
+    and evaluates with ours. The adapter is not on the output layer. ``config`` is further fields of TRL's
+    ``GRPOConfig``, such as ``report_to`` or ``use_cpu``.
 
     Raises:
         ValueError: as :func:`~tinylora_lite.train_grpo`, or a field in ``config`` that ``settings`` decide.
