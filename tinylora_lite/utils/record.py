@@ -15,8 +15,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from tinylora_lite import __version__
-
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -136,7 +134,7 @@ def environment() -> dict[str, str]:
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     return {
-        "tinylora_lite": __version__,
+        "tinylora_lite": version("tinylora_lite"),
         "torch": str(torch.__version__),  # a class of its own, which files would keep
         "transformers": version("transformers"),
         "python": platform.python_version(),
