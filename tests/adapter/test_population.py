@@ -101,6 +101,12 @@ def test_each_has_a_seed_or_all_have_one(together):
         tl.evaluate_population(model, nano.load()[1], TASK, population, seed=[3])
 
 
+def test_a_setting_that_one_adapter_refuses_is_refused(together):
+    model, population, *_ = together
+    with pytest.raises(ValueError, match="truncated must be zero or score, not 'mask'"):
+        tl.evaluate_population(model, nano.load()[1], TASK, population, truncated="mask")
+
+
 @pytest.mark.parametrize("normalise", ["token", "sequence", "constant"])
 def test_the_gradient_is_the_one_alone_to_float64(base, normalise):
     """One step without Adam's divisions: gradients from the same v in float64, where rounding leaves 1e-12."""

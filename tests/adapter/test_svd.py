@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tinylora_lite.adapter import svd
+from tinylora_lite.adapter import svd, weights
 from tinylora_lite.adapter.svd import EXACT_AT_WORST, EXACT_UP_TO, canonical_signs, decompose, truncated_svd
 
 LARGE = (600, 520)  # decomposed by iteration at small ranks
@@ -105,6 +105,21 @@ def test_the_same_numbers_again_and_on_more_threads(shape):
     torch.set_num_threads(2)
     for here, there in zip(first, truncated_svd(matrix, 2), strict=True):
         torch.testing.assert_close(here, there, atol=1e-6, rtol=1e-6)
+
+
+def test_small_work_is_done_on_one_thread(monkeypatch):
+    seen = []
+    for module, name in ((svd.torch.linalg, "svd"), (weights, "_update")):
+        found = getattr(module, name)
+        spy = lambda *args, found=found, **kwargs: seen.append(torch.get_num_threads()) or found(*args, **kwargs)  # noqa: E731
+        monkeypatch.setattr(module, name, spy)
+    torch.set_num_threads(2)
+    svd.decompose(torch.eye(40), 2)
+    weights.weight_fingerprint(torch.eye(40))
+    weights.base_fingerprint(torch.nn.Linear(4, 4))
+    assert set(seen) == {1}
+    assert len(seen) == 4
+    assert torch.get_num_threads() == 2
 
 
 def test_the_seed_moves_the_start_alone():

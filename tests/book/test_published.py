@@ -144,6 +144,11 @@ class TestRun:
         change(run / "outcome.json", "temperature", value=0.7)
         assert load_run(run)[0].what.endswith("temperature 0.7")
 
+    def test_the_first_outcomes_name_neither_seed_nor_temperature(self, run):
+        for key in ("seed", "temperature"):
+            change(run / "outcome.json", key)
+        assert load_run(run)[0].what.endswith("RL")
+
     def test_a_missing_or_damaged_file_is_refused(self, run):
         for damage in (lambda path: path.write_text("{", encoding="utf-8"), Path.unlink):
             damage(run / "outcome.json")

@@ -116,12 +116,14 @@ def load_run(folder: str | Path) -> list[Published]:
     path = Path(folder) / "outcome.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        adapter, temperature = found["adapter"], found["temperature"]
+        adapter, temperature = found["adapter"], found.get("temperature")
+        decoding = f"temperature {temperature:g}" if temperature else "greedy"
         common: dict[str, Any] = {
             "model": found["model"].rpartition("/")[2],
             "method": adapter if isinstance(adapter, str) else describe(adapter, found["parameters"]),
             "training": found["method"],
-            "decoding": f"seed {found['seed']}, {f'temperature {temperature:g}' if temperature else 'greedy'}",
+            # Version 0.1.0 first wrote neither.
+            "decoding": None if temperature is None else f"seed {found['seed']}, {decoding}",
             "where": f"runs/{path.parent.name}",
         }
         common |= {"parameters": found["parameters"], "metric": "accuracy", "seeds": 1, "how": "P", "source": HERE}
