@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import tinylora_lite as tl
 from tinylora_lite.adapter import svd
-from tinylora_lite.adapter.streaming import INDEX, decompose_checkpoint
+from tinylora_lite.adapter.streaming import decompose_checkpoint
 from tinylora_lite.adapter.svd import decompose
 from tinylora_lite.utils import record
 
@@ -18,7 +18,7 @@ from tinylora_lite.utils import record
 def folder(model, tmp_path, request):
     sizes = {} if request.param is None else {"max_shard_size": request.param}
     model.to(torch.bfloat16).save_pretrained(tmp_path / "checkpoint", **sizes)
-    assert (tmp_path / "checkpoint" / INDEX).exists() is (request.param is not None)
+    assert (len(list((tmp_path / "checkpoint").glob("*.safetensors"))) > 1) is (request.param is not None)
     return tmp_path / "checkpoint"
 
 
@@ -141,7 +141,7 @@ class TestTheUsersCache:
 
 
 def test_a_folder_without_a_checkpoint(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+    with pytest.raises(ValueError, match=r"config\.json"):
         list(decompose_checkpoint(tmp_path))
 
 
@@ -154,19 +154,17 @@ def test_what_is_wrong_with_a_checkpoint_is_said(folder):
     deeper = {key: value for key, value in config.items() if key != "layer_types"} | {"num_hidden_layers": 3}
     weights = sorted(folder.glob("*.safetensors"))
     (folder / "config.json").write_text(json.dumps(deeper))
-    fails(ValueError, r"holds no model\.layers\.2\.self_attn\.q_proj\.weight of shape \[32, 32\]")
-    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 50}))
-    fails(ValueError, r"holds no model\.layers\.0\.mlp\.gate_proj\.weight of shape \[50, 32\]")
+    fails(ValueError, r"holds no model\.layers\.2\.self_attn\.q_proj\.weight as safetensors, which its config\.json")
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {}}))
     fails(ValueError, "is quantized")
     (folder / "config.json").write_text("{")
-    fails(ValueError, "is damaged")
+    fails(OSError, "is not a valid JSON file")
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.q_proj: rank must be between 1 and 32"):
         list(decompose_checkpoint(folder, rank=33))
     for path in weights:
         path.write_bytes(path.read_bytes()[:-100])
-    fails(ValueError, "is damaged|cannot be read")
+    fails(ValueError, "cannot be read .*; download it again")
     for path in weights:
         path.unlink()
-    fails(FileNotFoundError, r"lacks \d+ shards|holds neither")
+    fails(ValueError, r"holds no model\.layers\.0\.self_attn\.q_proj\.weight as safetensors")
