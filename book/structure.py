@@ -135,7 +135,7 @@ def matrix(arrows: Imports) -> Figure:
     axes = drawn.subplots()
     for row, name in enumerate(names):
         axes.add_patch(Rectangle((row - 0.5, row - 0.5), 1, 1, fc=(INK, 0.15), lw=0))
-        for column in (names.index(each) for each in arrows[name]):
+        for column in sorted(names.index(each) for each in arrows[name]):
             axes.add_patch(Rectangle((column - 0.4, row - 0.4), 0.8, 0.8, fc=(INK, 0.75), lw=0))
     axes.set(xlim=(-0.5, len(names) - 0.5), ylim=(len(names) - 0.5, -0.5), aspect="equal")
     axes.set_xticks(range(len(names)), names, rotation=90)
@@ -175,8 +175,8 @@ def way(arrows: Imports, order: Sequence[str]) -> Figure:
         box = {"boxstyle": "round,pad=0.3", "fc": PAPER, "ec": INK, "lw": 0.6, "ls": "-" if name in called else ":"}
         text = name.partition(".")[2]
         axes.text(x, y, text, ha="center", va="center", size=8, color=BLACK, bbox=box, zorder=2)
-    for name, targets in reduced(arrows).items():
-        for target in targets:
+    for name, targets in sorted(reduced(arrows).items()):
+        for target in sorted(targets):
             (x, y), (to_x, to_y) = places[name], places[target]
             rows = abs(to_y - y)
             bend = -0.12 if x != to_x else 0.0 if rows == 1 else -min(0.4, 2 / rows)  # past the files between
