@@ -171,7 +171,7 @@ def evaluate_population(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             adapters=torch.arange(K).repeat_interleave(len(chunk)),
-            streams=[(seed_of("evaluate", own, start), row) for own in seeds for row in range(len(chunk))],
+            seed=[seed_of("evaluate", own, start) for own in seeds],
         )
         judged = _judged(task, truncated, chunk * K, rollouts)
         for k, own in enumerate(completions):

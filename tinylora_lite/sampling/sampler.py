@@ -55,10 +55,9 @@ def sample(
     *,
     max_new_tokens: int,
     temperature: float = 1.0,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     first_row: int = 0,
     adapters: Tensor | None = None,
-    streams: Sequence[tuple[int, int]] | None = None,
 ) -> Rollouts:
     """One completion for each prompt, decoded together with a key-value cache that drops finished rows.
 
@@ -71,9 +70,9 @@ def sample(
         temperature: divides the logits; 0 takes the likeliest token, and reports probabilities at temperature 1. No
             top-k or top-p: their renormalised probabilities would not be the trainer's.
         seed: of the draw. Every row has random numbers of its own, so what it draws does not depend on the other rows.
+            Several seeds share the rows equally: those of the first come first.
         first_row: the place of this batch in a larger one that is sampled in parts.
         adapters: ``[batch]`` int64, the adapter of each row where the model carries a population.
-        streams: a seed and a place for each row, in place of ``seed`` and of the places from ``first_row``.
 
     Raises:
         ValueError: ``max_new_tokens`` is below 1, or ``temperature`` below 0.
@@ -86,7 +85,8 @@ def sample(
     device, count = prompt_ids.device, len(prompt_ids)
     ends = _end_ids(model, tokenizer).to(device)
     exact = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have nothing wider
-    streams = streams or [(seed, first_row + row) for row in range(count)]
+    seeds = [seed] if isinstance(seed, int) else seed
+    streams = [(own, first_row + row) for own in seeds for row in range(count // len(seeds))]
     uniform = _uniform(streams, max_new_tokens).to(device, exact)
     ids = torch.full((count, max_new_tokens), tokenizer.pad_token_id, device=device)
     logprobs = torch.zeros(count, max_new_tokens, device=device)

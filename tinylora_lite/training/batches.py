@@ -79,13 +79,13 @@ def rollout(
     shared, seeds = several[0], [seed_of("rollout", own.seed, step) for own in several]
     ids, mask = encode_prompts(tokenizer, task, examples, next(model.parameters()).device)
     ids, mask = (tensor.repeat_interleave(shared.group_size, dim=0) for tensor in (ids, mask))
-    first_row, each = distributed.rank() * len(ids), len(ids) // len(several)
-    limits: Any = {"max_new_tokens": shared.max_new_tokens, "temperature": shared.temperature}
+    options: Any = {"max_new_tokens": shared.max_new_tokens, "temperature": shared.temperature}
+    options["first_row"] = distributed.rank() * len(ids)
     if sampler is not None:
-        return sampler.sample(ids, mask, seed=seeds[0], first_row=first_row, **limits)
-    adapters = torch.arange(len(several)).repeat_interleave(each) if isinstance(settings, Sequence) else None
-    streams = [(seed, first_row + row) for seed in seeds for row in range(each)]
-    return sample(model, tokenizer, ids, mask, streams=streams, adapters=adapters, **limits)
+        return sampler.sample(ids, mask, seed=seeds[0], **options)
+    if isinstance(settings, Sequence):
+        options["adapters"] = torch.arange(len(seeds)).repeat_interleave(len(ids) // len(seeds))
+    return sample(model, tokenizer, ids, mask, seed=seeds, **options)
 
 
 def score(rollouts: Rollouts, task: Task, examples: Sequence[Example], settings: GRPOSettings) -> Tensor:
