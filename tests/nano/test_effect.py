@@ -1,15 +1,9 @@
 """The effect itself, on the shipped base: thirteen calibrated numbers learn, and the base is what it is said to be."""
 
 import pytest
-import torch
 
 import tinylora_lite as tl
 from tinylora_lite import nano
-
-
-@pytest.fixture(autouse=True)
-def _all_threads(_one_thread):
-    torch.set_num_threads(2)
 
 
 @pytest.fixture
