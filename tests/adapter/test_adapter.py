@@ -483,6 +483,17 @@ def test_a_copy_of_the_model_carries_a_copy_of_the_adapter(model):
     assert torch.equal(twin(TOKENS).logits, model(TOKENS).logits)
 
 
+def test_a_copy_of_adapter_and_model_copies_both_in_any_order(model):
+    adapter = attach(model)
+    set_vectors(adapter)
+    for pair in ((adapter, model), (model, adapter)):
+        found = {type(part): part for part in copy.deepcopy(pair)}
+        twin, copied = found[type(adapter)], found[type(model)]
+        assert copied is not model
+        assert adapter_of(copied) is twin
+        assert torch.equal(copied(TOKENS).logits, model(TOKENS).logits)
+
+
 def test_a_copy_of_the_adapter_alone_is_attached_to_nothing(model):
     adapter = attach(model)
     set_vectors(adapter)

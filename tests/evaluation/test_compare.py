@@ -187,7 +187,7 @@ class TestLenient:
     [
         (score([0, 1]), r"number 3 is 'p2' \(answer '2'\) in the one and not there in the other"),
         (score([0, 1, 1], prompt="q"), r"number 1 is 'p0' \(answer '0'\) in the one and 'q0' \(answer '0'\)"),
-        (Score(0.5, 0.2, 0.8, 3, 1, ()), "not there"),
+        (Score(0.5, 0.2, 0.8, 3, 1, ()), "without completions"),
     ],
 )
 def test_other_problems_are_refused(other, match):

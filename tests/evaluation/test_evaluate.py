@@ -287,6 +287,12 @@ class TestSampler:
             evaluate(model, tokenizer, task, sampler=sampler)
         assert sampler.synced == [None, adapter, None]
 
+    def test_a_finished_evaluation_needs_no_sampler_in_step(self, model, tokenizer, task, tmp_path):
+        for synced in ([None], []):
+            sampler = Echo(tokenizer)
+            evaluate(model, tokenizer, task, sampler=sampler, folder=tmp_path)
+            assert sampler.synced == synced
+
     def test_the_model_itself_is_one(self, model, tokenizer, task):
         options = {"samples": 2, "max_new_tokens": 5, "batch_size": 5}
         own = evaluate(model, tokenizer, task, **options)

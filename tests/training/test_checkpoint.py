@@ -101,6 +101,11 @@ def test_fewer_steps_than_done(folder):
         resume(folder, run, *numbers())
 
 
+def test_another_shape(folder):
+    with pytest.raises(ValueError, match="another shape"):
+        resume(folder, a_run(), *numbers(size=3))
+
+
 def cut(content: bytes) -> bytes:
     return content[: len(content) // 2]
 

@@ -1,9 +1,11 @@
 import json
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 
 from tinylora_lite import Run
+from tinylora_lite.utils import record
 
 
 def a_run() -> Run:
@@ -77,3 +79,11 @@ def test_metrics_of_an_older_record_have_their_new_names():
         "logprob_diff_max": 0.2,
         "tis_clip_frac": 0.0,
     }
+
+
+def test_a_checkout_that_is_not_installed_has_records_too(monkeypatch):
+    def missing(package: str) -> str:
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(record, "version", missing)
+    assert record.environment()["tinylora_lite"] == "not installed"

@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("IPython")
 
 import tinylora_lite as tl
-from tinylora_lite import nano
+from tinylora_lite import Run, nano
 from tinylora_lite.evaluation.score import Score
 from tinylora_lite.sampling.rollouts import Rollouts
 from tinylora_lite.view import notebook
@@ -294,6 +294,18 @@ def test_it_follows_the_loops_of_the_library(capsys):
         assert board.vectors == {run.method: adapter.vectors.flatten().tolist()}
         assert f"step 2 of 2, {measure} {run.curve(measure)[-1]:.3f}" in capsys.readouterr().out
         adapter.detach()
+
+
+def test_the_runs_of_a_population_are_told_apart(capsys):
+    runs = [
+        Run("sft", {"steps": 4}, "adapter", 13, "task", steps=[{"step": 1, "loss": loss}], environment={})
+        for loss in (2.0, 1.0)
+    ]
+    board = Dashboard(live=False)
+    board.on_step(runs)
+    assert board.curves == {"sft, adapter 0": [2.0], "sft, adapter 1": [1.0]}
+    assert board.steps == 4
+    assert capsys.readouterr().out.count("training: sft") == 1
 
 
 def test_a_page_of_a_long_run_is_small(widgets):

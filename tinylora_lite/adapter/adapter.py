@@ -123,10 +123,10 @@ class TinyLoraAdapter(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> TinyLoraAdapter:
         """Of the model: an adapter on the copy. Of the adapter alone: the same v, attached to nothing."""
         twin: TinyLoraAdapter = object.__new__(type(self))
-        memo[id(self)], model = twin, self._model()
-        state = self.__getstate__() | ({} if id(model) in memo else {"_hooks": []})
-        memo.setdefault(id(model), model)
-        twin.__setstate__(copy.deepcopy(state, memo))
+        model, memo[id(self)] = self._model(), twin
+        hooks = self._hooks if id(model) in memo else []
+        state = copy.deepcopy(self.__dict__ | {"_model": None, "_hooks": hooks}, memo)
+        twin.__setstate__(state | {"_model": memo.get(id(model), model)})
         return twin
 
     def __getstate__(self) -> dict[str, Any]:

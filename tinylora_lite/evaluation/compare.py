@@ -76,8 +76,10 @@ def compare(base: Score, adapted: Score, *, seed: int = 0) -> Comparison:
         seed: of the resampling, where there is any.
 
     Raises:
-        ValueError: the two are of different problems.
+        ValueError: the two are of different problems, or one holds no completions.
     """
+    if not (base.completions and adapted.completions):
+        raise ValueError("a score without completions cannot be compared; evaluate anew, or use Score.load")
     ours, theirs = ([(c.prompt, c.gold) for c in s.completions[:: s.samples]] for s in (base, adapted))
     for place, (one, other) in enumerate(zip_longest(ours, theirs), 1):
         if one != other:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +21,7 @@ from tinylora_lite.adapter.weights import base_fingerprint
 from tinylora_lite.evaluation.score import FILE, PART, RECORD, Completion, Score, judge, read_completions
 from tinylora_lite.sampling.rollouts import Rollouts, Sampler, check_tokenizer, encode_prompts
 from tinylora_lite.sampling.sampler import ModelSampler, sample
+from tinylora_lite.utils import distributed
 from tinylora_lite.utils.record import atomic_write, check_same, environment, seed_of
 
 if TYPE_CHECKING:
@@ -110,7 +112,8 @@ def evaluate(
         if model is None:
             raise ValueError("give a model, or the sampler that answers in its place")
         sampler = ModelSampler(model, tokenizer)
-    if model is not None:
+    # Where several processes share a server, all of them are there when it is given an adapter.
+    if model is not None and (len(completions) < len(queue) or distributed.world_size() > 1):
         sampler.sync(adapter)
     device = "cpu" if model is None else next(model.parameters()).device
     if progress and completions:
@@ -124,6 +127,8 @@ def evaluate(
         if part is not None:
             with part.open("a", encoding="ascii") as file:
                 file.write(_lines(completions[start:], samples, start))
+                file.flush()
+                os.fsync(file.fileno())
         if progress:
             progress(len(completions), len(queue))
     score = Score.of(completions, samples)

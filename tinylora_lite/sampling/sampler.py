@@ -85,7 +85,7 @@ def sample(
     device, count = prompt_ids.device, len(prompt_ids)
     ends = _end_ids(model, tokenizer).to(device)
     exact = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have nothing wider
-    seeds = [seed] if isinstance(seed, int) else seed
+    seeds = seed if isinstance(seed, Sequence) else [seed]
     streams = [(own, first_row + row) for own in seeds for row in range(count // len(seeds))]
     uniform = _uniform(streams, max_new_tokens).to(device, exact)
     ids = torch.full((count, max_new_tokens), tokenizer.pad_token_id, device=device)

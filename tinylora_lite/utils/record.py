@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -121,8 +121,8 @@ def check_same(folder: str | Path, what: str, saved: Mapping[str, Any], now: Map
     """Raises ``ValueError`` where a folder holds ``what`` with other settings, and names the first that differs."""
     for key in {**saved, **now}:
         if key not in now:
-            cure = "go on with the version that made it, or give another folder"
-            raise ValueError(f"{folder} holds {what} with {key} = {saved[key]!r}, which is unknown here; {cure}")
+            cure = "give another folder, or go on with the version that made it"
+            raise ValueError(f"{folder} holds {what} with {key} = {saved[key]!r}, and this one has none; {cure}")
         if saved.get(key) != now[key]:
             cure = "give another folder, or delete that one"
             raise ValueError(f"{folder} holds {what} with {key} = {saved.get(key)!r}, not {now[key]!r}; {cure}")
@@ -134,12 +134,19 @@ def environment() -> dict[str, str]:
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     return {
-        "tinylora_lite": version("tinylora_lite"),
+        "tinylora_lite": _version("tinylora_lite"),
         "torch": str(torch.__version__),  # a class of its own, which files would keep
-        "transformers": version("transformers"),
+        "transformers": _version("transformers"),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {device}",
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # of a checkout that is not installed
+        return "not installed"
 
 
 @dataclass
@@ -280,6 +287,8 @@ def resume(
     except Exception as error:  # pickle, zip and tensor formats each raise their own
         raise ValueError(f"{path} is damaged ({type(error).__name__}); delete it to start the run again") from error
     check_same_run(folder, saved, run, defaults)
+    if [value.shape for value in values] != [parameter.shape for parameter in parameters]:
+        raise ValueError(f"{folder} holds a run of a model of another shape; give another folder, or delete that one")
     if len(saved.steps) > run.settings["steps"]:
         raise ValueError(f"{folder} holds a run of {len(saved.steps)} steps, more than steps={run.settings['steps']}")
     with torch.no_grad():

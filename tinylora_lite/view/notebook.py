@@ -80,16 +80,18 @@ class Dashboard(Progress):
         self._plain = PlainProgress(sys.stdout)
         self._draw_next = 0.0
 
-    def on_step(self, run: Run) -> None:
-        """Shows a run after each step."""
-        name, last = run.method, run.steps[-1]
-        self.steps, self.measure = run.settings.get("steps", 1), "reward" if "reward" in last else "loss"
-        if name not in self.curves or len(run.steps) == 1:
-            self.begin(f"training: {name}", self.steps)
-        if "length" in last:
-            self.lengths[name] = run.curve("length")
-        v = [] if self.adapter is None else self.adapter.vectors.flatten().tolist()
-        self.step(name, run.curve(self.measure), v)
+    def on_step(self, runs: Run | list[Run]) -> None:
+        """Shows a run, or the runs of a population, after each step."""
+        runs = runs if isinstance(runs, list) else [runs]
+        for number, run in enumerate(runs):
+            name, last = run.method if len(runs) == 1 else f"{run.method}, adapter {number}", run.steps[-1]
+            self.steps, self.measure = run.settings.get("steps", 1), "reward" if "reward" in last else "loss"
+            if number == 0 and (name not in self.curves or len(run.steps) == 1):
+                self.begin(f"training: {run.method}", self.steps)
+            if "length" in last:
+                self.lengths[name] = run.curve("length")
+            v = [] if self.adapter is None else self.adapter.vectors.flatten().tolist()
+            self.step(name, run.curve(self.measure), v)
 
     def on_rollouts(self, rollouts: Rollouts, rewards: Tensor) -> None:
         """Keeps some completions of a step to read; ``rewards`` are ``[prompts, group_size]`` float."""
