@@ -59,9 +59,9 @@ class Task:
 
     def score(self, completion: str, gold: str) -> float:
         """The reward of a completion; raises ``ValueError`` where the function returned no finite number."""
-        worth: Any = self.reward(completion, gold)  # whatever its annotation says
+        worth: object = self.reward(completion, gold)  # whatever its annotation says
         try:
-            value = math.nan if isinstance(worth, str) else float(worth)
+            value = math.nan if isinstance(worth, str) else float(worth)  # type: ignore[arg-type]
         except (TypeError, ValueError):
             value = math.nan
         if not math.isfinite(value):
