@@ -392,7 +392,6 @@ def vllm(monkeypatch):
     """A vLLM on a GPU, as far as the sampler looks."""
     module, platforms = ModuleType("vllm"), ModuleType("vllm.platforms")
     module.LLM, module.SamplingParams = type("LLM", (Engine,), {}), SimpleNamespace
-    module.envs = SimpleNamespace(VLLM_ENABLE_V1_MULTIPROCESSING=True)
     platforms.current_platform = SimpleNamespace(is_cpu=lambda: False)
     monkeypatch.setitem(sys.modules, "vllm", module)
     monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)

@@ -19,7 +19,8 @@ pytest.importorskip("trl")
 
 from trl import GRPOConfig
 
-from tinylora_lite.training.trl import ADAPTER_FILE, TinyLoraGRPOTrainer, train_trl, trl_config
+from tinylora_lite.training.trl import ADAPTER_FILE, TinyLoraGRPOTrainer, train_trl
+from tinylora_lite.training.trl_config import trl_config
 
 CONFIG = TinyLoraConfig(rank=4, u=3, n_tie=7)
 SMALL = GRPOSettings(steps=3, prompts_per_step=4, group_size=4, max_new_tokens=6, learning_rate=0.05, micro_batch=8)

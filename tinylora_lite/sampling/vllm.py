@@ -9,14 +9,14 @@ importance sampling has to correct. Both start from the pristine base at every s
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -159,11 +159,8 @@ class VllmSampler(VllmEngine):
             settings |= {"kv_cache_memory_bytes": 2**30, "enable_chunked_prefill": False}
         # It would warn, with a traceback, that it has no tokenizer to try a chat template with.
         logging.getLogger("vllm.renderers.base").setLevel(logging.ERROR)
-        with (
-            patch.object(vllm.envs, "VLLM_ENABLE_V1_MULTIPROCESSING", False),  # weights change hands without a copy
-            redirect_stdout(sys.__stdout__),  # vLLM asks it for a file descriptor, which a notebook's may lack
-            torch.random.fork_rng(),  # the engine seeds torch's own generators, which are the trainer's
-        ):
+        # The engine seeds torch's own generators, which are the trainer's.
+        with _in_this_process(), torch.random.fork_rng():
             self.llm = vllm.LLM(**settings | engine)
         if sync == "merged" and self.llm.model_config.quantization is not None:
             raise ValueError("weights cannot be merged into a quantized engine; use sync='lora'")
@@ -243,3 +240,17 @@ def _on_cpu() -> bool:
     from vllm.platforms import current_platform
 
     return bool(current_platform.is_cpu())
+
+
+@contextmanager
+def _in_this_process() -> Iterator[None]:
+    """Engines that are made inside run in this process, where weights change hands without a copy."""
+    name = "VLLM_ENABLE_V1_MULTIPROCESSING"
+    before = os.environ.get(name)
+    os.environ[name] = "0"
+    try:
+        with redirect_stdout(sys.__stdout__):  # vLLM asks it for a file descriptor, which a notebook's may lack
+            yield
+    finally:
+        os.environ.pop(name)
+        os.environ.update({} if before is None else {name: before})

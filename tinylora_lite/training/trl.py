@@ -10,8 +10,6 @@ v is no parameter of the model: every process holds all of it, and the optimizer
 
 from __future__ import annotations
 
-import math
-import os
 import sys
 import time
 import warnings
@@ -47,7 +45,9 @@ try:
     from transformers.utils.versions import require_version
 
     require_version("trl>=1.14")
-    from trl import GRPOConfig, GRPOTrainer, __version__
+    from trl import GRPOTrainer, __version__
+
+    from tinylora_lite.training.trl_config import COLUMNS, AdamOnV, trl_config
 except ImportError as error:
     raise ImportError('training with TRL needs trl 1.14 or newer: pip install "tinylora_lite[train]"') from error
 
@@ -57,30 +57,6 @@ if TYPE_CHECKING:
 ADAPTER_FILE = "adapter.tinylora"
 """The parameters of a checkpoint, in float32."""
 RUN_FILE = "run.json"
-FIELDS = {
-    "num_iterations": "epochs_per_step",
-    "num_generations": "group_size",
-    "max_completion_length": "max_new_tokens",
-    "temperature": "temperature",
-    "learning_rate": "learning_rate",
-    "scale_rewards": "scale",
-    "epsilon": "clip_low",
-    "epsilon_high": "clip_high",
-    "seed": "seed",
-}
-"""Fields of TRL's configuration, and the settings that they are."""
-LOSSES = {"token": "dapo", "sequence": "grpo", "constant": "dr_grpo"}
-"""TRL's names for the three ways to normalise the loss."""
-COLUMNS = {
-    "length": "completions/mean_length",
-    "truncated": "completions/clipped_ratio",
-    "clipped": "clip_ratio/region_mean",
-    "logprob_diff_mean": "sampling/sampling_logp_difference/mean",
-    "logprob_diff_max": "sampling/sampling_logp_difference/max",
-}
-COLUMNS |= {name: name for name in ("reward", "entropy", "frac_reward_zero_std", "gradient_norm", "norm", "seconds")}
-COLUMNS |= {name: name for name in ("strict", "lenient", "formatted", *(f"v{i}" for i in range(RECORDED_PARAMETERS)))}
-"""Columns of a run's record, and their names in TRL's log."""
 
 
 def train_trl(*args: Any, folder: str | Path | None = None, **options: Any) -> Run:
@@ -304,71 +280,3 @@ class _Evaluation(TrainerCallback):
         step, rest = divmod(state.global_step, settings.epochs_per_step)
         if settings.evaluate_every and not rest and step % settings.evaluate_every == 0:
             trainer.run.evaluations.append({"step": step} | trainer.objective.validate()[0])
-
-
-def trl_config(settings: GRPOSettings, folder: str | Path | None, **config: Any) -> GRPOConfig:
-    """TRL's configuration that computes what :func:`~tinylora_lite.train_grpo` computes with these settings.
-
-    One of our steps is ``epochs_per_step`` of TRL's. A batch of completions is split into micro-batches of equal size,
-    so ``micro_batch`` is lowered to the next divisor of a process's share. ``config`` is further fields; raises
-    ``ValueError`` where one follows from ``settings``.
-    """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))  # accelerate starts them when it reads the configuration
-    rows = max(1, settings.prompts_per_step // processes) * settings.group_size
-    micro_batch = max(size for size in range(1, min(rows, settings.micro_batch) + 1) if rows % size == 0)
-    decided: dict[str, Any] = {theirs: getattr(settings, ours) for theirs, ours in FIELDS.items()} | {
-        "max_steps": settings.steps * settings.epochs_per_step,
-        "per_device_train_batch_size": micro_batch,
-        "gradient_accumulation_steps": rows // micro_batch,
-        "steps_per_generation": rows // micro_batch,
-        "loss_type": LOSSES[settings.normalise],
-        "mask_truncated_completions": settings.truncated == "mask",
-        "beta": 0.0,  # otherwise TRL loads a second model as the reference
-    }
-    # The sampler is corrected for; without a cap too, since that logs the difference.
-    decided |= {"vllm_importance_sampling_correction": True, "vllm_importance_sampling_mode": "token_truncate"}
-    decided |= {"vllm_importance_sampling_clip_min": None, "vllm_importance_sampling_clip_max": settings.tis_cap or 1.0}
-    # The probabilities of sampling are those of the loss.
-    decided |= {"top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "disable_dropout": True, "use_vllm": False}
-    # The loss has no other terms. By default TRL weighs the KL penalty by the ratio, whose gradient does not vanish
-    # where the ratio is 1.
-    decided |= {"importance_sampling_level": "token", "delta": None, "use_bias_correction_kl": False}
-    decided |= {"top_entropy_quantile": 1.0, "entropy_coef": 0.0}
-    # Our optimizer clips gradients.
-    decided |= {"weight_decay": 0.0, "max_grad_norm": 0.0, "bf16": False, "fp16": False}
-    decided |= {"shuffle_dataset": False, "dataloader_pin_memory": False}
-    if given := sorted(config.keys() & decided.keys()):
-        raise ValueError(f"{', '.join(given)} cannot be given: the settings of training decide it")
-    chosen: dict[str, Any] = {
-        "output_dir": "." if folder is None else str(folder),
-        "save_strategy": "no" if folder is None else "steps",
-        "save_steps": settings.save_every * settings.epochs_per_step,
-        "save_total_limit": 2,
-        "logging_steps": settings.epochs_per_step,
-        "report_to": "none",
-    }
-    # A model whose gradient checkpointing is on keeps it. transformers renames the field.
-    name = "activation_checkpointing" if hasattr(GRPOConfig, "activation_checkpointing") else "gradient_checkpointing"
-    chosen |= {name: False, f"{name}_kwargs": {"use_reentrant": False}}
-    return GRPOConfig(**chosen | config | decided)
-
-
-class AdamOnV(torch.optim.Adam):
-    """Adam on one tensor that every process holds.
-
-    The processes' gradients are averaged and shortened to ``max_norm``. A gradient of zero, because in every group all
-    rewards are equal, moves nothing. Trainer clears the gradients of the model's parameters only, so this clears v's.
-    """
-
-    max_norm = math.inf
-    gradient_norm = 0.0  # of the last step, before it was shortened
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        (v,) = self.param_groups[0]["params"]
-        distributed.all_reduce_gradients([v], distributed.world_size())
-        self.gradient_norm = torch.nn.utils.clip_grad_norm_([v], self.max_norm).item()
-        if not math.isfinite(self.gradient_norm):
-            raise FloatingPointError("the gradient is not finite; lower the learning rate, or load a wider dtype")
-        if self.gradient_norm > 0:
-            super().step(closure)
-        self.zero_grad()
