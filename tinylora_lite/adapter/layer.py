@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from torch.nn import functional as F
 from tinylora_lite.adapter.config import TinyLoraConfig
 from tinylora_lite.adapter.projection import random_projection
 from tinylora_lite.adapter.svd import Decomposition
+
+if TYPE_CHECKING:
+    from tinylora_lite.adapter.adapter import TinyLoraAdapter
 
 LEFT_POWER = {"left": 1.0, "split": 0.5, "right": 0.0}
 """The power of Σ beside U, for each ``sigma``; the rest is beside Vᵀ."""
@@ -88,13 +91,6 @@ def projection_of(config: TinyLoraConfig, index: int, name: str) -> Tensor:
     return random_projection(config.seed, index, config.u, config.rank)
 
 
-class Vectors(Protocol):
-    """What a hook needs of its adapter: v, and whether the update is added."""
-
-    vectors: nn.Parameter
-    enabled: bool
-
-
 class Hook:
     """What the forward hooks of this library have in common: a module that has one is adapted."""
 
@@ -105,7 +101,7 @@ class AddUpdate(Hook):
     ``group`` is the row of ``adapter.vectors`` that drives the module; with ``float32`` all of it is in float32.
     """
 
-    def __init__(self, adapter: Vectors, group: int, factors: Factors, float32: bool) -> None:
+    def __init__(self, adapter: TinyLoraAdapter, group: int, factors: Factors, float32: bool) -> None:
         self.adapter, self.group, self.factors, self.float32 = adapter, group, factors, float32
 
     def __call__(

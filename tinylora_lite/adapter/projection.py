@@ -10,11 +10,10 @@ from torch import Tensor
 def random_projection(seed: int, module: int, u: int, rank: int) -> Tensor:
     """P of one module, ``[u, r, r]`` float32, entries N(0, 1/r).
 
-    The paper leaves the distribution open; N(0, 1/r) is PEFT's choice. The stream is specified here rather than
-    left to a library's default: Philox-4x64-10 with key ``(seed, module)``, its 64-bit words w taken in pairs as
-    uniforms ``((w >> 11) + 0.5) / 2⁵³``, and Box-Muller in float64, cosine branch first. Two machines can differ
-    by one rounding of float32 where their logarithms or cosines differ in the last bit of float64. The first
-    directions of a longer P are those of a shorter one.
+    The paper leaves the distribution open; N(0, 1/r) is PEFT's choice. The stream is Philox-4x64-10 with key ``(seed,
+    module)``, its 64-bit words w taken in pairs as uniforms ``((w >> 11) + 0.5) / 2⁵³``, and Box-Muller in float64,
+    cosine branch first; machines differ by one rounding of float32 at most. The first directions of a longer P are
+    those of a shorter one.
 
     Args:
         seed: 0 … 2⁶⁴ - 1.
