@@ -52,8 +52,8 @@ def describe(path: Path, basis: Path | None = None) -> dict[str, Any]:
     """What an adapter file of this library or a folder of PEFT holds, without its base, as JSON values.
 
     ``payload_bytes`` is the size of the trained parameters alone. ``stored_factors`` are the modules whose factors are
-    stored: their places in tying order in a file, their names in a folder. Of other adapters than TinyLoRA less is
-    said. Raises ``AdapterFileError`` for a damaged or foreign file, or another basis.
+    stored: their places in tying order in a file, their names in a folder. Of a LoRA less is said.
+    Raises ``AdapterFileError`` for a damaged or foreign file, or another basis.
     """
     return {"file": str(path)} | (_folder(path) if path.is_dir() else _file(path, basis))
 
@@ -78,7 +78,7 @@ def _file(path: Path, basis: Path | None) -> dict[str, Any]:
         "format": header["format"],
         "checksum": "verified",
         "bytes": path.stat().st_size,
-        **_vectors(vectors, [vectors]),
+        **_vectors(list(vectors)),
         "settings": {name: value for name, value in settings.items() if value is not None},
         "basis": calibrated,
         "modules": len(tensors["decomposition"]),
@@ -93,8 +93,6 @@ def _file(path: Path, basis: Path | None) -> dict[str, Any]:
 
 
 def _folder(folder: Path) -> dict[str, Any]:
-    import torch
-
     from tinylora_lite.files import peft_format
 
     found: dict[str, Any]
@@ -108,9 +106,8 @@ def _folder(folder: Path) -> dict[str, Any]:
         by_group, parts, _ = peft_format.read_tensors(folder)
         if len({vector.shape for vector in by_group.values()}) != 1:
             raise tl.AdapterFileError(f"{folder} holds no vectors, or vectors of different lengths; get it again")
-        stored = [tensor for key, tensor in peft_format.stored_tensors(folder).items() if ".tinylora_v." in key]
         found = {
-            **_vectors(torch.stack([by_group[group] for group in sorted(by_group)]), stored),
+            **_vectors([by_group[group] for group in sorted(by_group)]),
             "modules": len(parts) or None,
             "stored_factors": [name for name, held in parts.items() if "A" in held],
         }
@@ -123,11 +120,13 @@ def _folder(folder: Path) -> dict[str, Any]:
     }
 
 
-def _vectors(vectors: Tensor, stored: list[Tensor]) -> dict[str, Any]:
-    """The vectors, ``[groups, u]``, and how they are stored."""
+def _vectors(stored: list[Tensor]) -> dict[str, Any]:
+    """The vectors, ``[u]`` each, and how they are stored."""
+    import torch
+
     from tinylora_lite.files.file_format import DTYPES
 
-    short = {dtype: name for name, dtype in DTYPES.items()}
+    vectors, short = torch.stack(stored).float(), {dtype: name for name, dtype in DTYPES.items()}
     return {
         "parameters": vectors.numel(),
         "dtype": ", ".join(sorted({short.get(tensor.dtype, str(tensor.dtype)) for tensor in stored})),

@@ -167,7 +167,7 @@ def _modules_to_store(adapter: TinyLoraAdapter) -> frozenset[str]:
 
 
 def _stored_factors(tensors: Mapping[str, Tensor], names: tuple[str, ...]) -> dict[str, Factors]:
-    indices = sorted(int(key.partition(".")[2]) for key in tensors if key.startswith("left."))
+    indices = (int(key.partition(".")[2]) for key in tensors if key.startswith("left."))
     return {
         names[index]: Factors(tensors[f"left.{index}"], tensors[f"right.{index}"], tensors[f"projection.{index}"])
         for index in indices

@@ -98,11 +98,11 @@ def stored_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def read_tensors(folder: Path) -> tuple[dict[int, Tensor], dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """What ``adapter_model.safetensors`` holds, as float32; raises ``AdapterFileError`` where it is no TinyLoRA's.
+    """What ``adapter_model.safetensors`` holds; raises ``AdapterFileError`` where it is no TinyLoRA's.
 
     Returns:
-        The vectors by group; of each module, by its name, the letters that the file holds; and copies of the base's own
-        weights, by their names, as PEFT adds those of embeddings and heads.
+        The vectors by group, as they are stored; as float32, of each module, by its name, the letters that the file
+        holds, and copies of the base's own weights, by their names, as PEFT adds those of embeddings and heads.
     """
     path = folder / TENSOR_FILE
     vectors, parts, weights = {}, defaultdict[str, dict[str, Tensor]](dict), {}
@@ -110,7 +110,7 @@ def read_tensors(folder: Path) -> tuple[dict[int, Tensor], dict[str, dict[str, T
         if not torch.isfinite(tensor).all():
             raise AdapterFileError(f"{path}: {key} holds NaN or infinity; train it again")
         if match := re.fullmatch(r"base_model\.tinylora_v\.(\d{1,9})", key):
-            vectors[int(match[1])] = tensor.float()
+            vectors[int(match[1])] = tensor
         elif match := re.fullmatch(r"base_model\.model\.(.+)\.tinylora_([ABP])", key):
             parts[match[1]][match[2]] = tensor.float()
         elif match := re.fullmatch(r"base_model\.model\.(.+?)(?:\.base_layer)?\.weight", key):
