@@ -61,13 +61,11 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if header.get("checksum") != checksum(header, tensors):
         raise AdapterFileError(f"{path} is damaged or was edited: its checksum does not fit its content; get it again")
     kinds = {"base": str, "base_sha256": str, "modules": str, "settings": dict}
-    missing = [name for name, kind in kinds.items() if not isinstance(header.get(name), kind)]
-    missing += [name for name in ("vectors", "decomposition") if name not in tensors or tensors[name].ndim != 2]
-    if missing:
-        raise AdapterFileError(f"{path} is no complete adapter file: it holds no {', '.join(missing)}; save it again")
-    for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPES.values() or not torch.isfinite(tensor).all():
-            raise AdapterFileError(f"{path}: {name} is {tensor.dtype}, not {', '.join(DTYPES)}, or not finite")
+    wrong = [name for name, kind in kinds.items() if not isinstance(header.get(name), kind)]
+    wrong += [name for name in ("vectors", "decomposition") if name not in tensors or tensors[name].ndim != 2]
+    wrong += [n for n, t in tensors.items() if t.dtype not in DTYPES.values() or not torch.isfinite(t).all()]
+    if wrong:
+        raise AdapterFileError(f"{path} lacks {', '.join(wrong)}, or it is not finite or of a bad type; save it again")
     return header, tensors
 
 
