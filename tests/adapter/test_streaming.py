@@ -164,7 +164,24 @@ def test_what_is_wrong_with_a_checkpoint_is_said(folder):
         list(decompose_checkpoint(folder, rank=33))
     for path in weights:
         path.write_bytes(path.read_bytes()[:-100])
-    fails(ValueError, "cannot be read .*; download it again")
+    fails(ValueError, r"\.safetensors cannot be read .*; download it again")
     for path in weights:
         path.unlink()
-    fails(ValueError, r"holds no model\.layers\.0\.self_attn\.q_proj\.weight as safetensors")
+    fails(ValueError, rf"{weights[0].name} cannot be read \(.*No such file")
+
+
+def test_files_that_the_checkpoint_does_not_name_are_not_read(model, folder):
+    expected = dict(decompose_checkpoint(folder, target_modules=["q_proj"]))
+    strays = {name: torch.zeros_like(weight) for name, weight in model.state_dict().items()}
+    for name in ("adapter_model", "aaa", "zzz"):
+        save_file(strays, folder / f"{name}.safetensors")
+    found = dict(decompose_checkpoint(folder, target_modules=["q_proj"]))
+    assert all(same(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": {"a": 3}}'])
+def test_a_damaged_index(folder, content):
+    (folder / "model.safetensors.index.json").write_text(content)
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json cannot be read"):
+        list(decompose_checkpoint(folder))

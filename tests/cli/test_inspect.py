@@ -16,6 +16,7 @@ from tinylora_lite.adapter.layer import Factors
 from tinylora_lite.adapter.tying import find_target_modules
 from tinylora_lite.adapter.weights import base_fingerprint
 from tinylora_lite.cli import main
+from tinylora_lite.files.file_format import FORMAT, checksum, read_safetensors, write_safetensors
 
 PEFT_FILES = Path(__file__).parents[1] / "files" / "peft_files"
 DOWN = "model.layers.1.mlp.down_proj"
@@ -49,6 +50,13 @@ def written(folder, path, config=None, scale=0.3, trained_in="auto", **options) 
 @pytest.fixture
 def file(base, tmp_path) -> Path:
     return written(base, tmp_path / "a.tinylora")
+
+
+def rewrite(file: Path, change) -> None:
+    """Edits header and tensors under a checksum that fits."""
+    header, tensors = read_safetensors(file, FORMAT)
+    change(header, tensors)
+    write_safetensors(file, header | {"checksum": checksum(header, tensors)}, tensors)
 
 
 def inspected(capsys, *argv) -> dict:
@@ -272,10 +280,48 @@ def test_a_tinylora_of_peft_on_its_base(capsys, base, file, tmp_path):
         assert theirs["merge"]["total"][name] == pytest.approx(ours["total"][name], rel=1e-3)
 
 
-def test_a_lora_is_named(capsys, base, file, tmp_path):
+def test_a_lora_is_described(capsys, base, file, tmp_path):
     model = loaded(base)
     folder = tl.export_lora(tl.load(model, file), tmp_path / "lora")
-    assert "holds a LORA adapter" in refused(capsys, folder)
+    found = inspected(capsys, folder)
+    stored = load_file(folder / "adapter_model.safetensors")
+    assert (found["kind"], found["settings"]["r"], found["modules"]) == ("PEFT LORA", 2, 14)
+    assert found["parameters"] == sum(tensor.numel() for tensor in stored.values())
+    assert found["bytes"] == sum((folder / f"adapter_{n}").stat().st_size for n in ("config.json", "model.safetensors"))
+    assert found["base"]["name"] == "my-base"
+    assert re.search(r"kind +PEFT LORA", in_words(capsys, folder))
+    assert "holds a LORA adapter" in refused(capsys, folder, "--base", base)
+
+
+def test_what_a_file_leaves_out_has_its_default(capsys, base, file):
+    rewrite(
+        file, lambda header, _: [header["settings"].pop(n) for n in ("projection", "seed")] + [header.pop("base_dtype")]
+    )
+    assert tl.load(loaded(base), file).config.projection == "random"
+    found = inspected(capsys, file)
+    assert (found["settings"]["projection"], found["settings"]["seed"], found["base"]["dtype"]) == ("random", 0, None)
+    rewrite(file, lambda header, _: header.pop("settings"))
+    assert "lacks settings" in refused(capsys, file)
+
+
+@pytest.mark.parametrize(
+    ("vectors", "reason"),
+    [
+        ([], "holds no vectors"),
+        ([torch.ones(2), torch.ones(3)], "vectors of different lengths"),
+        ([torch.ones(2, dtype=torch.float64)], None),
+    ],
+)
+def test_odd_vectors_of_peft(capsys, tmp_path, vectors, reason):
+    folder = shutil.copytree(PEFT_FILES / "0.20.0" / "with_p", tmp_path / "peft")
+    stored = load_file(folder / "adapter_model.safetensors")
+    kept = {key: tensor for key, tensor in stored.items() if ".tinylora_v." not in key}
+    kept |= {f"base_model.tinylora_v.{group}": vector for group, vector in enumerate(vectors)}
+    save_file(kept, folder / "adapter_model.safetensors")
+    if reason:
+        assert reason in refused(capsys, folder)
+    else:
+        assert inspected(capsys, folder)["dtype"] == "torch.float64"
 
 
 def test_a_warning_takes_one_line(capsys, base, file, tmp_path):

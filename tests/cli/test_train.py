@@ -55,7 +55,7 @@ def test_a_preset(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere.yaml"], "No such file or directory: 'nowhere.yaml'"),
+        (["nowhere.yaml"], "no settings file at nowhere.yaml; `tinylora preset NAME > nowhere.yaml` writes one"),
         (["FILE", "adapter.rnak=3"], "unknown setting adapter.rnak; did you mean adapter.rank?"),
         (["FILE", "--gpu", "t4"], "--gpu chooses among presets; a settings file says everything itself"),
         (["no-such-preset"], "no-such-preset"),

@@ -145,7 +145,7 @@ def test_what_is_missing_is_named(text, words, tmp_path):
     path.write_text(text)
     with pytest.raises(SettingsError, match=re.escape(words)):
         load_settings(path)
-    with pytest.raises(FileNotFoundError, match=r"none\.yaml"):
+    with pytest.raises(FileNotFoundError, match=r"no settings file at .*none\.yaml; `tinylora preset NAME"):
         load_settings(tmp_path / "none.yaml")
 
 

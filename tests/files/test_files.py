@@ -290,7 +290,16 @@ def test_an_edited_setting(model, path):
     [
         (lambda h, t: t.update(vectors=torch.ones(6, 1)), r"ask for \[7, 1\]"),
         (lambda h, t: t.update(vectors=torch.ones(7, 2)), r"ask for \[7, 1\]"),
-        (lambda h, t: t.update(vectors=torch.ones(7)), r"ask for \[7, 1\]"),
+        (lambda h, t: t.update(vectors=torch.ones(7)), "lacks vectors, or"),
+        (lambda h, t: t.pop("vectors"), "lacks vectors, or"),
+        (lambda h, t: t.pop("decomposition"), "lacks decomposition, or"),
+        (lambda h, t: t.update(decomposition=torch.zeros(5, 2)), "for 5 modules, not 14"),
+        (lambda h, t: t["vectors"].fill_(torch.nan), "lacks vectors, or it is not finite"),
+        (lambda h, t: t["decomposition"].fill_(torch.inf), "lacks decomposition, or it is not finite"),
+        (lambda h, t: t.update(vectors=torch.ones(7, 1, dtype=torch.int32)), "lacks vectors, .*of a bad type"),
+        (lambda h, t: t.update({"left.99": torch.ones(32, 2)}), "does not fit"),
+        (lambda h, t: h.update(settings=[]), "lacks settings"),
+        (lambda h, t: h.pop("base_sha256"), "lacks base_sha256"),
         (lambda h, t: h["settings"].update(seed=-1), "does not fit"),
         (lambda h, t: h["settings"].update(rank=33), "rank=33"),
         (lambda h, t: h["settings"].update(alpha=1), "it sets alpha, unknown to this version .*; upgrade it"),
@@ -300,6 +309,23 @@ def test_an_edited_setting(model, path):
 def test_forged_files_are_checked_all_the_same(model, path, change, reason):
     rewrite(path, change)
     assert_refused(model, path, reason)
+
+
+def test_whatever_stops_a_load_leaves_the_model_bare(model, path, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "_check_tensors", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        load(model, path)
+    assert adapter_of(model) is None
+    assert all(not module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("factors", ["auto", None, 1])
+def test_factors_are_true_or_false(model, tmp_path, factors):
+    with pytest.raises(ValueError, match=f"factors must be True or False, not {factors!r}"):
+        save(tl.attach(model, RANDOM), tmp_path / "a.tinylora", factors=factors)
 
 
 def test_another_seed_of_the_projections_does_not_pass_for_the_same(model, path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinylora_lite import TinyLoraConfig, attach, lora_xs, merge_report, merged_weights
 from tinylora_lite.adapter.layer import Factors
@@ -151,6 +152,15 @@ def test_a_shared_weight_is_refused(make_model):
     assert "lm_head.weight" in dict(merged_weights(adapter))
 
 
+def test_what_cannot_be_merged_is_refused_before_the_first_weight(make_model):
+    model = make_model(tie_word_embeddings=True)
+    with pytest.raises(ValueError, match="dtype must be one of"):
+        merged_weights(adapted(model, config=TinyLoraConfig(target_modules=["q_proj"])), torch.int8)
+    adapter = adapted(make_model(tie_word_embeddings=True), config=TinyLoraConfig(target_modules=["lm_head"]))
+    with pytest.raises(ValueError, match=r"shares its weight|no longer exists"):
+        merged_weights(adapter)
+
+
 def test_what_cannot_be_merged_is_refused(make_model):
     model = make_model()
     adapter = adapted(model, scale=1e6)
@@ -251,6 +261,34 @@ def test_the_larger_the_update_the_more_a_bf16_merge_keeps(make_model):
     assert reports[0].kept < 0.2
     assert reports[-1].kept > 0.99
     assert reports[-1].cosine > 0.99
+
+
+class Largest(TorchDispatchMode):
+    """The most entries of a tensor that an operation made in memory of its own, those of ``known`` memory aside."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known, self.entries = {tensor.data_ptr() for tensor in known}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for tensor in found if isinstance(found, (list, tuple)) else [found]:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
+                self.entries = max(self.entries, tensor.numel())
+        return found
+
+
+def test_the_report_makes_no_copy_of_a_whole_weight(model, monkeypatch):
+    adapter = adapted(model)
+    expected = merge_report(adapter)
+    deltas = {name: adapter.delta(name) for name in adapter.names}
+    monkeypatch.setattr(type(adapter), "delta", lambda _, name: deltas[name])
+    monkeypatch.setattr("tinylora_lite.files.merge.ENTRIES_AT_ONCE", 100)
+    with Largest([*deltas.values(), *model.parameters()]) as largest:
+        report = merge_report(adapter)
+    assert 48 <= largest.entries <= 100
+    for name in ("changed", "kept", "cosine", "size"):
+        assert getattr(report.total, name) == pytest.approx(getattr(expected.total, name))
 
 
 def test_the_report_leaves_the_base_alone(make_model):

@@ -267,6 +267,13 @@ def test_nothing_hangs_or_raises(worker, name):
     timed(tl.math_reward, f"the answer is {text}", lenient=True)
 
 
+@pytest.mark.parametrize("name", ["tower", "huge exponent", "python power", "factorial", "deep"])
+def test_what_no_problem_asks_for_is_not_compared(monkeypatch, name):
+    """Each comparison of the kind would take until the time limit."""
+    monkeypatch.setattr(math_equal, "start", lambda: pytest.fail("compared"))
+    assert tl.math_reward(rf"\boxed{{{HOSTILE.get(name, '(' * 31 + '1' + ')' * 31)}}}", "12345") == 0.0
+
+
 STRANGE = {"none": None, "nan": float("nan"), "bytes": b"18", "list": ["18"], "digits": 10**5000, "surrogate": "\ud800"}
 
 

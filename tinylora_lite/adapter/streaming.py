@@ -6,6 +6,7 @@ prepare its adapters, and what fills the cache of :func:`~tinylora_lite.attach` 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,7 +52,7 @@ def decompose_checkpoint(
 
     Raises:
         OSError: there is no such folder, or its ``config.json`` is damaged.
-        ValueError: the checkpoint has no config, is damaged or quantized, lacks a weight, or the rank does not fit one.
+        ValueError: the checkpoint has no config, is incomplete, damaged or quantized, or the rank is too large.
     """
     from transformers import AutoConfig
 
@@ -92,12 +93,15 @@ def without_weights(model_or_config: nn.Module | PretrainedConfig) -> nn.Module:
 def _sources(folder: Path, model: nn.Module, target_modules: Sequence[str] | None) -> dict[str, tuple[Path, str]]:
     """Of every module to adapt, the file that holds its weight, and the tensor's name there."""
     tensors: dict[str, Path] = {}
-    for path in folder.glob("*.safetensors"):
-        try:
+    files, path = {"model.safetensors"}, folder / "model.safetensors.index.json"
+    try:
+        if path.is_file() and not (folder / "model.safetensors").is_file():  # as transformers chooses
+            files = {*json.loads(path.read_bytes())["weight_map"].values()}
+        for path in sorted(folder / name for name in files):
             with safe_open(path, "pt") as file:
                 tensors |= dict.fromkeys(file.keys(), path)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path} cannot be read ({error}); download it again") from error
+    except (AttributeError, KeyError, OSError, SafetensorError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); download it again, as safetensors") from error
     sources = {}
     for target in find_target_modules(model, target_modules):
         name = f"{target.name}.weight"

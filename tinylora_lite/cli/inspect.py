@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,21 +49,22 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def describe(path: Path, basis: Path | None = None) -> dict[str, Any]:
-    """What an adapter file of this library or a folder with PEFT's TinyLoRA holds, without its base, as JSON values.
+    """What an adapter file of this library or a folder of PEFT holds, without its base, as JSON values.
 
     ``payload_bytes`` is the size of the trained parameters alone. ``stored_factors`` are the modules whose factors are
-    stored: their places in tying order in a file, their names in a folder. Raises ``AdapterFileError`` for a damaged or
-    foreign file, or another basis.
+    stored: their places in tying order in a file, their names in a folder. Of a LoRA less is said.
+    Raises ``AdapterFileError`` for a damaged or foreign file, or another basis.
     """
     return {"file": str(path)} | (_folder(path) if path.is_dir() else _file(path, basis))
 
 
 def _file(path: Path, basis: Path | None) -> dict[str, Any]:
+    from tinylora_lite.adapter.config import TinyLoraConfig
     from tinylora_lite.files.basis import find_basis
     from tinylora_lite.files.file_format import read_file
 
     header, tensors = read_file(path)
-    settings, vectors, calibrated = header["settings"], tensors["vectors"], None
+    settings, vectors, calibrated = TinyLoraConfig().as_dict() | header["settings"], tensors["vectors"], None
     if settings["projection"] not in ("random", "identity"):
         calibrated = {"fingerprint": settings["projection"], "found": True}
         try:
@@ -78,7 +78,7 @@ def _file(path: Path, basis: Path | None) -> dict[str, Any]:
         "format": header["format"],
         "checksum": "verified",
         "bytes": path.stat().st_size,
-        **_vectors(vectors, [vectors]),
+        **_vectors(list(vectors)),
         "settings": {name: value for name, value in settings.items() if value is not None},
         "basis": calibrated,
         "modules": len(tensors["decomposition"]),
@@ -86,39 +86,50 @@ def _file(path: Path, basis: Path | None) -> dict[str, Any]:
         "base": {
             "name": header["base"] or None,
             "revision": header.get("base_revision"),
-            "dtype": header["base_dtype"],
+            "dtype": header.get("base_dtype"),
             "sha256": header["base_sha256"],
         },
     }
 
 
 def _folder(folder: Path) -> dict[str, Any]:
-    import torch
-    from safetensors.torch import load_file
+    from tinylora_lite.files import peft_format
 
-    from tinylora_lite.files.peft_format import TENSOR_FILE, read_settings, read_tensors
-
-    settings, (by_group, parts, _) = read_settings(folder).model_dump(), read_tensors(folder)
-    stored = [tensor for key, tensor in load_file(folder / TENSOR_FILE).items() if ".tinylora_v." in key]
+    found: dict[str, Any]
+    settings = peft_format.stored_settings(folder)
+    if settings.get("peft_type") == "LORA":
+        tensors = peft_format.stored_tensors(folder)
+        modules = {key.partition(".lora_")[0] for key in tensors}
+        found = {"parameters": sum(tensor.numel() for tensor in tensors.values()), "modules": len(modules)}
+    else:
+        settings = peft_format.read_settings(folder).model_dump()
+        by_group, parts, _ = peft_format.read_tensors(folder)
+        if len({vector.shape for vector in by_group.values()}) != 1:
+            raise tl.AdapterFileError(f"{folder} holds no vectors, or vectors of different lengths; get it again")
+        found = {
+            **_vectors([by_group[group] for group in sorted(by_group)]),
+            "modules": len(parts) or None,
+            "stored_factors": [name for name, held in parts.items() if "A" in held],
+        }
     return {
-        "kind": "PEFT TINYLORA",
+        "kind": f"PEFT {settings['peft_type']}",
         "bytes": sum(file.stat().st_size for file in folder.glob("adapter_*")),
-        **_vectors(torch.stack([by_group[group] for group in sorted(by_group)]), stored),
-        "settings": {name: settings[name] for name in PEFT_SETTINGS if settings[name] is not None},
-        "modules": len(parts) or None,
-        "stored_factors": [name for name, held in parts.items() if "A" in held],
-        "base": {"name": settings["base_model_name_or_path"], "revision": settings["revision"]},
+        **found,
+        "settings": {name: settings[name] for name in PEFT_SETTINGS if settings.get(name) is not None},
+        "base": {"name": settings.get("base_model_name_or_path"), "revision": settings.get("revision")},
     }
 
 
-def _vectors(vectors: Tensor, stored: Iterable[Tensor]) -> dict[str, Any]:
-    """The vectors, ``[groups, u]``, and how they are stored."""
+def _vectors(stored: list[Tensor]) -> dict[str, Any]:
+    """The vectors, ``[u]`` each, and how they are stored."""
+    import torch
+
     from tinylora_lite.files.file_format import DTYPES
 
-    short, stored = {dtype: name for name, dtype in DTYPES.items()}, list(stored)
+    vectors, short = torch.stack(stored).float(), {dtype: name for name, dtype in DTYPES.items()}
     return {
         "parameters": vectors.numel(),
-        "dtype": ", ".join(sorted({short[tensor.dtype] for tensor in stored})),
+        "dtype": ", ".join(sorted({short.get(tensor.dtype, str(tensor.dtype)) for tensor in stored})),
         "payload_bytes": sum(tensor.nbytes for tensor in stored),
         "vectors": {
             "shape": list(vectors.shape),

@@ -274,6 +274,8 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> RunSetting
         FileNotFoundError: there is no such file.
         ValueError: the file is no YAML, or a setting is wrong; the message names the file and the line.
     """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no settings file at {path}; `tinylora preset NAME > {path}` writes one")
     text = Path(path).read_text(encoding="utf-8")
     try:
         settings = RunSettings.from_dict(settings_file.read(text))

@@ -66,8 +66,11 @@ def save(
         base_sha256: the base's fingerprint where it is known already: hashing 15 GB takes 20 seconds.
 
     Raises:
-        ValueError: an unknown dtype, a value that is not finite or that ``dtype`` cannot hold, or the model is gone.
+        ValueError: an unknown dtype, a value that is not finite or that ``dtype`` cannot hold, ``factors`` is no bool,
+            or the model is gone.
     """
+    if not isinstance(factors, bool):
+        raise ValueError(f"factors must be True or False, not {factors!r}")
     model = model_of(adapter)
     tensors = {"vectors": storable(adapter.vectors, dtype, "the file"), "decomposition": decomposition(adapter)}
     stored = frozenset(adapter.names) if factors else _modules_to_store(adapter)
@@ -119,15 +122,15 @@ def load(
         adapter = attach(model, TinyLoraConfig(**settings), factors=_stored_factors(tensors, names), cache=cache)
     except AdapterFileError:
         raise
-    except (KeyError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError) as error:
         raise AdapterFileError(f"{path} does not fit this model: {error}") from error
     try:
         _check_tensors(path, adapter, tensors)
-    except AdapterFileError:
+        with torch.no_grad():
+            adapter.vectors.copy_(tensors["vectors"])
+    except BaseException:
         adapter.detach()
         raise
-    with torch.no_grad():
-        adapter.vectors.copy_(tensors["vectors"])
     return adapter
 
 
@@ -164,7 +167,7 @@ def _modules_to_store(adapter: TinyLoraAdapter) -> frozenset[str]:
 
 
 def _stored_factors(tensors: Mapping[str, Tensor], names: tuple[str, ...]) -> dict[str, Factors]:
-    indices = sorted(int(key.partition(".")[2]) for key in tensors if key.startswith("left."))
+    indices = (int(key.partition(".")[2]) for key in tensors if key.startswith("left."))
     return {
         names[index]: Factors(tensors[f"left.{index}"], tensors[f"right.{index}"], tensors[f"projection.{index}"])
         for index in indices
@@ -184,11 +187,12 @@ def _check_base(path: Path, model: nn.Module, names: tuple[str, ...], header: Ma
 def _check_tensors(path: Path, adapter: TinyLoraAdapter, tensors: Mapping[str, Tensor]) -> None:
     """Raises where a file's v does not fit its settings, or its weights were decomposed otherwise than here."""
     stored, here = tensors["decomposition"], decomposition(adapter)
+    if tensors["vectors"].shape != adapter.vectors.shape or stored.shape not in (here.shape, (len(here), 2)):
+        held, wanted = list(tensors["vectors"].shape), list(adapter.vectors.shape)
+        modules = f"{len(stored)} modules, not {len(here)}"
+        raise AdapterFileError(f"{path} holds vectors of shape {held} for {modules}; its settings ask for {wanted}")
     if stored.shape[1] == 2:  # the first version of the library left the first value beyond the cut out
         stored = torch.stack([stored[:, 0], here[:, 1], stored[:, 1]], dim=1)
-    if tensors["vectors"].shape != adapter.vectors.shape or stored.shape != here.shape:
-        held, wanted = list(tensors["vectors"].shape), list(adapter.vectors.shape)
-        raise AdapterFileError(f"{path} holds vectors of shape {held}; its settings ask for {wanted}")
     # The bounds are far above what float32 and an early stop of the SVD move, and far below a flipped sign.
     apart = (stored - here).abs()
     # Given factors have no singular values, and were read from this very file.

@@ -60,6 +60,12 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise AdapterFileError(f"{path} is damaged or no adapter file of this library ({error})") from error
     if header.get("checksum") != checksum(header, tensors):
         raise AdapterFileError(f"{path} is damaged or was edited: its checksum does not fit its content; get it again")
+    kinds = {"base": str, "base_sha256": str, "modules": str, "settings": dict}
+    wrong = [name for name, kind in kinds.items() if not isinstance(header.get(name), kind)]
+    wrong += [name for name in ("vectors", "decomposition") if name not in tensors or tensors[name].ndim != 2]
+    wrong += [n for n, t in tensors.items() if t.dtype not in DTYPES.values() or not torch.isfinite(t).all()]
+    if wrong:
+        raise AdapterFileError(f"{path} lacks {', '.join(wrong)}, or it is not finite or of a bad type; save it again")
     return header, tensors
 
 

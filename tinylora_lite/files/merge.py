@@ -10,11 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tinylora_lite.adapter.adapter import TinyLoraAdapter
 from tinylora_lite.adapter.weights import FLOATING, dense_weight
 from tinylora_lite.files.file_format import model_of
+
+ENTRIES_AT_ONCE = 1 << 22
+"""The report sums so many entries of a weight at a time, to hold no float64 copy of a whole one."""
 
 
 @dataclass(frozen=True)
@@ -74,24 +77,32 @@ def merged_weights(adapter: TinyLoraAdapter, dtype: torch.dtype | None = None) -
         ValueError: the model is gone, an adapted module shares its weight with another module, ``dtype`` is not
             float64, float32, bfloat16 or float16, or a merged weight is not finite in it.
     """
-    for name, _, _, merged in _merge(adapter, dtype):
-        yield f"{name}.weight", merged
+    modules = _modules(adapter, dtype)
+    return (
+        (f"{name}.weight", _merge(name, dense_weight(modules[name]), adapter.delta(name), dtype))
+        for name in adapter.names
+    )
 
 
 def merge_report(adapter: TinyLoraAdapter, dtype: torch.dtype = torch.bfloat16) -> MergeReport:
     """How much of the update :func:`merged_weights` in ``dtype`` keeps; arguments and errors are its own."""
-    sums = {}
-    for name, W, D, merged in _merge(adapter, dtype):
-        realised = merged.to(W.dtype) - W.to(dtype).to(W.dtype)
-        pairs = ((realised, D), (realised, realised), (D, D), (W, W))
-        products = [float((a * b).sum(dtype=torch.float64)) for a, b in pairs]
-        sums[name] = torch.tensor([W.numel(), int((realised != 0).sum()), *products], dtype=torch.float64)
+    modules, sums = _modules(adapter, dtype), {}
+    for name in adapter.names:
+        sums[name] = torch.zeros(6, dtype=torch.float64)
+        weight = dense_weight(modules[name])
+        rows = max(1, ENTRIES_AT_ONCE // weight.shape[1])
+        for some, change in zip(weight.split(rows), adapter.delta(name).split(rows), strict=True):
+            parts = (_merge(name, some, change, dtype), some.to(dtype), some, change)
+            merged, base, W, D = (part.cpu().double() for part in parts)  # Apple's GPUs have no float64
+            realised = merged - base
+            products = [float((a * b).sum()) for a, b in ((realised, D), (realised, realised), (D, D), (W, W))]
+            sums[name] += torch.tensor([W.numel(), int((realised != 0).sum()), *products], dtype=torch.float64)
     effects = {name: _effect(row) for name, row in sums.items()}
     return MergeReport(dtype, _effect(torch.stack(list(sums.values())).sum(dim=0)), effects)
 
 
-def _merge(adapter: TinyLoraAdapter, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
-    """Of each adapted module its name, W and D in the dtype of their sum, and the sum in ``dtype``."""
+def _modules(adapter: TinyLoraAdapter, dtype: torch.dtype | None) -> dict[str, nn.Module]:
+    """All modules of the adapter's model by name, checked to be mergeable."""
     if dtype not in (None, *FLOATING):
         raise ValueError(f"dtype must be one of {', '.join(map(str, FLOATING))}, not {dtype}")
     modules = dict(model_of(adapter).named_modules())
@@ -103,17 +114,17 @@ def _merge(adapter: TinyLoraAdapter, dtype: torch.dtype | None) -> Iterator[tupl
                 f"{name} shares its weight with {', '.join(sharing)}, which a merge would change too; "
                 "export a LoRA, or load the model with tie_word_embeddings=False"
             )
-    for name in adapter.names:
-        weight = dense_weight(modules[name])
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        W, D = weight.to(wide), adapter.delta(name).to(weight.device, wide)
-        merged = (W + D).to(dtype or weight.dtype)
-        if not torch.isfinite(merged).all():
-            cure = (
-                "merge in float32" if torch.isfinite(D).all() else "the adapter holds NaN or infinity; train it again"
-            )
-            raise ValueError(f"{name}: the merged weight is not finite in {merged.dtype}; {cure}")
-        yield name, W, D, merged
+    return modules
+
+
+def _merge(name: str, weight: Tensor, delta: Tensor, dtype: torch.dtype | None) -> Tensor:
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    merged = (weight.to(wide) + delta.to(weight.device, wide)).to(dtype or weight.dtype)
+    if not torch.isfinite(merged).all():
+        finite = torch.isfinite(delta).all()
+        cure = "merge in float32" if finite else "the adapter holds NaN or infinity; train it again"
+        raise ValueError(f"{name}: the merged weight is not finite in {merged.dtype}; {cure}")
+    return merged
 
 
 def _effect(sums: Tensor) -> MergeEffect:

@@ -63,7 +63,7 @@ def read_settings(folder: Path) -> PeftSettings:
         below = ", ".join(sorted(found.parent.name for found in folder.glob(f"*/{CONFIG_FILE}")))
         advice = f"its subfolders {below} do; give one of them" if below else "PEFT's save_pretrained writes one"
         raise AdapterFileError(f"{folder} holds no {CONFIG_FILE}; {advice}")
-    if isinstance(kind := kind_of(folder), str) and kind != "TINYLORA":
+    if isinstance(kind := stored_settings(folder).get("peft_type"), str) and kind != "TINYLORA":
         raise AdapterFileError(
             f"{folder} holds a {kind} adapter, not a TINYLORA; load it with peft.PeftModel.from_pretrained"
         )
@@ -84,28 +84,33 @@ def read_settings(folder: Path) -> PeftSettings:
     return settings
 
 
-def read_tensors(folder: Path) -> tuple[dict[int, Tensor], dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """What ``adapter_model.safetensors`` holds, as float32; raises ``AdapterFileError`` where it is no TinyLoRA's.
-
-    Returns:
-        The vectors by group; of each module, by its name, the letters that the file holds; and copies of the base's own
-        weights, by their names, as PEFT adds those of embeddings and heads.
-    """
+def stored_tensors(folder: Path) -> dict[str, Tensor]:
+    """``adapter_model.safetensors`` as it is; raises ``AdapterFileError`` where it is missing or damaged."""
     path = folder / TENSOR_FILE
     if not path.is_file():
         pickled = (folder / "adapter_model.bin").is_file()
         cure = "only a pickle; save it again with safe_serialization=True" if pickled else "get the folder again"
         raise AdapterFileError(f"{folder} holds no {TENSOR_FILE}; {cure}")
     try:
-        tensors = safetensors.torch.load(path.read_bytes())
+        return safetensors.torch.load(path.read_bytes())
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
         raise AdapterFileError(f"{path} is damaged ({error})") from error
+
+
+def read_tensors(folder: Path) -> tuple[dict[int, Tensor], dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """What ``adapter_model.safetensors`` holds; raises ``AdapterFileError`` where it is no TinyLoRA's.
+
+    Returns:
+        The vectors by group, as they are stored; as float32, of each module, by its name, the letters that the file
+        holds, and copies of the base's own weights, by their names, as PEFT adds those of embeddings and heads.
+    """
+    path = folder / TENSOR_FILE
     vectors, parts, weights = {}, defaultdict[str, dict[str, Tensor]](dict), {}
-    for key, tensor in tensors.items():
+    for key, tensor in stored_tensors(folder).items():
         if not torch.isfinite(tensor).all():
             raise AdapterFileError(f"{path}: {key} holds NaN or infinity; train it again")
         if match := re.fullmatch(r"base_model\.tinylora_v\.(\d{1,9})", key):
-            vectors[int(match[1])] = tensor.float()
+            vectors[int(match[1])] = tensor
         elif match := re.fullmatch(r"base_model\.model\.(.+)\.tinylora_([ABP])", key):
             parts[match[1]][match[2]] = tensor.float()
         elif match := re.fullmatch(r"base_model\.model\.(.+?)(?:\.base_layer)?\.weight", key):
@@ -145,7 +150,7 @@ def check_free(folder: Path, settings: Mapping[str, Any]) -> None:
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    kind, stored = settings["peft_type"], _stored_settings(folder)
+    kind, stored = settings["peft_type"], stored_settings(folder)
     files = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     ours = files == {CONFIG_FILE, TENSOR_FILE} and stored.keys() == settings.keys()
     if stored.get("peft_type") != kind or (kind == "LORA" and not ours):
@@ -167,12 +172,8 @@ def write_folder(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str
     return folder
 
 
-def kind_of(folder: Path) -> Any:
-    """The ``peft_type`` that a folder's configuration names, ``None`` where there is none."""
-    return _stored_settings(folder).get("peft_type")
-
-
-def _stored_settings(folder: Path) -> dict[str, Any]:
+def stored_settings(folder: Path) -> dict[str, Any]:
+    """``adapter_config.json`` as it is; empty where it cannot be read."""
     try:
         stored = json.loads((folder / CONFIG_FILE).read_bytes())
     except (OSError, RecursionError, ValueError):
