@@ -141,6 +141,7 @@ def test_a_calibrated_basis_is_found_or_not(capsys, base, tmp_path):
     wrong = tl.save_basis(other, tmp_path / "wrong.safetensors")
 
     assert inspected(capsys, file)["basis"] == {"fingerprint": basis.fingerprint(), "found": False}
+    assert "give it with --basis" in in_words(capsys, file)
     assert "found=False" in in_words(capsys, file)
     assert "needs the calibrated basis" in refused(capsys, file, "--base", base)
     assert basis.fingerprint()[:12] in refused(capsys, file, "--basis", wrong)
@@ -149,7 +150,7 @@ def test_a_calibrated_basis_is_found_or_not(capsys, base, tmp_path):
     assert inspected(capsys, file, "--base", base, "--basis", right)["fits"]
     shutil.copy(right, file.parent)
     assert inspected(capsys, file)["basis"]["found"]
-    assert f"fingerprint={basis.fingerprint()[:12]}" in in_words(capsys, file)
+    assert f"{basis.fingerprint()[:12]}, found" in in_words(capsys, file)
 
 
 def test_stored_factors(capsys, base, tmp_path):

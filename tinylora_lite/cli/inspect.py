@@ -40,7 +40,12 @@ def run(arguments: argparse.Namespace) -> None:
         found = describe(arguments.file, arguments.basis)
         if arguments.base:
             found |= _on_base(arguments, arguments.dtype or "bf16")
-    words: list[RenderableType] = [shared.described({name: found[name] for name in found if name != "merge"})]
+    told = {name: found[name] for name in found if name != "merge"}
+    if basis := found.get("basis"):
+        where = "found" if basis["found"] else "not found beside the file or in the package; give it with --basis"
+        told["basis"] = f"{basis['fingerprint'][:12]}, {where}"
+        told["settings"] = found["settings"] | {"projection": "calibrated"}
+    words: list[RenderableType] = [shared.described(told)]
     if arguments.base:
         merge = found["merge"]
         rows = [{"module": name} | effect for name, effect in [*merge["modules"].items(), ("all", merge["total"])]]
