@@ -141,8 +141,7 @@ def test_a_calibrated_basis_is_found_or_not(capsys, base, tmp_path):
     wrong = tl.save_basis(other, tmp_path / "wrong.safetensors")
 
     assert inspected(capsys, file)["basis"] == {"fingerprint": basis.fingerprint(), "found": False}
-    assert "give it with --basis" in in_words(capsys, file)
-    assert "found=False" in in_words(capsys, file)
+    assert "give it with --basis" in " ".join(in_words(capsys, file).split())
     assert "needs the calibrated basis" in refused(capsys, file, "--base", base)
     assert basis.fingerprint()[:12] in refused(capsys, file, "--basis", wrong)
     for given in (right, right.parent):
