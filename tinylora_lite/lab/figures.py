@@ -67,9 +67,8 @@ def against_numbers(series: Sequence[Series], store: Store, base: Point) -> plot
     percent(axes, score_label(store))
     axes.set_xlabel("numbers trained")
     named = axes.get_legend_handles_labels()[0]
-    if named:
-        # Below the panel: inside, lines would run through it.
-        drawn.legend(handles=named, loc="outside lower center", ncols=2 if len(named) == 4 else 3, fontsize=8)
+    # Below the panel: inside, lines would run through it.
+    drawn.legend(handles=named, loc="outside lower center", ncols=2 if len(named) == 4 else 3, fontsize=8)
     return drawn
 
 
@@ -198,12 +197,6 @@ def base_line(axes: plot.Axes, base: Point, store: Store) -> None:
         axes.axhline(estimate.mean, ls="--", lw=1.2, color=plot.INK)
         axes.annotate(plot.METHODS["base"].label, (0.01, estimate.mean), xytext=(0, -4), textcoords="offset points",
                       xycoords=("axes fraction", "data"), ha="left", va="top", fontsize=8)  # fmt: skip
-
-
-def legend(axes: plot.Axes, place: Literal["upper right", "upper left"]) -> None:
-    """The legend, where anything was drawn that it could name."""
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc=place, fontsize=8)
 
 
 def score_label(store: Store) -> str:
