@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from tinylora_lite.lab.claim import Point
 from tinylora_lite.lab.estimate import Estimate
@@ -130,7 +130,7 @@ def share_against_numbers(ladders: Mapping[str, Ladder], store: Store, shares: S
     _share_axes(axes, shares)
     axes.set_xlabel("numbers trained")
     axes.set_ylabel(f"share of full gain, {store.score} answers")
-    _name_ladders(drawn, axes, "outside lower center")
+    drawn.legend(handles=_names(axes), loc="outside lower center", ncols=3, fontsize=8)
     return drawn
 
 
@@ -151,7 +151,7 @@ def share_beside(
         axes.set_axis_off()
     drawn.supxlabel("numbers trained", fontsize=10)
     drawn.supylabel(f"share of full gain, {store.score} answers", fontsize=10)
-    _name_ladders(drawn, grid[0], "outside upper center")
+    drawn.legend(handles=_names(grid[0]), loc="outside upper center", ncols=3, fontsize=8)
     return drawn
 
 
@@ -170,15 +170,13 @@ def _draw_ladder(
     axes.plot([], [], fmt, color=plot.INK, label=label, mfc=face)
 
 
-def _name_ladders(
-    drawn: plot.Figure, axes: plot.Axes, place: Literal["outside lower center", "outside upper center"]
-) -> None:
-    """The legend: bases by their lines, and what the colours mean."""
+def _names(axes: plot.Axes) -> list[Any]:
+    """What a legend shows: bases by their lines, and what the colours mean."""
     from matplotlib.lines import Line2D
 
     looks = [plot.METHODS[method] for method in RUNG_METHODS.values()]
     kinds = [Line2D([], [], lw=4, color=look.colour, label=look.label) for look in looks]
-    drawn.legend(handles=[*axes.get_legend_handles_labels()[0], *kinds], loc=place, ncols=3, fontsize=8)
+    return [*axes.get_legend_handles_labels()[0], *kinds]
 
 
 def _share_axes(axes: plot.Axes, shares: Sequence[float]) -> None:
