@@ -85,12 +85,7 @@ def side_by_side(points: Sequence[Point], store: Store, base: Point, full: Point
 
 
 def draw_rows(
-    axes: plot.Axes,
-    points: Sequence[Point],
-    store: Store,
-    base: Point,
-    full: Point | None = None,
-    method: str = "tinylora",
+    axes: plot.Axes, points: Sequence[Point], store: Store, base: Point, full: Point | None, method: str = "tinylora"
 ) -> None:
     """The rows of :func:`side_by_side` and its lines across, into axes that are there."""
     look = plot.METHODS[method]

@@ -1,7 +1,6 @@
 """The records of the lab: one line of JSON for each run, in one file for each base.
 
-A line is written by one call at the end of the file. A line that was cut off is ignored, and its run is made again.
-Nothing is ever changed in place.
+A line that was cut off is ignored, and its run is made again. Nothing is ever changed in place.
 """
 
 from __future__ import annotations
