@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from tinylora_lite.book.plane import START, Plane
 from tinylora_lite.lab import landscape
 from tinylora_lite.lab.claims import gradients
 from tinylora_lite.lab.claims import rl_parameters as rl
+from tinylora_lite.lab.landscape import START, Plane
 from tinylora_lite.lab.statistics import difference
 
 

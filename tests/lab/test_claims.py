@@ -98,7 +98,7 @@ def test_a_claim_draws_what_little_there_is(claim, tmp_path, recwarn):
     claim.draw(Store(tmp_path / "none")).savefig(tmp_path / "none.svg")
     store = filled(claim, Store(tmp_path / "all"), by_count)
     half = Store(tmp_path / "half")
-    for found in list(store)[::2]:
+    for found in list(store.values())[::2]:
         half.add(Trial(**found["trial"]), {key: value for key, value in found.items() if key != "trial"})
     claim.draw(half).savefig(tmp_path / "half.svg")
     assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning | UserWarning)]
@@ -191,8 +191,7 @@ def test_demonstrations_that_carry_far_more_bits_in_one_kind_only_are_a_claim_in
 
     def found(long: tuple[str, ...]) -> str:
         store = filled(claim, Store(tmp_path / "-".join(long)), by_count)
-        for old in list(store):
-            trial = Trial(**old["trial"])
+        for trial, old in list(store.items()):
             if trial.method == "sft":
                 bits = 100.0 if trial.trained_on.removeprefix("demonstrations: ") in long else 0.01
                 again = {key: value for key, value in old.items() if key != "trial"}

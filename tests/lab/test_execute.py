@@ -95,7 +95,7 @@ def test_an_error_in_one_run_keeps_what_ran_beside_it(tmp_path, ran, monkeypatch
     both = [claim("broken", rank=1), claim("good"), claim("later", rank=4)]
     with pytest.raises(RuntimeError, match="nothing to weigh by"):
         executing.execute(both, Store(tmp_path), workers=2)
-    assert [Trial(**found["trial"]).rank for found in Store(tmp_path)] == [2] * 3
+    assert [trial.rank for trial in Store(tmp_path)] == [2] * 3
 
 
 @pytest.mark.slow

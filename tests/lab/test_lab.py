@@ -144,12 +144,6 @@ def test_a_rate_is_found_again_to_the_last_digit(tmp_path):
     assert again[trial]["scores"]["sampled"]["accuracy"] == 0.66667
 
 
-@pytest.mark.parametrize("line", ["3", "[1]", "null", '{"trial": '])
-def test_a_line_that_is_no_record_is_passed_over(line, tmp_path):
-    (tmp_path / "qwen2-0.4m.jsonl").write_text(line + "\n")
-    assert len(Store(tmp_path)) == 0
-
-
 def test_a_run_that_diverges_is_a_record_that_every_reader_takes(tmp_path, monkeypatch):
     def diverges(*_, **__):
         raise FloatingPointError("the gradient is not finite")

@@ -6,15 +6,15 @@ Intervals are drawn where the number of problems is known, and are then Wilson's
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from tinylora_lite.book.published import Published
 from tinylora_lite.evaluation.score import interval
 from tinylora_lite.lab.figures import in_percent, percent
-from tinylora_lite.view.plot import INK, METHODS, WIDTH, count_axis, figure, human, style
+from tinylora_lite.view.plot import INK, METHODS, count_axis, figure, panels, style
 
 TINYLORA = METHODS["tinylora"]
 LABELS = {
@@ -94,27 +94,23 @@ PRECISIONS = {"fp32": ("o", "-", 4), "bf16": ("D", ":", 2)}
 @style()
 def bytes_of_numbers(rows: Sequence[Published]) -> Figure:
     """Figure 4 as printed and on the axis that it names: one row of panels for each tying, one column for each axis."""
-    drawn = Figure(figsize=(WIDTH, 4.9))
-    panels = drawn.subplots(2, 2, sharey=True, sharex=True)
-    for line, tying in zip(panels, ("tiled", "structured"), strict=True):
-        for axes, true in zip(line, (False, True), strict=True):
-            for precision, (marker, dash, size) in PRECISIONS.items():
-                x, y = _points(row for row in rows if (row.tying, row.precision) == (tying, precision))
-                x *= size if true else 1
-                axes.plot(x, y, marker + dash, ms=4.5, lw=1.6, color=TINYLORA.colour,
-                          mfc="none" if precision == "bf16" else None)  # fmt: skip
-                outer = (precision == "bf16") == true  # of the two curves this one starts further left or higher
-                axes.annotate(precision, (x[0], y[0]), xytext=(-6, 3) if outer else (7, -4), size=9,
-                              textcoords="offset points", ha="right" if outer else "left")  # fmt: skip
-            axes.set_xscale("log")
-            axes.set_xlim(2.5, 1600)
-            axes.set_title(f"{tying}, {'in bytes' if true else 'as printed'}", size=9.5)
-            axes.xaxis.set_major_locator(FixedLocator([8, 32, 128, 512]))
-            axes.xaxis.set_minor_locator(NullLocator())
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human(value)))
-            axes.yaxis.set_major_formatter(in_percent)
-    for axes, label in zip(panels[1], ("position on the axis", "bytes of v"), strict=True):
-        axes.set_xlabel(label)
+    drawn, grid = panels(2, 2, 4.9, sharey=True, sharex=True)
+    for axes, (tying, true) in zip(grid, product(("tiled", "structured"), (False, True)), strict=True):
+        for precision, (marker, dash, size) in PRECISIONS.items():
+            x, y = _points(row for row in rows if (row.tying, row.precision) == (tying, precision))
+            x *= size if true else 1
+            axes.plot(x, y, marker + dash, ms=4.5, lw=1.6, color=TINYLORA.colour,
+                      mfc="none" if precision == "bf16" else None)  # fmt: skip
+            outer = (precision == "bf16") == true  # of the two curves this one starts further left or higher
+            axes.annotate(precision, (x[0], y[0]), xytext=(-6, 3) if outer else (7, -4), size=9,
+                          textcoords="offset points", ha="right" if outer else "left")  # fmt: skip
+        axes.set(xscale="log", xlim=(2.5, 1600))
+        axes.set_title(f"{tying}, {'in bytes' if true else 'as printed'}", size=9.5)
+        axes.set_xticks([8, 32, 128, 512], ["8", "32", "128", "512"])
+        axes.minorticks_off()
+        axes.yaxis.set_major_formatter(in_percent)
+    grid[2].set_xlabel("position on the axis")
+    grid[3].set_xlabel("bytes of v")
     drawn.supylabel("right on GSM8K", size=10)
     return drawn
 

@@ -28,8 +28,7 @@ def counts_for_shares(store: Store) -> Markdown:
 
 def swept(point: Point, store: Store) -> list[tuple[Trial, Record]]:
     """The runs on the validation split that a point's rate was chosen by, with their records, by rate and seed."""
-    found = ((Trial(**record["trial"]), record) for record in store)
-    same = ((t, r) for t, r in found if t.split == "validation" and t.shape() == point.trial.shape())
+    same = ((t, r) for t, r in store.items() if t.split == "validation" and t.shape() == point.trial.shape())
     return sorted(same, key=lambda pair: (pair[0].learning_rate, pair[0].seed))
 
 

@@ -70,7 +70,6 @@ def imitated_basis(
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     trial: Trial,
-    *,
     problems: int = 384,
     directions: int = 13,
 ) -> Basis:
@@ -86,11 +85,6 @@ def imitated_basis(
         gradients = torch.stack([policy_gradient(model, adapter, answer, torch.ones(1)) for answer in answers])
     finally:
         adapter.detach()
-    about = {
-        "method": "singular vectors of gradients of imitation",
-        "base": base_fingerprint(model),
-        "task": task.name,
-        "problems": problems,
-        "seed": trial.p_seed,
-    }
+    about: dict[str, Any] = {"method": "singular vectors of gradients of imitation", "base": base_fingerprint(model)}
+    about |= {"task": task.name, "problems": problems, "seed": trial.p_seed}
     return leading_directions(gradients, directions, adapter, about)

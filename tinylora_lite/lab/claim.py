@@ -61,7 +61,7 @@ class Point:
 
     def sweep_accuracy(self, rate: float, store: Store) -> float | None:
         """The mean validation accuracy of a learning rate; ``None`` where not all its runs were made."""
-        accuracies = _accuracies(store.of(self.sweep([rate])), "sampled")
+        accuracies = [record["scores"]["sampled"]["accuracy"] for record in store.of(self.sweep([rate]))]
         return sum(accuracies) / self.sweep_seeds if len(accuracies) == self.sweep_seeds else None
 
     def swept(self, store: Store) -> tuple[list[float], float | None]:
@@ -97,7 +97,7 @@ class Point:
 
     def accuracies(self, store: Store, score: str | None = None) -> list[float]:
         """The accuracy of each of :meth:`records`, by one of their scores; ``None`` is the one of the store."""
-        return _accuracies(self.records(store), score or store.score)
+        return [record["scores"][score or store.score]["accuracy"] for record in self.records(store)]
 
     def estimate(self, store: Store, score: str | None = None) -> Estimate | None:
         """The mean of :meth:`accuracies` and its interval; ``None`` with fewer than two records."""
@@ -112,10 +112,6 @@ def flat(*nested: Any) -> tuple[Point, ...]:
         inside = one.values() if isinstance(one, dict) else one
         found += [one] if isinstance(one, Point) else flat(*inside)
     return tuple(found)
-
-
-def _accuracies(records: Iterable[Record], score: str) -> list[float]:
-    return [record["scores"][score]["accuracy"] for record in records]
 
 
 class Verdict(NamedTuple):

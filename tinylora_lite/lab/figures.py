@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from tinylora_lite.lab.claim import Point
 from tinylora_lite.lab.estimate import Estimate
@@ -67,9 +67,8 @@ def against_numbers(series: Sequence[Series], store: Store, base: Point) -> plot
     percent(axes, score_label(store))
     axes.set_xlabel("numbers trained")
     named = axes.get_legend_handles_labels()[0]
-    if named:
-        # Below the panel: inside, lines would run through it.
-        drawn.legend(handles=named, loc="outside lower center", ncols=2 if len(named) == 4 else 3, fontsize=8)
+    # Below the panel: inside, lines would run through it.
+    drawn.legend(handles=named, loc="outside lower center", ncols=2 if len(named) == 4 else 3, fontsize=8)
     return drawn
 
 
@@ -86,12 +85,7 @@ def side_by_side(points: Sequence[Point], store: Store, base: Point, full: Point
 
 
 def draw_rows(
-    axes: plot.Axes,
-    points: Sequence[Point],
-    store: Store,
-    base: Point,
-    full: Point | None = None,
-    method: str = "tinylora",
+    axes: plot.Axes, points: Sequence[Point], store: Store, base: Point, full: Point | None, method: str = "tinylora"
 ) -> None:
     """The rows of :func:`side_by_side` and its lines across, into axes that are there."""
     look = plot.METHODS[method]
@@ -131,7 +125,7 @@ def share_against_numbers(ladders: Mapping[str, Ladder], store: Store, shares: S
     _share_axes(axes, shares)
     axes.set_xlabel("numbers trained")
     axes.set_ylabel(f"share of full gain, {store.score} answers")
-    _name_ladders(drawn, axes, "outside lower center")
+    drawn.legend(handles=_names(axes), loc="outside lower center", ncols=3, fontsize=8)
     return drawn
 
 
@@ -152,7 +146,7 @@ def share_beside(
         axes.set_axis_off()
     drawn.supxlabel("numbers trained", fontsize=10)
     drawn.supylabel(f"share of full gain, {store.score} answers", fontsize=10)
-    _name_ladders(drawn, grid[0], "outside upper center")
+    drawn.legend(handles=_names(grid[0]), loc="outside upper center", ncols=3, fontsize=8)
     return drawn
 
 
@@ -171,15 +165,13 @@ def _draw_ladder(
     axes.plot([], [], fmt, color=plot.INK, label=label, mfc=face)
 
 
-def _name_ladders(
-    drawn: plot.Figure, axes: plot.Axes, place: Literal["outside lower center", "outside upper center"]
-) -> None:
-    """The legend: bases by their lines, and what the colours mean."""
+def _names(axes: plot.Axes) -> list[Any]:
+    """What a legend shows: bases by their lines, and what the colours mean."""
     from matplotlib.lines import Line2D
 
     looks = [plot.METHODS[method] for method in RUNG_METHODS.values()]
     kinds = [Line2D([], [], lw=4, color=look.colour, label=look.label) for look in looks]
-    drawn.legend(handles=[*axes.get_legend_handles_labels()[0], *kinds], loc=place, ncols=3, fontsize=8)
+    return [*axes.get_legend_handles_labels()[0], *kinds]
 
 
 def _share_axes(axes: plot.Axes, shares: Sequence[float]) -> None:
@@ -198,12 +190,6 @@ def base_line(axes: plot.Axes, base: Point, store: Store) -> None:
         axes.axhline(estimate.mean, ls="--", lw=1.2, color=plot.INK)
         axes.annotate(plot.METHODS["base"].label, (0.01, estimate.mean), xytext=(0, -4), textcoords="offset points",
                       xycoords=("axes fraction", "data"), ha="left", va="top", fontsize=8)  # fmt: skip
-
-
-def legend(axes: plot.Axes, place: Literal["upper right", "upper left"]) -> None:
-    """The legend, where anything was drawn that it could name."""
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc=place, fontsize=8)
 
 
 def score_label(store: Store) -> str:

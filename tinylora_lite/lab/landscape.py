@@ -7,6 +7,7 @@ minimises, and with the paths of training on both. ``python -m benchmarks.landsc
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ LOSSES = {"careful": ("the careful writer's answers", "lora_xs"), "stranger": ("
 """The label of each way to train, and of each writer's loss, and the method of the book that it borrows colour from."""
 LEVELS = 12
 """Bands of a contour plot."""
+Place = tuple[float, float]
+START: Place = (0.0, 0.0)
+"""Where every path of two numbers starts: the untouched base."""
 
 
 def load(name: str, folder: Path = RESULTS) -> Found:
@@ -57,7 +61,7 @@ def contours(found: Found, writer: str = "stranger") -> plot.Figure:
     Dark is where reinforcement, or imitation, wants to be; a path starts at v = 0 and ends at its marker. ``writer`` is
     the one whose worked answers the loss is taken on. Raises ``ValueError`` where the landscape is not of two numbers.
     """
-    x, y = _axes_of(found, 2)
+    x, y = map(np.array, found["settings"]["axes"])
     drawn, panels = plot.panels(1, 2, 3.9, sharex=True, sharey=True)
     for axes, key, title in zip(panels, ("reward", writer), ("mean reward", "loss, nats a token"), strict=True):
         heights = np.reshape(found[key], (len(x), len(y))).T
@@ -82,7 +86,7 @@ def along(found: Found) -> plot.Figure:
     A marker on the reward is where a run of training ended, on the losses where each is least. Raises as
     :func:`contours`.
     """
-    (x,) = _axes_of(found, 1)
+    (x,) = map(np.array, found["settings"]["axes"])
     drawn, (above, below) = plot.panels(2, 1, 4.6, sharex=True)
     above.fill_between(x, found["low"], found["high"], color=plot.INK, alpha=0.12, lw=0)
     above.plot(x, found["reward"], color=plot.INK, lw=1.6)
@@ -103,14 +107,6 @@ def along(found: Found) -> plot.Figure:
     return drawn
 
 
-def _axes_of(found: Found, numbers: int) -> list[np.ndarray]:
-    """The values of each number, ``[points]`` float64."""
-    axes = [np.array(axis) for axis in found["settings"]["axes"]]
-    if len(axes) != numbers:
-        raise ValueError(f"the landscape has {len(axes)} numbers, and this draws {numbers}; take the other function")
-    return axes
-
-
 def _walks(axes: plot.Axes, walks: list[list[list[float]]], label: str, look: plot.Method) -> None:
     """Every seed of a way to train, with a white outline that is seen on any background."""
     from matplotlib.patheffects import Normal, Stroke
@@ -120,3 +116,23 @@ def _walks(axes: plot.Axes, walks: list[list[list[float]]], label: str, look: pl
         v = np.array(walk)
         axes.plot(v[:, 0], v[:, 1], color=look.colour, lw=1.4, path_effects=casing)
         axes.plot(v[-1:, 0], v[-1:, 1], look.marker, color=look.colour, mec="white", label=None if place else label)
+
+
+class Plane:
+    """Surfaces of a landscape of two numbers, and the ends of the paths on it."""
+
+    def __init__(self, found: Found) -> None:
+        self._found = found
+        self._points = np.array(list(product(*found["settings"]["axes"])))  # [points, 2]
+        paths = found["paths"].items()
+        self.ends: dict[str, list[Place]] = {name: [tuple(walk[-1]) for walk in path["v"]] for name, path in paths}
+
+    def at(self, surface: str, place: Place) -> float:
+        """The mean reward, or a writer's loss in nats a token, at the grid point nearest to a place."""
+        return float(self._found[surface][np.linalg.norm(self._points - place, axis=1).argmin()])
+
+    def best(self, surface: str) -> Place:
+        """Where the reward is highest, or a writer's loss lowest."""
+        heights = np.array(self._found[surface]) * (1 if surface == "reward" else -1)
+        x, y = self._points[heights.argmax()].tolist()
+        return x, y

@@ -138,13 +138,9 @@ def _start(parent: int) -> None:
 
 
 def run_trials(trials: Sequence[Trial]) -> list[Record]:
-    """Runs a trial, or several that may share a batch (:meth:`Trial.batch`).
+    """Runs a trial, or several that may share a batch (:meth:`Trial.batch`); a record for each, without its settings.
 
-    Returns:
-        A record for each, without its settings.
-
-    Raises:
-        ValueError: several trials that cannot share a batch, or settings that make no sense together.
+    Raises ``ValueError`` for trials that cannot share a batch, and for settings that make no sense together.
     """
     started = time.perf_counter()
     first = trials[0]

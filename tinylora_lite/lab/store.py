@@ -1,14 +1,13 @@
 """The records of the lab: one line of JSON for each run, in one file for each base.
 
-A line is written by one call at the end of the file. A line that was cut off is ignored, and its run is made again.
-Nothing is ever changed in place.
+A line that was cut off is ignored, and its run is made again. Nothing is ever changed in place.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,8 @@ CHAPTERS = BOOK / "nano"
 """The records of the first chapters' runs, which are not counted among the lab's."""
 
 
-class Store:
-    """Records by trial.
+class Store(dict[Trial, Record]):
+    """Records by trial; what :meth:`add` puts in is kept on disk.
 
     Attributes:
         folder: holds ``BASE.jsonl`` for each base.
@@ -39,31 +38,21 @@ class Store:
     """
 
     def __init__(self, folder: str | Path = RESULTS) -> None:
+        super().__init__()
         self.folder = Path(folder)
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{folder} is a file; records lie in a folder")
         self.score = "sampled"
-        self._records: dict[Trial, Record] = {}
         for path in sorted(self.folder.glob("*.jsonl")):
-            for record in map(_parsed, path.read_text(encoding="utf-8").splitlines()):
+            for line in path.read_text(encoding="utf-8").splitlines():
                 try:
-                    if record is not None:
-                        self._records[Trial(**record["trial"])] = record
+                    record = json.loads(line)
+                except ValueError:
+                    continue
+                try:
+                    self[Trial(**record["trial"])] = record
                 except (KeyError, TypeError) as error:
                     raise ValueError(f"{path} holds a record of unknown settings: {error}") from error
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __iter__(self) -> Iterator[Record]:
-        return iter(self._records.values())
-
-    def __contains__(self, trial: Trial) -> bool:
-        return trial in self._records
-
-    def __getitem__(self, trial: Trial) -> Record:
-        """The record of a trial. Raises ``KeyError`` where it was not run."""
-        return self._records[trial]
 
     def of(self, trials: Iterable[Trial]) -> list[Record]:
         """The records of those trials that were run."""
@@ -79,7 +68,7 @@ class Store:
         # One unbuffered call, so that two programs that write at the same time do not mix their lines.
         with path.open("ab", buffering=0) as file:
             file.write((("\n" if torn else "") + line).encode())
-        self._records[trial] = json.loads(line)
+        self[trial] = json.loads(line)
 
     def scored(self, score: str) -> Store:
         """The same records, for points to be compared by another of their scores."""
@@ -95,11 +84,3 @@ def rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: rounded(item) for key, item in value.items()}
     return [rounded(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _parsed(line: str) -> Record | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) else None

@@ -34,11 +34,8 @@ class Trial:
             (v is drawn at random, and ``learning_rate`` is its norm).
         numbers: what trains: v on random directions (the paper) or calibrated ones, all entries of R (LoRA-XS), PEFT's
             LoRA, or all weights.
-        rank: r of the adapter.
-        u: the length of one vector.
-        n_tie: modules that share one.
-        tying: ``"tiled"``, ``"structured"``, or ``"attention, MLP"``: one vector for each of the two.
-        sigma: the place of Σ.
+        rank, u, n_tie, sigma: of the adapter (:class:`~tinylora_lite.TinyLoraConfig`).
+        tying: the adapter's, or ``"attention, MLP"``: one vector for each of the two.
         directions: which singular directions are kept, one of ``DIRECTIONS``.
         precision: of v after each update: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
         task: a task of :mod:`tinylora_lite.lab.tasks`; what is trained on, and what the result is scored on.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from tinylora_lite.adapter.config import TinyLoraConfig
 from tinylora_lite.adapter.streaming import without_weights
-from tinylora_lite.adapter.tying import TargetModule, Tying, find_target_modules, groups_of
+from tinylora_lite.adapter.tying import Tying, find_target_modules, groups_of
 from tinylora_lite.adapter.weights import stored_parameters, weight_shape
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def count_parameters(
         return sum(math.prod(shape) for _, shape, _ in stored_parameters(model))
     targets = find_target_modules(model, settings.target_modules)
     if method == "tinylora":
-        return u * _groups(targets, n_tie, tying)
+        return u * len(set(groups_of(targets, n_tie, tying)))
     if type(rank) is not int or rank < 1:
         raise ValueError(f'"{method}" needs rank=, an integer of at least 1, not {rank!r}')
     shapes = [weight_shape(model.get_submodule(target.name)) for target in targets]
@@ -95,14 +95,10 @@ def plan(model_or_config: nn.Module | PretrainedConfig, budget: int = 13, **sett
     config = TinyLoraConfig(**settings)
     targets = find_target_modules(without_weights(model_or_config), config.target_modules)
     for n_tie in range(1, len(targets) + 1):
-        least = config.u * _groups(targets, n_tie, config.tying)
+        least = config.u * len(set(groups_of(targets, n_tie, config.tying)))
         if least <= budget:
             return TinyLoraConfig(**settings, n_tie=n_tie)
     advice = ' or set tying="tiled"' if config.tying == "structured" else ""
     raise ValueError(
         f"{config.tying} tying with u={config.u} takes at least {least} parameters, budget={budget}; raise it{advice}"
     )
-
-
-def _groups(targets: list[TargetModule], n_tie: int | Literal["all"], tying: Tying) -> int:
-    return len(set(groups_of(targets, n_tie, tying)))

@@ -10,7 +10,7 @@ import numpy as np
 from tinylora_lite.lab.claim import Claim, Point, Verdict, flat
 from tinylora_lite.lab.claims import rl_parameters as rl
 from tinylora_lite.lab.claims import sft_parameters as sft
-from tinylora_lite.lab.figures import base_line, legend, percent, score_label
+from tinylora_lite.lab.figures import base_line, percent, score_label
 from tinylora_lite.lab.store import Record, Store
 from tinylora_lite.lab.trial import settings_of
 from tinylora_lite.view import plot
@@ -73,7 +73,7 @@ def draw(store: Store) -> plot.Figure:
     axes.set_xlabel("bits seen in training")
     base_line(axes, rl.BASE, store)
     percent(axes, score_label(store))
-    legend(axes, "upper right")
+    axes.legend(*axes.get_legend_handles_labels(), loc="upper right", fontsize=8)
     return drawn
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tinylora_lite.lab.claim import Claim, Verdict, flat
 from tinylora_lite.lab.claims.rl_parameters import BASE, FULL, RANDOM
-from tinylora_lite.lab.figures import base_line, counted, legend, marks, percent, score_label
+from tinylora_lite.lab.figures import base_line, counted, marks, percent, score_label
 from tinylora_lite.lab.statistics import difference, verdict_on, verdict_over
 from tinylora_lite.lab.store import Store
 from tinylora_lite.view import plot
@@ -42,7 +42,7 @@ def draw(store: Store) -> plot.Figure:
         axes.set_xlabel(unit)
         base_line(axes, BASE, store)
     percent(both[0], score_label(store))
-    legend(both[0], "upper left")
+    both[0].legend(*both[0].get_legend_handles_labels(), loc="upper left", fontsize=8)
     return drawn
 
 

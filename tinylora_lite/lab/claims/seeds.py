@@ -34,11 +34,7 @@ def table(points: list[Point], store: Store) -> np.ndarray:
 
 
 def shares(accuracies: np.ndarray) -> tuple[float, float]:
-    """The standard deviations that P's seed and everything else cause: a one-way analysis of variance.
-
-    Args:
-        accuracies: ``[seeds of P, seeds of data]`` float64.
-    """
+    """The standard deviations that P's seed and all else cause in a :func:`table`: a one-way analysis of variance."""
     repeats = accuracies.shape[1]
     within = accuracies.var(axis=1, ddof=1).mean()
     between = max(0.0, accuracies.mean(axis=1).var(ddof=1) - within / repeats)
