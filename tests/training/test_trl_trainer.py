@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import inspect
 import sys
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from tinylora_lite.utils import distributed
 
 pytest.importorskip("trl")
 
+from transformers.trainer_callback import TrainerCallback
 from trl import GRPOConfig
 
 from tinylora_lite.training.trl import ADAPTER_FILE, TinyLoraGRPOTrainer, train_trl, trl_config
@@ -223,6 +225,24 @@ class TestCheckpoints:
         with pytest.raises(ValueError, match=r"holds a run with learning_rate = 0.05, not 0.1; give another folder"):
             train_trl(model, tokenizer, adapter, task, replace(SMALL, learning_rate=0.1), folder=tmp_path)
         assert not adapter.vectors.any()
+
+
+class TestArguments:
+    def test_they_are_the_trainer_s(self):
+        ours, theirs = inspect.signature(train_trl).parameters, inspect.signature(TinyLoraGRPOTrainer).parameters
+        assert list(ours.values()) == list(theirs.values())
+
+    def test_callbacks_are_called(self, policy, tokenizer, task):
+        class Steps(TrainerCallback):
+            seen = 0
+
+            def on_step_end(self, *args, **kwargs):
+                self.seen += 1
+
+        (model, adapter), steps = policy(), Steps()
+        settings = replace(SMALL, steps=2, evaluate_every=1, evaluate_problems=2)
+        run = train_trl(model, tokenizer, adapter, task, settings, callbacks=[steps])
+        assert steps.seen == len(run.evaluations) == 2
 
 
 class TestModel:
