@@ -340,6 +340,10 @@ class TestRefusals:
         with pytest.raises(ValueError, match="not attached to this model"):
             train_grpo(other, tokenizer, adapter, numbers, QUICK)
 
+    def test_something_that_is_no_adapter(self, model, tokenizer, numbers):
+        with pytest.raises(TypeError, match=r"adapter must be what attach\(\) returns, or None, not 'x'"):
+            train_grpo(model, tokenizer, "x", numbers, QUICK)
+
     def test_a_detached_adapter(self, model, tokenizer, adapter, numbers):
         adapter.detach()
         with pytest.raises(ValueError, match="not attached to this model"):

@@ -114,6 +114,10 @@ class TestRows:
         expected = other(f"{lead}tom has 3.", add_special_tokens=False)["input_ids"] + [other.eos_token_id]
         assert rows.completion_ids[0].tolist() == expected
 
+    def test_an_example_without_a_worked_answer(self, model, tokenizer, task):
+        with pytest.raises(ValueError, match=r"no worked answer; give Example\(\.\.\., solution"):
+            solution_loss(model, tokenizer, task, task.train)
+
 
 def without_time(run: Run) -> list[dict]:
     return [{key: value for key, value in row.items() if key != "seconds"} for row in run.steps]
