@@ -39,14 +39,8 @@ def policy(make_model, tokenizer):
     return make
 
 
-def number_words(text: str, gold: str) -> float:
-    """The share of words that are numbers: a reward that every random model earns a part of."""
-    words = text.split()
-    return sum(word.isdigit() for word in words) / len(words) if words else 0.0
-
-
 @pytest.fixture
-def task(task):
+def task(task, number_words):
     return replace(task, reward=number_words)
 
 
@@ -123,7 +117,7 @@ class TestSteps:
 
         def reward(text, gold):  # rewards differ in the first step only
             calls.append(text)
-            return number_words(text, gold) if len(calls) <= 1 + 16 else 1.0
+            return task.reward(text, gold) if len(calls) <= 1 + 16 else 1.0
 
         found = train_trl(model, tokenizer, adapter, replace(task, reward=reward), replace(SMALL, truncated="score"))
         assert found.curve("norm")[0] > 0
