@@ -40,7 +40,7 @@ from tinylora_lite.tasks.task import Example, Task
 from tinylora_lite.training.evolution import train_es
 from tinylora_lite.training.sft import encode_solutions
 from tinylora_lite.utils.distributed import hide_progress
-from tinylora_lite.utils.record import Run, atomic_write, environment
+from tinylora_lite.utils.record import Run, atomic_write, describe, environment
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -120,10 +120,11 @@ def surface(
     shape = population.vectors[0].shape
     if shape.numel() != len(axes):
         raise ValueError(f"the config has {shape.numel()} numbers, and there are {len(axes)} axes; give one for each")
+    words = describe(population.identity(0), shape.numel())
     settings = {
         "base": base,
         "fingerprint": base_fingerprint(model),
-        "adapter": re.sub(r" \(\w+\)", "", population.describe(0)),  # in the words of the stored landscapes
+        "adapter": re.sub(r" \(\w+\)", "", words),  # as the stored landscapes have it
         "axes": rounded(list(map(list, axes))),
         "problems": problems,
         "seed": seed,

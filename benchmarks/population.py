@@ -60,11 +60,13 @@ def _together(K: int, prompts: int, completions: int) -> float:
     import tinylora_lite as tl
     from tinylora_lite import nano
     from tinylora_lite.lab.trial import BASE
+    from tinylora_lite.training.grpo import GRPO
+    from tinylora_lite.training.loop import fit
 
     model, tokenizer = nano.load(BASE)
     members = tl.attach_population(model, [tl.TinyLoraConfig(rank=2, n_tie=4, seed=seed) for seed in range(K)])
     settings = [_settings(seed, prompts, completions) for seed in range(K)]
-    runs = tl.train_grpo(model, tokenizer, members, nano.task(), settings, progress=False)
+    runs = fit(GRPO(model, tokenizer, members, nano.task(), settings), progress=False)
     return float(runs[0].seconds) * K  # a run is told its share
 
 

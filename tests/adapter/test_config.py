@@ -29,6 +29,7 @@ def test_the_defaults_are_the_papers():
         ({"seed": None}, "seed must be an integer from 0 to 2**64 - 1, not None"),
         ({"target_modules": "q_proj"}, "target_modules must be a list of at least one name, or None, not 'q_proj'"),
         ({"target_modules": []}, "target_modules must be a list of at least one name, or None, not []"),
+        ({"target_modules": 5}, "target_modules must be a list of at least one name, or None, not 5"),
         ({"target_modules": [""]}, "target_modules must be a list of at least one name, or None, not ['']"),
         ({"target_modules": [3]}, "target_modules must be a list of at least one name, or None, not [3]"),
         ({"projection": "gaussian"}, 'projection must be "random", "identity" or a basis, not \'gaussian\''),

@@ -14,6 +14,16 @@ def test_a_preset_that_fits(capsys):
     assert "The time supposes" in out
 
 
+def test_plans_and_presets_know_a_gpu_by_the_same_names(capsys):
+    for other, name in (("a100", "a100-80gb"), ("H100-80GB", "h100")):
+        for command in ("plan-run", "preset"):
+            printed = []
+            for gpu in (other, name):
+                assert main([command, "qwen2.5-0.5b/gsm8k", "--gpu", gpu, "--json"]) == 0
+                printed.append(capsys.readouterr().out)
+            assert printed[0] == printed[1]
+
+
 def test_a_preset_that_does_not(capsys):
     assert main(["plan-run", "qwen2.5-7b/gsm8k", "--gpu", "4090"]) == 0
     out = capsys.readouterr().out

@@ -192,6 +192,12 @@ def test_vllm_needs_room_for_its_own_weights():
     assert vllm_cache(settings, shape, GPUS["t4"].memory) < 0
 
 
+@pytest.mark.parametrize(("other", "name"), [("a100", "a100-80gb"), ("H100-80GB", "h100"), ("rtx4090", "4090")])
+def test_other_names_of_gpus(other, name):
+    settings = RunSettings(model="qwen2.5-0.5b", task="gsm8k")
+    assert plan_run(settings, other).gpu == plan_run(settings, name).gpu == GPUS[name]
+
+
 def test_gpus():
     assert not GPUS["t4"].bfloat16
     assert all(gpu.memory < 200 * 2**30 and 1e11 < gpu.bandwidth < 1e13 for gpu in GPUS.values())

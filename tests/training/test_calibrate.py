@@ -100,6 +100,7 @@ def test_progress_is_told(calibrate):
         ({"directions": True}, "directions must be an integer of at least 1, not True"),
         ({"problems": 24.0}, r"problems must be an integer of at least 1, not 24\.0"),
         ({"rank": 1000}, "rank"),
+        ({"rank": 1, "directions": 15}, "R has 14 entries, too few for 15 directions; raise rank=1"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_the_model_runs(calibrate, model, options, message):
@@ -115,9 +116,10 @@ def test_a_reward_that_never_differs_teaches_no_direction(model, tokenizer, task
         tl.calibrate(model, tokenizer, silent, **OPTIONS)
 
 
-def test_r_must_have_as_many_entries_as_there_are_directions(calibrate):
-    with pytest.raises(ValueError, match="R has 14 entries, too few for 15 directions"):
-        calibrate(rank=1, directions=15)
+@pytest.mark.parametrize("name", ["temperature", "learning_rate", "kl", "steps", "grup_size"])
+def test_a_setting_that_calibration_does_not_have_is_refused(calibrate, name):
+    with pytest.raises(TypeError, match=f"unexpected keyword argument: {name}"):
+        calibrate(**{name: 1})
 
 
 def test_micro_batches_change_nothing(calibrate):

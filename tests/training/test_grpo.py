@@ -29,17 +29,6 @@ QUICK = GRPOSettings(
 )
 
 
-def number_words(text: str, gold: str) -> float:
-    """The share of words that are numbers: a reward that every random model earns a part of."""
-    words = text.split()
-    return sum(word.isdigit() for word in words) / len(words) if words else 0.0
-
-
-@pytest.fixture(scope="module")
-def numbers(task) -> Task:
-    return Task("numbers", task.train, task.validation, task.test, number_words)
-
-
 @pytest.fixture
 def adapter(model):
     return tl.attach(model, tl.lora_xs(4))
@@ -55,18 +44,6 @@ def update_once(model, tokenizer, adapter, optimizer, batch, settings) -> dict[s
 
 def without_time(run: Run) -> list[dict]:
     return [{key: value for key, value in row.items() if "seconds" not in key} for row in run.steps]
-
-
-class Stop(Exception):  # noqa: N818
-    pass
-
-
-def interrupt_at(step: int):
-    def on_step(run: Run) -> None:
-        if len(run.steps) == step:
-            raise Stop
-
-    return on_step
 
 
 LEARNING = {"steps": 30, "prompts_per_step": 8, "max_new_tokens": 4, "learning_rate": 0.02, "truncated": "score"}
@@ -240,7 +217,7 @@ class TestUpdate:
 class TestResume:
     @pytest.mark.parametrize("step", [1, 2, 3, 5, 6])
     @pytest.mark.parametrize("what", ["adapter", "all weights", "all weights with a penalty"])
-    def test_interrupted_or_not(self, make_model, tokenizer, numbers, tmp_path, step, what):
+    def test_interrupted_or_not(self, make_model, tokenizer, numbers, tmp_path, step, what, interrupt_at):
         kl = 0.1 if "penalty" in what else 0.0
         settings = dataclasses.replace(QUICK, evaluate_every=3, evaluate_problems=4, kl=kl, warmup=2)
         if what != "adapter":
@@ -253,7 +230,7 @@ class TestResume:
             return run, [adapter.vectors] if adapter else list(model.parameters())
 
         through, expected = train(None)
-        with pytest.raises(Stop):
+        with pytest.raises(InterruptedError):
             train(tmp_path, on_step=interrupt_at(step))
         resumed, found = train(tmp_path)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -265,7 +242,7 @@ class TestResume:
         assert Run.load(tmp_path / "run.json") == resumed
         assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt", "run.json"]
 
-    def test_a_finished_run_is_not_run_again(self, model, tokenizer, adapter, numbers, tmp_path):
+    def test_a_finished_run_is_not_run_again(self, model, tokenizer, adapter, numbers, tmp_path, interrupt_at):
         first = train_grpo(model, tokenizer, adapter, numbers, QUICK, folder=tmp_path)
         again = train_grpo(model, tokenizer, adapter, numbers, QUICK, folder=tmp_path, on_step=interrupt_at(1))
         assert again == first
@@ -321,7 +298,7 @@ class TestRefusals:
 
         def reward(text, gold):
             calls.append(text)
-            return math.nan if len(calls) > 30 else number_words(text, gold)  # the third step of twelve rewards
+            return math.nan if len(calls) > 30 else numbers.reward(text, gold)  # the third step of twelve rewards
 
         with pytest.raises(ValueError, match="must return a finite number"):
             train_grpo(
@@ -340,6 +317,10 @@ class TestRefusals:
         with pytest.raises(ValueError, match="not attached to this model"):
             train_grpo(other, tokenizer, adapter, numbers, QUICK)
 
+    def test_something_that_is_no_adapter(self, model, tokenizer, numbers):
+        with pytest.raises(TypeError, match=r"adapter must be what attach\(\) returns, or None, not 'x'"):
+            train_grpo(model, tokenizer, "x", numbers, QUICK)
+
     def test_a_detached_adapter(self, model, tokenizer, adapter, numbers):
         adapter.detach()
         with pytest.raises(ValueError, match="not attached to this model"):
@@ -353,14 +334,14 @@ class TestRefusals:
 class TestTheModelAfterwards:
     @pytest.mark.parametrize("stopped", [False, True])
     @pytest.mark.parametrize("training", [False, True])
-    def test_flags_and_modes_come_back(self, model, tokenizer, numbers, stopped, training):
+    def test_flags_and_modes_come_back(self, model, tokenizer, numbers, stopped, training, interrupt_at):
         model.train(training)
         model.model.embed_tokens.requires_grad_(False)
         flags = [p.requires_grad for p in model.parameters()]
         frozen = model.model.embed_tokens.weight.clone()
         try:
             train_grpo(model, tokenizer, None, numbers, QUICK, on_step=interrupt_at(1 if stopped else 99))
-        except Stop:
+        except InterruptedError:
             assert stopped
         assert [p.requires_grad for p in model.parameters()] == flags
         assert model.training is training

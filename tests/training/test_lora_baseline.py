@@ -4,23 +4,11 @@ import pytest
 import torch
 
 import tinylora_lite as tl
-from tinylora_lite import Task
 from tinylora_lite.training.lora_baseline import ALPHA, train_lora
 
 peft = pytest.importorskip("peft")
 
 SETTINGS = {"steps": 3, "prompts_per_step": 4, "max_new_tokens": 4, "learning_rate": 0.01, "truncated": "score"}
-
-
-def number_words(text: str, gold: str) -> float:
-    """The share of words that are numbers: a reward that every random model earns a part of."""
-    words = text.split()
-    return sum(word.isdigit() for word in words) / len(words) if words else 0.0
-
-
-@pytest.fixture(scope="module")
-def numbers(task) -> Task:
-    return Task("numbers", task.train, task.validation, task.test, number_words)
 
 
 def test_only_lora_s_two_matrices_train_and_w_becomes_w_plus_ba(make_model, tokenizer, numbers):

@@ -114,26 +114,20 @@ class TestRows:
         expected = other(f"{lead}tom has 3.", add_special_tokens=False)["input_ids"] + [other.eos_token_id]
         assert rows.completion_ids[0].tolist() == expected
 
+    def test_an_example_without_a_worked_answer(self, model, tokenizer, task):
+        with pytest.raises(ValueError, match=r"no worked answer; give Example\(\.\.\., solution"):
+            solution_loss(model, tokenizer, task, task.train)
+
 
 def without_time(run: Run) -> list[dict]:
     return [{key: value for key, value in row.items() if key != "seconds"} for row in run.steps]
 
 
-class Stop(Exception):  # noqa: N818
-    pass
-
-
-def interrupt_at(step: int):
-    def on_step(run: Run) -> None:
-        if len(run.steps) == step:
-            raise Stop
-
-    return on_step
-
-
 class TestRun:
     @pytest.mark.parametrize("whole", [False, True], ids=["adapter", "all weights"])
-    def test_an_interrupted_run_comes_to_the_same_numbers(self, make_model, tokenizer, worked, tmp_path, whole):
+    def test_an_interrupted_run_comes_to_the_same_numbers(
+        self, make_model, tokenizer, worked, tmp_path, whole, interrupt_at
+    ):
         settings = dataclasses.replace(QUICK, schedule="linear", evaluate_every=3, evaluate_accuracy=True)
         found = []
         for stop in (None, 3, 5):
@@ -141,7 +135,7 @@ class TestRun:
             adapter = None if whole else tl.attach(model, tl.lora_xs(4))
             folder = tmp_path / str(stop)
             if stop is not None:
-                with pytest.raises(Stop):
+                with pytest.raises(InterruptedError):
                     train_sft(model, tokenizer, adapter, worked, settings, folder=folder, on_step=interrupt_at(stop))
                 model = make_model()
                 adapter = None if whole else tl.attach(model, tl.lora_xs(4))
@@ -193,10 +187,10 @@ class TestRun:
                 asked.append(adapter)
 
             def sample(self, prompt_ids, prompt_mask, **options):
-                raise Stop
+                raise InterruptedError
 
         settings = dataclasses.replace(QUICK, evaluate_every=1, evaluate_accuracy=True)
-        with pytest.raises(Stop):
+        with pytest.raises(InterruptedError):
             train_sft(model, tokenizer, adapter, worked, settings, sampler=Sampler())
         assert asked == [adapter]
 

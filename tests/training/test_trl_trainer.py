@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import inspect
 import sys
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from tinylora_lite.utils import distributed
 
 pytest.importorskip("trl")
 
+from transformers.trainer_callback import TrainerCallback
 from trl import GRPOConfig
 
 from tinylora_lite.training.trl import ADAPTER_FILE, TinyLoraGRPOTrainer, train_trl
@@ -38,14 +40,8 @@ def policy(make_model, tokenizer):
     return make
 
 
-def number_words(text: str, gold: str) -> float:
-    """The share of words that are numbers: a reward that every random model earns a part of."""
-    words = text.split()
-    return sum(word.isdigit() for word in words) / len(words) if words else 0.0
-
-
 @pytest.fixture
-def task(task):
+def task(task, number_words):
     return replace(task, reward=number_words)
 
 
@@ -122,7 +118,7 @@ class TestSteps:
 
         def reward(text, gold):  # rewards differ in the first step only
             calls.append(text)
-            return number_words(text, gold) if len(calls) <= 1 + 16 else 1.0
+            return task.reward(text, gold) if len(calls) <= 1 + 16 else 1.0
 
         found = train_trl(model, tokenizer, adapter, replace(task, reward=reward), replace(SMALL, truncated="score"))
         assert found.curve("norm")[0] > 0
@@ -224,6 +220,24 @@ class TestCheckpoints:
         with pytest.raises(ValueError, match=r"holds a run with learning_rate = 0.05, not 0.1; give another folder"):
             train_trl(model, tokenizer, adapter, task, replace(SMALL, learning_rate=0.1), folder=tmp_path)
         assert not adapter.vectors.any()
+
+
+class TestArguments:
+    def test_they_are_the_trainer_s(self):
+        ours, theirs = inspect.signature(train_trl).parameters, inspect.signature(TinyLoraGRPOTrainer).parameters
+        assert list(ours.values()) == list(theirs.values())
+
+    def test_callbacks_are_called(self, policy, tokenizer, task):
+        class Steps(TrainerCallback):
+            seen = 0
+
+            def on_step_end(self, *args, **kwargs):
+                self.seen += 1
+
+        (model, adapter), steps = policy(), Steps()
+        settings = replace(SMALL, steps=2, evaluate_every=1, evaluate_problems=2)
+        run = train_trl(model, tokenizer, adapter, task, settings, callbacks=[steps])
+        assert steps.seen == len(run.evaluations) == 2
 
 
 class TestModel:

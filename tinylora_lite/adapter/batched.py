@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from tinylora_lite.adapter.adapter import TinyLoraAdapter, attach, check_modules, identity, take_off
 from tinylora_lite.adapter.config import TinyLoraConfig
 from tinylora_lite.adapter.layer import Factors, Hook, adapters_of_rows, projection_of
-from tinylora_lite.utils.record import describe
 
 SHARED = ("rank", "u", "sigma", "target_modules", "arithmetic")
 """The settings that all adapters of a population have in common."""
@@ -78,10 +77,6 @@ class Population(nn.Module):
         """What a run knows one adapter by; see :meth:`~tinylora_lite.TinyLoraAdapter.identity`."""
         return identity(self.configs[index], self.names, {})
 
-    def describe(self, index: int) -> str:
-        """One adapter's settings in words."""
-        return describe(self.identity(index), self.vectors[index].numel())
-
     def check_settings(self, settings: Sequence[Mapping[str, Any]]) -> None:
         """Raises ``ValueError`` unless there are settings of training for each adapter, that differ in ``OWN`` only."""
         if len(settings) != len(self):
@@ -124,9 +119,9 @@ def attach_population(
 ) -> Population:
     """Puts several adapters on one model and freezes it.
 
-    ``fit(GRPO(model, tokenizer, population, task, [settings, ...]))`` trains them, ``fit(SFT(...))`` too, and
-    ``tl.evaluate_population`` scores them; these set the adapter of each row. Other callers of the
-    model do so with :func:`~tinylora_lite.adapter.layer.rows_of`. It is made for models on one device whose layers are
+    ``tinylora_lite.training.loop.fit(GRPO(model, tokenizer, population, task, [settings, ...]))``, with ``GRPO`` from
+    ``tinylora_lite.training.grpo``, trains them, ``tl.evaluate_population`` scores them; both set each row's adapter,
+    as others do with :func:`~tinylora_lite.adapter.layer.rows_of`. It is made for models on one device whose layers are
     called as ``[batch, tokens, width]``, without gradient checkpointing.
 
     Args:

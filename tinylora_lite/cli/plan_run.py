@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
     from tinylora_lite.planning.plan import gpus_that_fit, plan_run
     from tinylora_lite.planning.run_time import assumptions
 
-    gpu = arguments.gpu.lower()
+    gpu = presets.gpu_name(arguments.gpu)
     # A preset is made for one of three GPUs; for another one, the preset of the largest is planned.
     named = gpu if arguments.settings in presets.preset_names()[len(presets.NANO) :] and gpu in presets.GPUS else None
     settings = shared.read_settings(arguments.settings, named, arguments.overrides)
@@ -74,25 +74,22 @@ def _memory(plan: Plan) -> Table:
 
 def _time(plan: Plan) -> Table:
     time, runs = plan.time, len(plan.settings.sweep())
-    minutes = {
-        name: f"{_range(seconds * (1 / 60))} minutes" if seconds.high else None
-        for name, seconds in (("calibrating", time.calibrating), ("evaluating", time.evaluating))
-    }
-    sweep = f", {_range(time.hours * runs)} hours for {runs} learning rates" if runs > 1 else ""
+    sweep = f", {_range(time.hours * runs, 'hours')} for {runs} learning rates" if runs > 1 else ""
     lines = {
         "steps": f"{time.steps:,}, each of {time.tokens:,.0f} tokens and {time.flops / 1e12:,.1f} TFLOPs",
-        "sampling": f"{_range(time.sampling)} seconds a step",
-        "training": f"{_range(time.training)} seconds a step",
-        **minutes,
-        "in all": f"{_range(time.hours)} hours a run{sweep}",
+        "sampling": _range(time.sampling, "seconds a step"),
+        "training": _range(time.training, "seconds a step"),
+        "calibrating": _range(time.calibrating * (1 / 60), "minutes"),
+        "evaluating": _range(time.evaluating * (1 / 60), "minutes"),
+        "in all": f"{_range(time.hours, 'hours a run')}{sweep}",
     }
     if plan.cost is not None:
         lines["cost"] = f"{plan.cost[0]:,.2f} to {plan.cost[1]:,.2f} a run, at {plan.price:g} an hour and GPU"
     return shared.described(lines)
 
 
-def _range(found: Range) -> str:
-    return f"{found.low:,.1f} to {found.high:,.1f}"
+def _range(found: Range, unit: str) -> str | None:
+    return f"{found.low:,.1f} to {found.high:,.1f} {unit}" if found.high else None
 
 
 def _gib(count: float) -> str:

@@ -53,6 +53,11 @@ def describe(name: str, gpu: str | None = None) -> str:
     return "\n\n".join([title, *(note.format(run=run) for note in _parts(TABLE["notes"], name, gpu))])
 
 
+def gpu_name(gpu: str) -> str:
+    """The name that presets and plans know a GPU by: ``a100-80gb`` for ``A100``."""
+    return {"a100": "a100-80gb", "h100-80gb": "h100", "rtx4090": "4090"}.get(gpu.lower(), gpu.lower())
+
+
 def _parts(table: dict[str, Any], name: str, gpu: str | None) -> Iterator[Any]:
     """The entries of a table whose words all hold of a preset."""
     if name not in preset_names():
@@ -60,7 +65,7 @@ def _parts(table: dict[str, Any], name: str, gpu: str | None) -> Iterator[Any]:
     words = {*name.split("/"), "sft" if name.endswith("/sft") else "grpo"}
     words.add("calibrated" if name.endswith("/calibrated") else "random")
     if name not in NANO:
-        gpu = "a100-80gb" if gpu in (None, "a100") else str(gpu).lower()
+        gpu = gpu_name(gpu or "a100")
         if gpu not in GPUS:
             nearest = "take the nearest, and ask tinylora plan-run"
             raise ValueError(f"presets are for {', '.join(GPUS)}, not {gpu}; {nearest}")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from tinylora_lite.experiment.presets import gpu_name
 from tinylora_lite.experiment.settings import RunSettings
 from tinylora_lite.experiment.settings_file import SettingsError
 from tinylora_lite.planning.gpus import GPU, GPUS
@@ -70,10 +71,7 @@ class Plan:
     @property
     def cost(self) -> tuple[float, float] | None:
         """What one run costs, in the price's money."""
-        if self.price is None:
-            return None
-        hours = self.time.hours
-        return hours.low * self.gpus * self.price, hours.high * self.gpus * self.price
+        return None if self.price is None else astuple(self.time.hours * (self.gpus * self.price))
 
     @cached_property
     def advice(self) -> list[str]:
@@ -191,7 +189,7 @@ def plan_run(
 
     Args:
         settings: of the run.
-        gpu: a name of :data:`~tinylora_lite.planning.gpus.GPUS`.
+        gpu: a name of :data:`~tinylora_lite.planning.gpus.GPUS`, or ``a100``, ``h100-80gb``, ``rtx4090``.
         gpus: how many train, one process each.
         config: of the model; ``None`` takes :func:`~tinylora_lite.planning.shapes.model_config`'s.
         length: mean tokens of a completion; ``None`` takes those of ``run_time.LENGTHS``, or half of the limit.
@@ -201,7 +199,7 @@ def plan_run(
     Raises:
         ValueError: an unknown GPU or model, or ``gpus`` cannot share a step's prompts.
     """
-    if gpu not in GPUS:
+    if (gpu := gpu_name(gpu)) not in GPUS:
         raise ValueError(f"no GPU named {gpu}; there are: {', '.join(GPUS)}")
     prompts = settings.training_settings(1).prompts_per_step
     if gpus < 1 or prompts % gpus:

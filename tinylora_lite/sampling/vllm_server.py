@@ -79,7 +79,7 @@ class VllmServerSampler(VllmEngine):
         timeout: seconds that one answer may take.
 
     Raises:
-        ConnectionError: no server answers.
+        ConnectionError: no server answers, or an answer takes longer than ``timeout``.
         ValueError: it serves another model, or the tokenizer lacks what sampling needs.
     """
 
@@ -188,6 +188,8 @@ class VllmServerSampler(VllmEngine):
                     Request(self.url + path, data, {"Content-Type": "application/json"}), timeout=self.timeout
                 ) as answer:
                     return str(answer.read().decode())
+            except TimeoutError as error:  # it may be answering still, and would do the work twice
+                raise ConnectionError(f"the server at {self.url} took longer than {self.timeout} seconds") from error
             except (OSError, HTTPException) as error:
                 if isinstance(error, HTTPError) and error.code != 503:  # not ready yet
                     reason: Any = error

@@ -30,7 +30,7 @@ from tinylora_lite.tasks.task import Example, Task
 from tinylora_lite.training.batches import check_task, draw_prompts, rollout, score
 from tinylora_lite.training.loop import ready_to_train
 from tinylora_lite.training.losses import grpo_advantages, grpo_loss
-from tinylora_lite.training.settings import GRPOSettings
+from tinylora_lite.training.settings import GRPOSettings, check_integers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -72,7 +72,7 @@ def calibrate(
         passes: 1 takes every gradient at v = 0; 2 takes half of them after a step along the mean of the first half.
         sampler: what answers the problems; ``None`` takes the model itself.
         progress: called with problems done and problems in all.
-        settings: ``group_size``, ``max_new_tokens``, ``truncated`` and ``micro_batch`` (here 8) of
+        settings: no others than ``group_size``, ``max_new_tokens``, ``truncated`` and ``micro_batch`` (here 8) of
             :class:`~tinylora_lite.GRPOSettings`.
 
     Returns:
@@ -82,17 +82,19 @@ def calibrate(
         ValueError: ``passes`` is neither 1 nor 2; there are fewer problems, problems with answers of different reward,
             or entries of R than directions to find; or whatever ``attach`` and ``train_grpo`` refuse.
     """
+    if other := sorted(settings.keys() - {"group_size", "max_new_tokens", "truncated", "micro_batch"}):
+        raise TypeError(f"calibrate() got an unexpected keyword argument: {', '.join(other)}")
     if passes not in (1, 2):
         raise ValueError(f"passes must be 1 or 2, not {passes!r}")
-    for name, value in (("problems", problems), ("directions", directions)):
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, not {value!r}")
+    check_integers({"problems": problems, "directions": directions}, {"problems": 1, "directions": 1})
     if directions > problems:
         raise ValueError(f"{problems} problems have no {directions} directions; calibrate on more, or ask for fewer")
     own = GRPOSettings(**{"micro_batch": MICRO_BATCH} | settings, prompts_per_step=PROMPTS_AT_ONCE, seed=seed)
     check_task(tokenizer, task, own)
     adapter = attach(model, TinyLoraConfig(rank=rank, u=rank**2, sigma=sigma, projection="identity"))
     try:
+        if (entries := adapter.num_parameters) < directions:
+            raise ValueError(f"R has {entries} entries, too few for {directions} directions; raise rank={rank}")
         with ready_to_train(model, [adapter.vectors]):
             answers = sampler or ModelSampler(model, tokenizer)
             samples = _Samples(model, tokenizer, adapter, task, own, answers, progress, problems)
@@ -104,11 +106,10 @@ def calibrate(
         adapter.detach()
     # Each pass counts the same, whatever the length of its gradients.
     gradients = torch.cat([part / part.norm(dim=1).mean() for part in found if len(part)] or found)
-    if min(gradients.shape) < directions:
+    if len(gradients) < directions:
         raise ValueError(
-            f"only {len(gradients)} of {problems} problems had answers of different reward, and R has "
-            f"{gradients.shape[1]} entries, too few for {directions} directions; calibrate on more problems, larger "
-            "groups or a higher rank, or ask for fewer"
+            f"only {len(gradients)} of {problems} problems had answers of different reward, too few for {directions} "
+            "directions; calibrate on more problems or larger groups, or ask for fewer"
         )
     provenance = {
         "method": "singular vectors of per-problem policy gradients",
@@ -162,8 +163,7 @@ def leading_directions(
     _, spectrum, axes = torch.linalg.svd(gradients, full_matrices=False)
     rank, sigma = adapter.config.rank, adapter.config.sigma
     provenance = provenance | {"spectrum": [round(value, 4) for value in spectrum[: 2 * directions].tolist()]}
-    shape = (directions, len(adapter.names), rank, rank)
-    return Basis(axes[:directions].reshape(shape).contiguous(), adapter.names, sigma, provenance)
+    return Basis(axes[:directions].unflatten(1, (-1, rank, rank)).contiguous(), adapter.names, sigma, provenance)
 
 
 @dataclass

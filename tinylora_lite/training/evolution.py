@@ -8,13 +8,11 @@ answer the same prompts with the same random numbers, so hard problems and unluc
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -24,6 +22,7 @@ from tinylora_lite.adapter.weights import base_fingerprint
 from tinylora_lite.tasks.task import Task
 from tinylora_lite.training.batches import check_task, draw_prompts, rollout, score
 from tinylora_lite.training.loop import RECORDED_PARAMETERS
+from tinylora_lite.training.settings import check_integers, check_numbers
 from tinylora_lite.utils.distributed import hide_progress
 from tinylora_lite.utils.record import Run, seed_of
 
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True, config=ConfigDict(strict=True, allow_inf_nan=False))
+@dataclass(frozen=True)
 class ESSettings:
     """How to train; a generation samples ``candidates * prompts_per_step`` completions, by default as many as GRPO.
 
@@ -46,18 +45,23 @@ class ESSettings:
         ValueError: a setting is outside its range.
     """
 
-    generations: PositiveInt = 40
-    candidates: Annotated[int, Field(ge=4)] = 8
-    prompts_per_step: PositiveInt = 32
-    max_new_tokens: PositiveInt = 256
-    temperature: PositiveFloat = 1.0
-    sigma: PositiveFloat = 0.1
-    seed: NonNegativeInt = 0
+    generations: int = 40
+    candidates: int = 8
+    prompts_per_step: int = 32
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    sigma: float = 0.1
+    seed: int = 0
 
     # What sampling and scoring ask of GRPO's settings besides.
     group_size: ClassVar[int] = 1
     truncated: ClassVar[str] = "zero"
     evaluate_every: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        least = {"generations": 1, "candidates": 4, "prompts_per_step": 1, "max_new_tokens": 1, "seed": 0}
+        check_integers(vars(self), least)
+        check_numbers(vars(self), "temperature", "sigma")
 
 
 def train_es(

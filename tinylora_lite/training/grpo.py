@@ -112,8 +112,8 @@ def train_grpo(
     Args:
         model: any causal language model of transformers. Where its gradient checkpointing is on, it is used.
         tokenizer: the model's.
-        adapter: attached to the model; ``None`` trains every weight, in place. The adapters of a population train at
-            once by ``fit(GRPO(model, tokenizer, population, task, [settings, ...]))``.
+        adapter: attached to the model; ``None`` trains every weight, in place. For a population see
+            :func:`~tinylora_lite.attach_population`.
         task: prompts come from its training split, evaluations from its validation split.
         settings: see :class:`~tinylora_lite.GRPOSettings`; ``None`` takes its defaults.
         sampler: what answers the prompts, in training and in evaluations; ``None`` takes the model itself. For the

@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tinylora_lite.adapter.adapter import TinyLoraAdapter, adapter_of, carries_updates
+from tinylora_lite.adapter.batched import Population
 from tinylora_lite.adapter.config import TinyLoraConfig
 from tinylora_lite.adapter.weights import base_fingerprint
 from tinylora_lite.evaluation.evaluate import evaluate, evaluate_population
@@ -36,7 +37,6 @@ from tinylora_lite.utils.record import Run, resume, save_checkpoint
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from tinylora_lite.adapter.batched import Population
     from tinylora_lite.evaluation.score import Score
     from tinylora_lite.tasks.task import Task
 
@@ -70,11 +70,13 @@ class Objective(ABC, Generic[S]):
         settings: Sequence[S],
         sampler: Sampler | None = None,
     ) -> None:
+        if not isinstance(adapter, TinyLoraAdapter | Population | None):
+            raise TypeError(f"adapter must be what attach() returns, or None, not {adapter!r}")
         self.model, self.tokenizer, self.adapter, self.task, self.sampler = model, tokenizer, adapter, task, sampler
         if not settings or not all(isinstance(own, TrainingSettings) for own in settings):
             cure = f"fit({type(self).__name__}(model, tokenizer, population, task, [settings, ...]))"
             raise ValueError(f"an adapter takes one object of settings, and a population a list of them: {cure}")
-        self.population = not isinstance(adapter, TinyLoraAdapter | None)
+        self.population = isinstance(adapter, Population)
         self.settings, self.shared = list(settings), settings[0]
         self.parameters = [list(model.parameters())] if adapter is None else [[v] for v in adapter.parameters()]
         self.identities: list[dict[str, Any]] = [{"kind": "all weights"}]
@@ -84,7 +86,7 @@ class Objective(ABC, Generic[S]):
             raise ValueError("the model carries an adapter; pass it, or call its detach() to train all weights")
         if isinstance(adapter, TinyLoraAdapter) and adapter_of(model) is not adapter:
             raise ValueError("the adapter is not attached to this model; pass the model that attach() was given")
-        if adapter is not None and not isinstance(adapter, TinyLoraAdapter):
+        if isinstance(adapter, Population):
             adapter.check_settings([asdict(own) for own in self.settings])
             if distributed.world_size() > 1 or sampler is not None or getattr(self.shared, "kl", 0.0) > 0:
                 raise ValueError("a population trains in one process, without another sampler, without a KL penalty")

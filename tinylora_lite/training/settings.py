@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -51,31 +52,14 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         at_least_one = ("steps", "prompts_per_step", "max_new_tokens", "micro_batch", "evaluate_problems", "save_every")
-        self._check_integers(dict.fromkeys(at_least_one, 1) | {"warmup": 0, "evaluate_every": 0, "seed": 0})
-        self._check_positive("learning_rate", "max_grad_norm")
-        self._check_choices(schedule=Schedule)
+        check_integers(vars(self), dict.fromkeys(at_least_one, 1) | {"warmup": 0, "evaluate_every": 0, "seed": 0})
+        check_numbers(vars(self), "learning_rate", "max_grad_norm")
+        _check_choices(vars(self), schedule=Schedule)
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
         falling = 1 - step / self.steps if self.schedule == "linear" else 1.0
         return self.learning_rate * min(1.0, (step + 1) / (self.warmup + 1)) * falling
-
-    def _check_integers(self, least: dict[str, int]) -> None:
-        for name, bound in least.items():
-            value = getattr(self, name)
-            if type(value) is not int or value < bound:  # True is an int too
-                why = " (a group of one has no better half)" if name == "group_size" else ""
-                raise ValueError(f"{name} must be an integer of at least {bound}{why}, not {value!r}")
-
-    def _check_positive(self, *names: str) -> None:
-        for name in names:
-            if not (_is_finite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(f"{name} must be a finite number above 0, not {getattr(self, name)!r}")
-
-    def _check_choices(self, **choices: Any) -> None:
-        for name, allowed in choices.items():
-            if getattr(self, name) not in get_args(allowed):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, not {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,14 +92,11 @@ class GRPOSettings(TrainingSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_integers({"group_size": 2, "epochs_per_step": 1})
-        self._check_positive("temperature", *(["tis_cap"] if self.tis_cap is not None else []))
-        for name, most in (("clip_low", 1.0), ("clip_high", math.inf), ("kl", math.inf)):
-            value = getattr(self, name)
-            if not (_is_finite(value) and 0 <= value <= most):
-                bounds = "from 0 to 1" if most == 1 else "of at least 0"
-                raise ValueError(f"{name} must be a finite number {bounds}, not {value!r}")
-        self._check_choices(scale=Scale, normalise=Normalise, truncated=Truncated)
+        check_integers(vars(self), {"group_size": 2, "epochs_per_step": 1})
+        check_numbers(vars(self), "temperature", *(["tis_cap"] if self.tis_cap is not None else []))
+        check_numbers(vars(self), "clip_low", bounds="from 0 to 1", within=lambda x: 0 <= x <= 1)
+        check_numbers(vars(self), "clip_high", "kl", bounds="of at least 0", within=lambda x: x >= 0)
+        _check_choices(vars(self), scale=Scale, normalise=Normalise, truncated=Truncated)
 
     @classmethod
     def variant(cls, name: Literal["grpo", "dr_grpo", "dapo"], **settings: Any) -> GRPOSettings:
@@ -162,9 +143,8 @@ class SFTSettings(TrainingSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.epochs is not None:
-            self._check_positive("epochs")
-        if not (_is_finite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature must be a finite number of at least 0, not {self.temperature!r}")
+            check_numbers(vars(self), "epochs")
+        check_numbers(vars(self), "temperature", bounds="of at least 0", within=lambda x: x >= 0)
 
     def in_steps(self, problems: int) -> SFTSettings:
         """The same with ``epochs`` turned into ``steps``, for so many training problems.
@@ -177,5 +157,27 @@ class SFTSettings(TrainingSettings):
         return replace(self, epochs=None, steps=max(1, math.floor(self.epochs * problems / self.prompts_per_step)))
 
 
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def check_integers(settings: dict[str, Any], least: dict[str, int]) -> None:
+    """Raises ``ValueError`` unless each named setting is an integer of at least its bound."""
+    for name, bound in least.items():
+        value = settings[name]
+        if type(value) is not int or value < bound:  # True is an int too
+            why = " (a group of one has no better half)" if name == "group_size" else ""
+            raise ValueError(f"{name} must be an integer of at least {bound}{why}, not {value!r}")
+
+
+def check_numbers(
+    settings: dict[str, Any], *names: str, bounds: str = "above 0", within: Callable[[float], bool] = lambda x: x > 0
+) -> None:
+    """Raises ``ValueError`` unless each named setting is a finite number within the bounds, which are told in words."""
+    for name in names:
+        value = settings[name]
+        finite = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not finite or not within(value):
+            raise ValueError(f"{name} must be a finite number {bounds}, not {value!r}")
+
+
+def _check_choices(settings: dict[str, Any], **choices: Any) -> None:
+    for name, allowed in choices.items():
+        if settings[name] not in get_args(allowed):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, not {settings[name]!r}")

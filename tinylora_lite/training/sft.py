@@ -150,7 +150,8 @@ def check_solutions(
 def _solution_ids(tokenizer: PreTrainedTokenizerBase, task: Task, examples: Sequence[Example]) -> list[list[int]]:
     texts = []
     for example in examples:
-        assert example.solution is not None, "give Example(..., solution=...)"
+        if example.solution is None:
+            raise ValueError("an example has no worked answer; give Example(..., solution=...)")
         solution, asked = example.solution.strip(), task.messages(example)
         prompt = str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
         answered = [*asked, {"role": "assistant", "content": solution}]

@@ -59,7 +59,19 @@ ADAPTER_FILE = "adapter.tinylora"
 RUN_FILE = "run.json"
 
 
-def train_trl(*args: Any, folder: str | Path | None = None, **options: Any) -> Run:
+def train_trl(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    adapter: TinyLoraAdapter,
+    task: Task,
+    settings: GRPOSettings | None = None,
+    *,
+    sampler: Sampler | None = None,
+    folder: str | Path | None = None,
+    on_step: Callable[[Run], None] | None = None,
+    callbacks: list[TrainerCallback] | None = None,
+    **config: Any,
+) -> Run:
     """Trains an adapter by TRL's GRPO; arguments are those of :class:`TinyLoraGRPOTrainer`.
 
     Under ``accelerate launch`` every process calls this with the same arguments.
@@ -68,7 +80,8 @@ def train_trl(*args: Any, folder: str | Path | None = None, **options: Any) -> R
         RuntimeError: the installed TRL does not correct for the sampler.
         FloatingPointError: the gradient is not finite; the parameters stay those of the last update.
     """
-    trainer = TinyLoraGRPOTrainer(*args, folder=folder, **options)
+    config |= {"sampler": sampler, "on_step": on_step, "callbacks": callbacks}
+    trainer = TinyLoraGRPOTrainer(model, tokenizer, adapter, task, settings, folder=folder, **config)
     last = get_last_checkpoint(str(folder)) if folder is not None and Path(folder).is_dir() else None
     trainer.train(resume_from_checkpoint=last)
     if folder is not None:
@@ -80,8 +93,8 @@ class TinyLoraGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
     """``GRPOTrainer`` for an adapter. Its checkpoints hold v and the optimizer's state, and no weights of the base.
 
     Arguments are those of :func:`~tinylora_lite.train_grpo`, except that ``sampler=None`` takes TRL's own generation,
-    and evaluates with ours. The adapter is not on the output layer. ``config`` is further fields of TRL's
-    ``GRPOConfig``, such as ``report_to`` or ``use_cpu``.
+    and evaluates with ours. The adapter is not on the output layer. ``callbacks`` are those of ``GRPOTrainer``;
+    ``config`` is further fields of TRL's ``GRPOConfig``, such as ``report_to`` or ``use_cpu``.
 
     Raises:
         ValueError: as :func:`~tinylora_lite.train_grpo`, or a field in ``config`` that ``settings`` decide.
@@ -101,6 +114,7 @@ class TinyLoraGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         sampler: Sampler | None = None,
         folder: str | Path | None = None,
         on_step: Callable[[Run], None] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
         **config: Any,
     ) -> None:
         settings = settings or GRPOSettings()
@@ -124,11 +138,11 @@ class TinyLoraGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
                 args=trl_config(settings, folder, **config),
                 train_dataset=Dataset.from_list([{"prompt": task.messages(e), "gold": e.gold} for e in drawn]),
                 processing_class=tokenizer,
+                callbacks=[*(callbacks or []), _Evaluation(self)],
                 rollout_func=None if sampler is None else self._ask_sampler,
             )
             self._trl_forward = model.forward
         distributed.shard(settings.prompts_per_step, "prompts_per_step")
-        self.add_callback(_Evaluation(self))
         self.remove_callback(PrinterCallback)
         self.args.beta = self.beta = settings.kl
         if settings.kl > 0:
