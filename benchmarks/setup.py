@@ -95,7 +95,7 @@ def _peft() -> Callable[[], Any]:
 
 
 def _stream(folder: Path) -> Callable[[], Any]:
-    from tinylora_lite.adapter.streaming import decompose_checkpoint
+    from benchmarks.shards import decompose_checkpoint
 
     return lambda: [name for name, _ in decompose_checkpoint(folder, rank=2)]
 

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tinylora_lite as tl
+from benchmarks.shards import decompose_checkpoint
 from tinylora_lite.adapter import svd
-from tinylora_lite.adapter.streaming import decompose_checkpoint
 from tinylora_lite.adapter.svd import decompose
 from tinylora_lite.utils import record
 

@@ -8,8 +8,8 @@ from torch import nn
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from tinylora_lite import TinyLoraConfig, attach, count_parameters, lora_xs, plan
-from tinylora_lite.adapter.streaming import without_weights
 from tinylora_lite.planning import counting
+from tinylora_lite.planning.shapes import without_weights
 
 
 def qwen2(layers, hidden, heads, kv_heads, mlp, vocabulary, tied):

@@ -6,9 +6,9 @@ import math
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from tinylora_lite.adapter.config import TinyLoraConfig
-from tinylora_lite.adapter.streaming import without_weights
 from tinylora_lite.adapter.tying import Tying, find_target_modules, groups_of
 from tinylora_lite.adapter.weights import stored_parameters, weight_shape
+from tinylora_lite.planning.shapes import without_weights
 
 if TYPE_CHECKING:
     from torch import nn

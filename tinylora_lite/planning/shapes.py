@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PretrainedConfig
 
     from tinylora_lite.adapter.tying import TargetModule
@@ -93,7 +94,6 @@ class ModelShape:
         Raises:
             ValueError: it is no causal language model of such blocks.
         """
-        from tinylora_lite.adapter.streaming import without_weights
         from tinylora_lite.adapter.tying import find_target_modules
 
         model = without_weights(config)
@@ -111,3 +111,24 @@ class ModelShape:
             sides=sum(sum(weight.shape) for weight in weights),
             targets=tuple(targets),
         )
+
+
+def without_weights(model_or_config: nn.Module | PretrainedConfig) -> nn.Module:
+    """A model as it is, or the causal language model of a configuration on the meta device.
+
+    Raises:
+        ValueError: it is neither a model nor a configuration.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, PretrainedConfig
+
+    if isinstance(model_or_config, torch.nn.Module):
+        return model_or_config
+    if not isinstance(model_or_config, PretrainedConfig):
+        raise ValueError(
+            f"a model or a transformers configuration is needed, not {type(model_or_config).__name__}; "
+            "AutoConfig.from_pretrained makes one of a name"
+        )
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(model_or_config)
+    return model

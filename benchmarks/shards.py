@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,10 +17,8 @@ from tqdm.auto import tqdm
 
 from tinylora_lite.adapter.svd import Decomposition, cached_decompose
 from tinylora_lite.adapter.tying import find_target_modules
+from tinylora_lite.planning.shapes import without_weights
 from tinylora_lite.utils.distributed import hide_progress
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 
 def decompose_checkpoint(
@@ -67,27 +64,6 @@ def decompose_checkpoint(
             yield name, cached_decompose(weight, rank, seed, cache)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-
-
-def without_weights(model_or_config: nn.Module | PretrainedConfig) -> nn.Module:
-    """A model as it is, or the causal language model of a configuration on the meta device.
-
-    Raises:
-        ValueError: it is neither a model nor a configuration.
-    """
-    if isinstance(model_or_config, nn.Module):
-        return model_or_config
-    # Imported here: it takes a second, and nothing else in this file needs it.
-    from transformers import AutoModelForCausalLM, PretrainedConfig
-
-    if not isinstance(model_or_config, PretrainedConfig):
-        raise ValueError(
-            f"a model or a transformers configuration is needed, not {type(model_or_config).__name__}; "
-            "AutoConfig.from_pretrained makes one of a name"
-        )
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(model_or_config)
-    return model
 
 
 def _sources(folder: Path, model: nn.Module, target_modules: Sequence[str] | None) -> dict[str, tuple[Path, str]]:
