@@ -93,9 +93,8 @@ class Plan:
             changes.pop(key, None)
             changes[key] = value
             if fits(changes):
-                for one in reversed(
-                    list(changes)
-                ):  # those that change the run most go first, where they are not needed
+                # Those that change the run most go first, where they are not needed.
+                for one in reversed(list(changes)):
                     fewer = {other: changes[other] for other in changes if other != one}
                     changes = fewer if fits(fewer) else changes
                 return _words(changes)
