@@ -184,6 +184,8 @@ class RunSettings(Settings):
             yield "trainer", "under trl a float16 gradient would be rounded to nothing; set trainer: own"
         if everything and self.shard:
             yield "shard", "only a frozen base is spread over GPUs here; set shard: false"
+        if len({f"{rate:g}" for rate in self.learning_rates}) < len(self.learning_rates):
+            yield "learning_rates", "two learning_rates are the same in six digits and would share a folder; drop one"
 
     def training_settings(self, problems: int) -> GRPOSettings | SFTSettings:
         """The settings of the training loop, for so many ``problems`` in the training split.
