@@ -107,12 +107,13 @@ def test_the_folder_of_another_trainer_is_refused(trainer, other, tmp_path):
 
 def test_what_several_processes_cannot_do_is_refused_before_the_base_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "rank", lambda: 0)
     monkeypatch.setattr(runner, "load_model", lambda *a, **o: pytest.fail("the base was loaded"))
     with pytest.raises(
         ValueError, match=r"set sampler.engine=vllm-server sampler.url=\.\.\., or train with one process"
     ):
         run_experiment(settings(tmp_path, sampler={"engine": "vllm"}))
-    with pytest.raises(ValueError, match=r"run `tinylora calibrate nano --task nano` first, with --out .*basis"):
+    with pytest.raises(ValueError, match=r"run `tinylora calibrate nano --task nano --out .*basis.safetensors` first"):
         run_experiment(settings(tmp_path, adapter={"projection": "calibrated"}))
 
 

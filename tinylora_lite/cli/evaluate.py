@@ -74,28 +74,20 @@ def run(arguments: argparse.Namespace) -> None:
                 if not getattr(task, a.split):
                     raise ValueError(f"task {name} has no {a.split} problems")
             own = a.engine == "transformers"
-            runner = Runner.open(
-                runs[a.task[0]],
-                load_tokenizer(a.model, a.revision),
-                progress,
-                dtype=a.dtype or dtype,
-                device=a.device if own else "cpu",
-                weights=own or a.adapter is not None,  # an adapter is decomposed from the weights, whatever answers
-            )
+            options: dict[str, Any] = {"dtype": a.dtype or dtype, "device": a.device if own else "cpu"}
+            options["weights"] = own or a.adapter is not None  # which an adapter is made from, whatever answers
+            runner = Runner.open(runs[a.task[0]], load_tokenizer(a.model, a.revision), progress, **options)
             adapter = None
             if a.adapter is not None:
                 progress.begin(f"attaching {a.adapter}")
                 adapter = shared.attach_file(runner.base, a.adapter, a.basis)
 
         def score(name: str, which: str) -> tl.Score:
+            task, settings = tasks[name], runs[name].evaluation
+            folder = None if a.folder is None else a.folder / name / which
+            subject = None if runner.model is not None else {"model": a.model, "revision": a.revision or ""}
             return runner.evaluate(
-                f"{name}, {which}",
-                tasks[name],
-                runs[name].evaluation,
-                split=a.split,
-                seed=a.seed,
-                folder=None if a.folder is None else a.folder / name / which,
-                subject=None if runner.model is not None else {"model": a.model, "revision": a.revision or ""},
+                f"{name}, {which}", task, settings, split=a.split, seed=a.seed, folder=folder, subject=subject
             )
 
         scores: dict[str, dict[str, tl.Score]] = {name: {} for name in tasks}
@@ -108,11 +100,11 @@ def run(arguments: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
     words: list[str] = []
     for name, found in scores.items():
-        details = {which: each.details() for which, each in found.items()}
+        results.append({"task": name})
         for which, each in found.items():
             rows.append(_row(f"{name}, {'base' if which == 'base' or adapter is None else 'adapted'}", each))
-            details[which] |= dict(zip(("bootstrap_low", "bootstrap_high"), each.bootstrap(), strict=True))
-        results.append({"task": name} | details)
+            low, high = each.bootstrap()
+            results[-1][which] = each.details() | {"bootstrap_low": low, "bootstrap_high": high}
         if "base" in found:
             compared = tl.compare(found["base"], found["score"])
             results[-1]["comparison"] = compared.summary()

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from huggingface_hub import constants
 from safetensors import SafetensorError
 
 if TYPE_CHECKING:
@@ -120,8 +121,6 @@ def _quantization(quantize: Quantize, dtype: str) -> Any:
 @contextmanager
 def _loading(name: str) -> Iterator[None]:
     """Says of an error of transformers which name it was about, and what to do."""
-    from huggingface_hub import constants
-
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:

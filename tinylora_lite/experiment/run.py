@@ -101,7 +101,7 @@ def run_experiment(
     """
     folder, progress = Path(settings.folder), progress or Progress()
     writes = distributed.rank() == 0
-    _check(settings)
+    _check(settings, folder)
     folder.mkdir(parents=True, exist_ok=True)
     if writes and not (folder / "settings.yaml").exists():
         settings.save(folder / "settings.yaml")
@@ -166,25 +166,20 @@ def task_named(name: str, settings: RunSettings) -> Task:
     return load_task(name, data=settings.data, prompt=settings.prompt)
 
 
-def _check(settings: RunSettings) -> None:
+def _check(settings: RunSettings, folder: Path) -> None:
     """Raises ``ValueError``, before anything large is loaded, where the processes or the folder rule a run out."""
-    folder = Path(settings.folder)
     other = "checkpoint.pt" if settings.trainer == "trl" else "checkpoint-*"
     if any(path for one in settings.sweep() for path in Path(one.folder).glob(other)):
         raise ValueError(f"{folder} holds a run of another trainer; give another folder, or delete that one")
     if distributed.world_size() == 1:
         return
     if settings.sampler.engine == "vllm":
-        raise ValueError(
-            "each process would need an engine of its own; start `tinylora serve` and set sampler.engine=vllm-server "
-            "sampler.url=..., or train with one process"
-        )
+        cure = "start `tinylora serve` and set sampler.engine=vllm-server sampler.url=..., or train with one process"
+        raise ValueError(f"each process would need an engine of its own; {cure}")
     file = folder / "basis.safetensors"
     if settings.adapter.calibrated and settings.adapter.projection == "calibrated" and not file.exists():
-        raise ValueError(
-            f"a basis is calibrated by one process; run `tinylora calibrate {settings.model} --task {settings.task}` "
-            f"first, with --out {file}"
-        )
+        command = f"tinylora calibrate {settings.model} --task {settings.task} --out {file}"
+        raise ValueError(f"a basis is calibrated by one process; run `{command}` first")
 
 
 def _basis(runner: Runner, task: Task, settings: RunSettings) -> Basis | None:

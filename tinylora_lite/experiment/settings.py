@@ -68,9 +68,7 @@ class AdapterSettings(Settings):
     tying: Literal["tiled", "structured"] = Field(
         "tiled", description="tiled: neighbours share; structured: modules of one type share"
     )
-    sigma: Literal["left", "split", "right"] = Field(
-        "left", description="where the singular values go: left, split or right"
-    )
+    sigma: Literal["left", "split", "right"] = Field("left", description="of singular values: left, split or right")
     seed: int = Field(0, ge=0, lt=2**64, description="of the random projections P")
     projection: str = Field("random", description="random (the paper), calibrated, or the path of a basis file")
     calibration: CalibrationSettings = Field(CalibrationSettings(), description="how a calibrated basis is made")

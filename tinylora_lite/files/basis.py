@@ -72,6 +72,5 @@ def find_basis(wanted: str, given: Basis | str | Path | None, path: Path) -> Bas
             continue
         if basis.fingerprint() == wanted:
             return basis
-    raise AdapterFileError(
-        f"{path} needs the calibrated basis {wanted[:12]}…, not found {searched}; give --basis or basis="
-    )
+    missing = f"{path} needs the calibrated basis {wanted[:12]}…, not found {searched}"
+    raise AdapterFileError(f"{missing}; pass it as basis= or --basis")

@@ -133,8 +133,7 @@ def pretrain(settings: PretrainSettings, folder: Path) -> PreTrainedModel:
     # A recipe from before a setting existed was made with what is now that setting's default.
     default = asdict(PretrainSettings())
     if recipe_file.exists():
-        found = json.loads(recipe_file.read_text(encoding="utf-8"))
-        check_same(folder, "a base", default | found, asdict(settings))
+        check_same(folder, "a base", default | json.loads(recipe_file.read_text(encoding="utf-8")), asdict(settings))
         return _load(folder)
 
     tokenizer = build_tokenizer()
