@@ -1,5 +1,6 @@
 """count and plan: the paper's numbers, JSON for programs, one line for every mistake."""
 
+import io
 import json
 import os
 import shlex
@@ -7,9 +8,10 @@ import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
 import tinylora_lite as tl
-from tinylora_lite.cli import COMMANDS, build_parser, main
+from tinylora_lite.cli import COMMANDS, build_parser, main, shared
 from tinylora_lite.planning.shapes import model_config
 
 
@@ -50,8 +52,19 @@ def test_all_methods(capsys):
 def test_the_table_holds_all_methods(capsys):
     assert main(["count", "qwen2.5-7b"]) == 0
     out = capsys.readouterr().out
-    for text in ("full", "lora_xs", "vera", "2,523,136", "5,046,272", "26 ", "15,231,233,024"):
+    for text in ("full", "lora_xs", "vera", "2,523,136", "5.05 MB", "26 bytes", "15.23 GB"):
         assert text in out
+
+
+def test_values_as_a_table_shows_them(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    values = {"count": 12345, "share": 0.123456, "shared": True, "vectors": list(range(1000, 1011)), "none": None}
+    console = Console(file=io.StringIO())
+    console.print(shared.described(values), shared.table([{"name": "a", "n": 7}, {"name": "b", "n": 12345}]))
+    lines = [" ".join(line.split()) for line in console.file.getvalue().splitlines()]
+    eight = "1,000 1,001 1,002 1,003 1,004 1,005 1,006 1,007"
+    assert lines[:4] == ["count 12,345", "share 0.1235", "shared yes", f"vectors {eight} and 3 more"]
+    assert "b 12,345" in lines
 
 
 def test_plan(capsys):
@@ -81,7 +94,12 @@ def test_a_model_of_ones_own(capsys, tmp_path):
         (["teach"], 2, "invalid choice: 'teach'"),
         (["count"], 2, "required: MODEL"),
         (["count", "nano", "--method", "magic"], 2, "invalid choice: 'magic'"),
-        (["count", "nano", "--n-tie", "some"], 2, "--n-tie"),
+        (["count", "nano", "--n-tie", "some"], 2, '--n-tie: must be an integer or "all", not some'),
+        (["count", "nano", "--seed", "x"], 2, "--seed: a seed is an integer from 0 to 4294967295, not x"),
+        (["plan-run", "nano", "--price", "0"], 2, "--price: must be at least 0.01, not 0"),
+        (["plan-run", "nano", "--price", "nan"], 2, "--price: must be at least 0.01, not nan"),
+        (["plan-run", "nano", "--length", "-5"], 2, "--length: must be at least 1, not -5"),
+        (["plan-run", "nano", "--problems", "0"], 2, "--problems: must be at least 1, not 0"),
         (["plan", "nano"], 2, "required: --budget"),
         (["plan", "nano", "--budget", "few"], 2, "--budget"),
         (["plan", "nano", "--budget", "13", "--seed", "-1"], 2, "a seed is an integer"),

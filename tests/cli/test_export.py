@@ -216,6 +216,14 @@ def test_how_vllm_serves_a_lora(capsys, base, file, tmp_path):
     ]
 
 
+def test_vllm_reads_a_name_with_signs_of_its_own(capsys, base, file, tmp_path):
+    shutil.copy(file, tmp_path / "lr=1.tinylora")
+    result = exported(capsys, tmp_path / "lr=1.tinylora", "--base", base, "--to", "lora", "--out", tmp_path / "a,b")
+    command = shlex.split(result["serve"])
+    module = json.loads(command[command.index("--lora-modules") + 1])
+    assert module == {"name": "lr=1", "path": str((tmp_path / "a,b").resolve())}
+
+
 def test_vllm_is_told_of_a_rank_above_its_default(capsys, base, tmp_path):
     config = tl.TinyLoraConfig(rank=20, u=3, target_modules=["gate_proj"])
     file = written(base, tmp_path / "a.tinylora", config)
@@ -242,13 +250,13 @@ def test_the_nano_base(capsys, tmp_path):
     assert lora["modules"] == 49
     assert shlex.split(lora["serve"])[:3] == ["vllm", "serve", str((nano.CHECKPOINTS / nano.BASE).resolve())]
     assert "--skip-tokenizer-init" in lora["serve"], "AutoTokenizer would take Qwen2's own"
-    assert "PreTrainedTokenizerFast" in lora["note"]
+    assert "PreTrainedTokenizerFast and send vLLM token ids;" in lora["note"]
     merged = exported(capsys, file, "--base", "nano", "--to", "merged", "--out", tmp_path / "merged")
     assert close(logits(loaded(tmp_path / "merged")), logits(model))
     question = nano.task().test[0].prompt
     theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path / "merged")
     assert theirs(question).input_ids == tokenizer(question).input_ids
-    assert "PreTrainedTokenizerFast" in merged["note"]
+    assert "PreTrainedTokenizerFast; " in merged["note"]
     assert not [name for name in merged["files"] if "basis" in name]
 
 

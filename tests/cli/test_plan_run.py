@@ -12,6 +12,7 @@ def test_a_preset_that_fits(capsys):
     for text in ("13 parameters on Tesla T4", "base weights", "keys and values", "hours a run", "cost", "It fits."):
         assert text in out
     assert "The time supposes" in out
+    assert "does not fit" not in out
 
 
 def test_plans_and_presets_know_a_gpu_by_the_same_names(capsys):
@@ -28,6 +29,10 @@ def test_a_preset_that_does_not(capsys):
     assert main(["plan-run", "qwen2.5-7b/gsm8k", "--gpu", "4090"]) == 0
     out = capsys.readouterr().out
     assert "It does not fit" in out
+    lines = out.partition("It does not fit")[0].splitlines()
+    totals = [line for line in lines if "all of it" in line]
+    assert all("does not fit" in line for line in totals)
+    assert set(lines[lines.index(totals[0]) - 1].strip()) == {"─"}, "a rule is above the totals"
     assert "It fits with: " in out
     assert "hours a run" not in out
 

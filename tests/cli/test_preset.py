@@ -14,6 +14,7 @@ def test_the_list_names_every_model(capsys):
     out = capsys.readouterr().out
     assert "qwen2.5-7b/gsm8k" in out
     assert "meta-llama/Llama-3.1-8B-Instruct" in out
+    assert "NAME/sft by imitation, NAME/calibrated on calibrated directions" in " ".join(out.split())
     assert main(["preset", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["presets"] == list(preset_names())
 

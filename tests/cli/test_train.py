@@ -59,7 +59,7 @@ def test_a_preset(capsys, tmp_path):
         (["FILE", "adapter.rnak=3"], "unknown setting adapter.rnak; did you mean adapter.rank?"),
         (["FILE", "--gpu", "t4"], "--gpu chooses among presets; a settings file says everything itself"),
         (["no-such-preset"], "no-such-preset"),
-        (["FILE", "model=nobody/has-this"], "no model could be loaded from nobody/has-this ("),
+        (["FILE", "model=nobody/has-this"], "HF_HUB_OFFLINE is set; unset it, run `hf download nobody/has-this`"),
         (["FILE", "sampler.engine=vllm-server"], "url names the server of engine vllm-server"),
     ],
 )

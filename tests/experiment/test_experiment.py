@@ -12,6 +12,7 @@ from tinylora_lite.experiment import runner
 from tinylora_lite.experiment.models import load_model, load_tokenizer
 from tinylora_lite.experiment.run import run_experiment, short_prompts
 from tinylora_lite.experiment.settings import RunSettings
+from tinylora_lite.utils import distributed
 from tinylora_lite.utils.record import Run
 from tinylora_lite.view.progress import Progress
 
@@ -93,6 +94,27 @@ def test_another_setting_in_the_same_folder_is_refused(first):
     with pytest.raises(ValueError, match=r"holds .*learning_rate"):
         run_experiment(changed)
     assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize(("trainer", "other"), [("own", "checkpoint-2"), ("trl", "checkpoint.pt")])
+def test_the_folder_of_another_trainer_is_refused(trainer, other, tmp_path):
+    (tmp_path / "lr-0.1" / other).mkdir(parents=True)
+    (tmp_path / "adapter.tinylora").write_bytes(b"theirs")
+    with pytest.raises(ValueError, match="holds a run of another trainer; give another folder"):
+        run_experiment(settings(tmp_path, trainer=trainer, learning_rates=[0.1, 0.2]))
+    assert (tmp_path / "adapter.tinylora").read_bytes() == b"theirs"
+
+
+def test_what_several_processes_cannot_do_is_refused_before_the_base_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "rank", lambda: 0)
+    monkeypatch.setattr(runner, "load_model", lambda *a, **o: pytest.fail("the base was loaded"))
+    with pytest.raises(
+        ValueError, match=r"set sampler.engine=vllm-server sampler.url=\.\.\., or train with one process"
+    ):
+        run_experiment(settings(tmp_path, sampler={"engine": "vllm"}))
+    with pytest.raises(ValueError, match=r"run `tinylora calibrate nano --task nano --out .*basis.safetensors` first"):
+        run_experiment(settings(tmp_path, adapter={"projection": "calibrated"}))
 
 
 def test_learning_rates_are_chosen_on_validation_problems(tmp_path):

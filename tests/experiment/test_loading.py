@@ -17,6 +17,9 @@ def test_the_nano_base():
     text = nano.task().test[0].prompt
     assert load_tokenizer("nano")(text).input_ids == shipped[1](text).input_ids
     assert load_model("nano").dtype == torch.bfloat16
+    assert load_model("nano", dtype="auto").dtype == torch.float32
+    with pytest.raises(ValueError, match="the nano base is small enough without quantize; leave it out"):
+        load_model("nano", quantize="nf4")
 
 
 def test_a_folder(make_model, tokenizer, tmp_path):
@@ -44,7 +47,9 @@ def test_a_device_that_is_not_there():
 
 @pytest.mark.parametrize("load", [load_model, load_tokenizer])
 def test_an_empty_folder(load, tmp_path):
-    with pytest.raises(OSError, match=rf"loaded from {tmp_path} \(.*\); give the folder of a transformers checkpoint"):
+    with pytest.raises(
+        OSError, match=rf"^{tmp_path} holds no config.json; give the folder of a transformers checkpoint"
+    ):
         load(str(tmp_path))
 
 
@@ -58,5 +63,11 @@ def test_a_damaged_checkpoint(make_model, tmp_path):
 @pytest.mark.parametrize("load", [load_model, load_tokenizer])
 def test_a_name_that_nobody_knows(load, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(OSError, match=r"loaded from nobody/has-this \(.*\); give .* or a name on the hub"):
+    with pytest.raises(OSError, match=r"HF_HUB_OFFLINE is set; unset it, run `hf download nobody/has-this`"):
         load("nobody/has-this")
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere", "runs/one/model"])
+def test_a_path_that_leads_nowhere(name):
+    with pytest.raises(OSError, match=f"no folder at {name}; give the folder"):
+        load_tokenizer(name)

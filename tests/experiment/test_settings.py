@@ -107,6 +107,7 @@ WRONG = {
     "sampler:\n  engine: vllm-server\n  sync: merged\n  url: http://x": ("line 5", "a server is sent LoRAs"),
     "trainer: trl\ndtype: float16": ("line 3", "set trainer: own"),
     "adapter:\n  kind: all\nshard: true": ("line 5", "only a frozen base is spread"),
+    "learning_rates: [1e-4, 1.0000001e-4]": ("line 3", "would share a folder"),
     "learning_rates: fast": ("line 3", "learning_rates should be a list, not 'fast'"),
     "quantize: nf8": ("line 3", "quantize should be 'nf4', 'int8' or null, not 'nf8'"),
     "folder: ''": ("line 3", "folder should have at least 1 character, not ''"),

@@ -64,7 +64,7 @@ def test_what_is_left_is_a_plain_checkpoint_that_is_not_trained_twice(base):
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     again = pretrain.pretrain(TINY, folder)
     assert torch.equal(again(ids).logits, model(ids).logits)
-    with pytest.raises(ValueError, match="other settings"):
+    with pytest.raises(ValueError, match="holds a base with seed = 0, not 1"):
         pretrain.pretrain(replace(TINY, seed=1), folder)
 
 
@@ -146,8 +146,11 @@ def test_a_recipe_from_before_a_setting_existed_has_its_default(base, tmp_path):
     (tmp_path / "recipe.json").write_text(json.dumps(older))
     ids = torch.arange(10)[None]
     assert torch.equal(pretrain.pretrain(TINY, tmp_path)(ids).logits, model(ids).logits)
-    with pytest.raises(ValueError, match="other settings"):
+    with pytest.raises(ValueError, match="holds a base with mixture = 'default', not 'other'"):
         pretrain.pretrain(replace(TINY, mixture="other"), tmp_path)
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe | {"dropout": 0.1}))
+    with pytest.raises(ValueError, match=r"a base with dropout = 0\.1, and this one has none"):
+        pretrain.pretrain(TINY, tmp_path)
 
 
 def test_the_shipped_base_is_the_default_recipe():

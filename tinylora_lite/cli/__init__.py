@@ -85,7 +85,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _seed(text: str) -> int:
-    seed = int(text)
-    if not 0 <= seed < 2**32:
+    if not (text.isdecimal() and int(text) < 2**32):
         raise argparse.ArgumentTypeError(f"a seed is an integer from 0 to {2**32 - 1}, not {text}")
-    return seed
+    return int(text)

@@ -1,4 +1,4 @@
-"""Make a basis of calibrated directions: policy gradients of a few hundred problems, in one pass.
+"""Make a basis of calibrated directions: policy gradients of a few hundred problems, in one pass or two.
 
 The basis is made once for a base and a task, and shared; adapters on it hold only their parameters. This is the
 project's own method: the paper draws its directions at random.

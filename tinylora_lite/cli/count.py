@@ -45,20 +45,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints a table of all methods, one line for one method, or JSON."""
+    from rich.filesize import decimal
+
     from tinylora_lite.planning.counting import count_parameters
 
     model, config = arguments.model, shapes.model_config(arguments.model)
-    rows = []
+    rows, sizes = [], []
     for method, settings in _asked(arguments):
         parameters = count_parameters(config, method, **settings)
+        sizes.append(decimal(2 * parameters, precision=2))
         rows.append({"method": method, "settings": settings, "parameters": parameters, "bytes": 2 * parameters})
     if arguments.method is None:
-        table = shared.table(rows, f"What trains on {model}, and its size as bfloat16")
+        cells = [row | {"bytes": size} for row, size in zip(rows, sizes, strict=True)]
+        table = shared.table(cells, f"What trains on {model}, and its size as bfloat16")
         shared.show(arguments, {"model": model, "methods": rows}, table)
     else:
         words = ", ".join(f"{key}={value}" for key, value in settings.items())
         line = f"{model}, {method}{f' ({words})' if words else ''}: {parameters:,} parameters"
-        shared.show(arguments, {"model": model} | rows[0], f"{line}, {2 * parameters:,} bytes as bfloat16")
+        shared.show(arguments, {"model": model} | rows[0], f"{line}, {sizes[0]} as bfloat16")
 
 
 def _asked(arguments: argparse.Namespace) -> tuple[tuple[Method, dict[str, Any]], ...]:
@@ -76,4 +80,6 @@ def _asked(arguments: argparse.Namespace) -> tuple[tuple[Method, dict[str, Any]]
 
 
 def _n_tie(text: str) -> int | str:
+    if text != "all" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f'must be an integer or "all", not {text}')
     return text if text == "all" else int(text)

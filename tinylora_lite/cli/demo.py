@@ -49,13 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def run_demo(
-    *,
-    steps: int,
-    problems: int,
-    folder: Path,
-    seed: int = 0,
-    calibrate: bool = False,
-    progress: Progress | None = None,
+    *, steps: int, problems: int, folder: Path, seed: int = 0, calibrate: bool = False, progress: Progress | None = None
 ) -> tuple[dict[str, Any], dict[str, tl.Score]]:
     """Trains 13 parameters with random and with calibrated projections on the nano base, and evaluates all three.
 
@@ -71,13 +65,9 @@ def run_demo(
     from tinylora_lite.experiment.settings import EvaluationSettings, RunSettings
     from tinylora_lite.view.progress import Progress
 
+    limit = nano.MAX_NEW_TOKENS
     training = tl.GRPOSettings(
-        steps=steps,
-        prompts_per_step=PROMPTS,
-        group_size=GROUP_SIZE,
-        max_new_tokens=nano.MAX_NEW_TOKENS,
-        schedule="linear",
-        seed=seed,
+        steps=steps, prompts_per_step=PROMPTS, group_size=GROUP_SIZE, max_new_tokens=limit, schedule="linear", seed=seed
     )
     progress, task = progress or Progress(), nano.task()
     folder.mkdir(parents=True, exist_ok=True)  # fails now rather than after a minute of training
@@ -85,11 +75,11 @@ def run_demo(
     base = RunSettings(model="nano", task="nano", dtype="float32")
     runner = Runner.open(base, load_tokenizer("nano"), progress, device="cpu")
     if calibrate:
-        options = {"rank": 8, "directions": PARAMETERS, "seed": seed, "max_new_tokens": nano.MAX_NEW_TOKENS}
+        options = {"rank": 8, "directions": PARAMETERS, "seed": seed, "max_new_tokens": limit}
         basis = runner.calibrate(task, folder / "basis.safetensors", **options)  # tl.load looks beside the adapter
     else:
         basis = nano.basis()
-    testing = EvaluationSettings(problems=problems, temperature=1.0, max_new_tokens=nano.MAX_NEW_TOKENS)
+    testing = EvaluationSettings(problems=problems, temperature=1.0, max_new_tokens=limit)
     scores = {"base": runner.evaluate("base", task, testing, seed=seed)}
     configs = {
         "random": tl.plan(runner.base, PARAMETERS, seed=seed),

@@ -14,8 +14,6 @@ import tinylora_lite as tl
 from tinylora_lite.cli import shared
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from tinylora_lite.experiment.settings import RunSettings
 
 EXAMPLE = "tinylora eval nano --adapter tinylora-demo/calibrated.tinylora --task nano --compare"
@@ -42,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompt", help="how the problems are asked (default: the task's own way)")
     add("--engine", choices=ENGINES, default=ENGINES[0], help="what answers (default: transformers)")
     add("--url", help="of the server, for the engine vllm-server")
-    add("--gpu-memory", type=float, default=0.85, help="vLLM's share of the GPU's memory (default: 0.85)")
-    add("--tensor-parallel", type=one_or_more, default=1, help="GPUs that vLLM splits the model over (default: 1)")
+    add("--gpu-memory", type=float, help="of the engine vllm only: its share of the GPU's memory (default: 0.85)")
+    add("--tensor-parallel", type=one_or_more, help="of the engine vllm only: GPUs that share a model (default: 1)")
     add("--batch-size", type=one_or_more, help="completions decoded together (default: 128; with vLLM 1024)")
     add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), help="of the model (default: the adapter's)")
     add("--device", help="as torch names it (default: the GPU, where there is one)")
@@ -61,6 +59,10 @@ def run(arguments: argparse.Namespace) -> None:
     a = arguments
     if a.adapter is None and (a.compare or a.basis):
         raise ValueError("--compare and --basis are of an adapter; name it with --adapter")
+    if (a.url is not None) != (a.engine == "vllm-server"):
+        raise ValueError("--url names the server of --engine vllm-server; give both or neither")
+    if a.engine != "vllm" and (a.gpu_memory, a.tensor_parallel) != (None, None):
+        raise ValueError("--gpu-memory and --tensor-parallel are of --engine vllm; a server has its own")
     if a.temperature is None:
         a.temperature = 0.0 if a.samples == 1 else 1.0
     with shared.command_progress() as progress:
@@ -72,28 +74,20 @@ def run(arguments: argparse.Namespace) -> None:
                 if not getattr(task, a.split):
                     raise ValueError(f"task {name} has no {a.split} problems")
             own = a.engine == "transformers"
-            runner = Runner.open(
-                runs[a.task[0]],
-                load_tokenizer(a.model, a.revision),
-                progress,
-                dtype=a.dtype or dtype,
-                device=a.device if own else "cpu",
-                weights=own or a.adapter is not None,  # an adapter is decomposed from the weights, whatever answers
-            )
+            options: dict[str, Any] = {"dtype": a.dtype or dtype, "device": a.device if own else "cpu"}
+            options["weights"] = own or a.adapter is not None  # which an adapter is made from, whatever answers
+            runner = Runner.open(runs[a.task[0]], load_tokenizer(a.model, a.revision), progress, **options)
             adapter = None
             if a.adapter is not None:
                 progress.begin(f"attaching {a.adapter}")
                 adapter = shared.attach_file(runner.base, a.adapter, a.basis)
 
         def score(name: str, which: str) -> tl.Score:
+            task, settings = tasks[name], runs[name].evaluation
+            folder = None if a.folder is None else a.folder / name / which
+            subject = None if runner.model is not None else {"model": a.model, "revision": a.revision or ""}
             return runner.evaluate(
-                f"{name}, {which}",
-                tasks[name],
-                runs[name].evaluation,
-                split=a.split,
-                seed=a.seed,
-                folder=None if a.folder is None else a.folder / name / which,
-                subject=None if runner.model is not None else {"model": a.model, "revision": a.revision or ""},
+                f"{name}, {which}", task, settings, split=a.split, seed=a.seed, folder=folder, subject=subject
             )
 
         scores: dict[str, dict[str, tl.Score]] = {name: {} for name in tasks}
@@ -103,14 +97,14 @@ def run(arguments: argparse.Namespace) -> None:
                     found["base"] = score(name, "base")
             found["score"] = score(name, "base" if adapter is None else "adapted")
     results: list[dict[str, Any]] = []
-    words: list[RenderableType] = []
+    rows: list[dict[str, Any]] = []
+    words: list[str] = []
     for name, found in scores.items():
-        details = {which: each.details() for which, each in found.items()}
-        measures = [{name: key} | {which: details[which][key] for which in found} for key in details["score"]]
-        words.append(shared.table(measures))
+        results.append({"task": name})
         for which, each in found.items():
-            details[which] |= dict(zip(("bootstrap_low", "bootstrap_high"), each.bootstrap(), strict=True))
-        results.append({"task": name} | details)
+            rows.append(_row(f"{name}, {'base' if which == 'base' or adapter is None else 'adapted'}", each))
+            low, high = each.bootstrap()
+            results[-1][which] = each.details() | {"bootstrap_low": low, "bootstrap_high": high}
         if "base" in found:
             compared = tl.compare(found["base"], found["score"])
             results[-1]["comparison"] = compared.summary()
@@ -121,7 +115,26 @@ def run(arguments: argparse.Namespace) -> None:
     if a.folder is not None:
         atomic_write(a.folder / "result.json", json.dumps(record, indent=1, default=str) + "\n")
         words.append(f"completions: {a.folder}")
-    shared.show(a, record, *words)
+    table = shared.table(rows)
+    table.box = None  # the table of a comparison fits 80 columns
+    shared.show(a, record, table, *words)
+
+
+def _row(name: str, score: tl.Score) -> dict[str, Any]:
+    """A line of the table; shares are in percent."""
+
+    def interval(of: tl.Score | None) -> str | None:
+        return None if of is None else f"{100 * of.accuracy:.1f} [{100 * of.low:.1f}, {100 * of.high:.1f}]"
+
+    return {
+        "": name,
+        "strict": interval(score),
+        "lenient": interval(score.lenient),
+        "format": None if score.formatted is None else f"{100 * score.formatted:.1f}",
+        "cut off": f"{100 * score.truncated:.1f}",
+        "tokens": f"{score.tokens:.0f}",
+        "n": f"{score.n}" if score.samples == 1 else f"{score.n} x {score.samples}",
+    }
 
 
 def _settings(arguments: argparse.Namespace, task: str, rank: int) -> RunSettings:
@@ -130,11 +143,12 @@ def _settings(arguments: argparse.Namespace, task: str, rank: int) -> RunSetting
     from tinylora_lite.experiment.settings import RunSettings
 
     def given(*names: str) -> dict[str, Any]:
-        return {name: getattr(arguments, name) for name in names}
+        return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
 
     limit = arguments.max_new_tokens or (nano.MAX_NEW_TOKENS if task == "nano" else MAX_NEW_TOKENS)
     batch_size = arguments.batch_size or (128 if arguments.engine == "transformers" else 1024)
     values = given("model", "revision", "data", "prompt") | {"task": task, "adapter": {"rank": rank}}
-    values["sampler"] = given("engine", "url", "tensor_parallel", "gpu_memory") | {"batch_size": batch_size}
+    values["sampler"] = {"gpu_memory": 0.85, "batch_size": batch_size}
+    values["sampler"] |= given("engine", "url", "tensor_parallel", "gpu_memory")
     values["evaluation"] = given("problems", "samples", "temperature") | {"max_new_tokens": limit}
     return RunSettings.from_dict(values)

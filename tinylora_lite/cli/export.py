@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import shutil
@@ -27,7 +28,7 @@ TOKENIZER_FILES = (
 )
 """Copied as they are: a tokenizer that is loaded and saved again is not always the same."""
 
-NANO_NOTE = "take the nano tokenizer by transformers.PreTrainedTokenizerFast; AutoTokenizer would take Qwen2's own"
+NANO_NOTE = "load the nano tokenizer with transformers.PreTrainedTokenizerFast{}; AutoTokenizer would take Qwen2's own"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
         "rank": adapter.config.rank,
         "merge": merge,
         "serve": serve,
-        "note": NANO_NOTE if is_nano and to != "peft" else None,
+        "note": NANO_NOTE.format(" and send vLLM token ids" * (to == "lora")) if is_nano and to != "peft" else None,
         "bytes": sum(files.values()),
         "files": files,
     }
@@ -144,7 +145,10 @@ def _serve(base: Path, out: Path, name: str, rank: int, is_nano: bool) -> str | 
 
     if rank > RANKS[-1]:
         return None
-    command = ["vllm", "serve", str(base.resolve()), "--enable-lora", "--lora-modules", f"{name}={out.resolve()}"]
+    module = f"{name}={out.resolve()}"
+    if "," in module or "=" in name:
+        module = json.dumps({"name": name, "path": str(out.resolve())})
+    command = ["vllm", "serve", str(base.resolve()), "--enable-lora", "--lora-modules", module]
     command += ["--max-lora-rank", str(engine_settings(base, rank)["max_lora_rank"])]
     command += ["--skip-tokenizer-init", "--dtype", "float32"] if is_nano else []  # the dtype of its training
     return shlex.join(command)

@@ -27,9 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_settings_arguments(parser, f"one of {', '.join(GPUS)} (default: a100-80gb)")
     parser.set_defaults(gpu="a100-80gb")
     parser.add_argument("--gpus", type=int, default=1, help="how many of them train (default: 1)")
-    parser.add_argument("--length", type=float, help="mean tokens of a completion (default: the task's own)")
-    parser.add_argument("--problems", type=int, help="training problems (default: those of the task)")
-    parser.add_argument("--price", type=float, help="of one GPU for one hour; without it, no money is counted")
+    add, at_least = parser.add_argument, shared.at_least
+    add("--length", type=at_least(1, float), help="mean tokens of a completion (default: the task's own)")
+    add("--problems", type=at_least(1), help="training problems (default: those of the task)")
+    add("--price", type=at_least(0.01, float), help="of one GPU for one hour; without it, no money is counted")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -61,15 +62,19 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _memory(plan: Plan) -> Table:
+    from rich import box
+
     settings, where = plan.settings, f"{plan.gpus} x {plan.gpu.name}" if plan.gpus > 1 else plan.gpu.name
     terms: list[tuple[str, str, float]] = [(term.name, term.phase, term.bytes) for term in plan.terms]
-    terms += [
-        (f"all of it, {'at' if phase == 'set-up' else 'while'} {phase}", "", n) for phase, n in plan.peaks.items()
-    ]
+    for phase, needed in plan.peaks.items():
+        mark = "" if needed <= plan.gpu.usable else "does not fit"
+        terms.append((f"all of it, {'at' if phase == 'set-up' else 'while'} {phase}", mark, needed))
     terms += [("what the GPU has for it", "", plan.gpu.usable)]
     rows = [{"memory on each GPU": name, "when": phase, "GiB": _gib(needed)} for name, phase, needed in terms]
     title = f"{settings.model}, {settings.task}, {settings.method}: {plan.parameters:,} parameters on {where}"
-    return shared.table(rows, title)
+    table = shared.table(rows, title)
+    table.box, table.rows[len(plan.terms) - 1].end_section = box.HORIZONTALS, True
+    return table
 
 
 def _time(plan: Plan) -> Table:

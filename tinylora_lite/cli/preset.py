@@ -27,6 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.name is None:
         rows = [{"preset": name, "model": presets.preset(name).model} for name in presets.preset_names()]
         table = shared.table(rows, f"Presets, for {', '.join(presets.GPUS)}")
+        table.caption = "NAME alone trains by GRPO, NAME/sft by imitation, NAME/calibrated on calibrated directions"
         shared.show(arguments, {"presets": presets.preset_names(), "gpus": presets.GPUS}, table)
         return
     seed = [f"training.seed={arguments.seed}"] if arguments.seed else []

@@ -40,7 +40,7 @@ def add_settings_arguments(parser: argparse.ArgumentParser, gpu_help: str) -> No
     parser.add_argument("--gpu", help=gpu_help)
 
 
-def at_least(least: int, kind: Callable[[str], float] = int) -> Callable[[str], Any]:
+def at_least(least: float, kind: Callable[[str], float] = int) -> Callable[[str], Any]:
     """The argparse type of a finite number with a lower bound."""
 
     def number(text: str) -> float:
@@ -155,18 +155,17 @@ def described(values: Mapping[str, Any]) -> Table:
 
 
 def table(rows: Sequence[Mapping[str, Any]], title: str = "") -> Table:
-    """A line for each row, under the names of its entries; numbers are to the right."""
+    """A line for each row, under the names of its entries; what begins with a digit is to the right."""
     from rich import box
     from rich.table import Table
 
-    formats = {int: ",", float: ".3g"}
-    numbers = {name for row in rows for name, value in row.items() if type(value) in formats}
+    cells = [{name: _text(value) for name, value in row.items()} for row in rows]
+    numbers = {name for row in cells for name, text in row.items() if text.lstrip("-")[:1].isdigit()}
     found = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in next(iter(rows), ()):
         found.add_column(name, justify="right" if name in numbers else "left", overflow="fold")
-    for row in rows:
-        cells = ((value, formats.get(type(value))) for value in row.values())
-        found.add_row(*(_text(value) if spec is None else format(value, spec) for value, spec in cells))
+    for row in cells:
+        found.add_row(*row.values())
     return found
 
 
@@ -174,8 +173,12 @@ def _text(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name}={_text(each)}" for name, each in value.items() if each is not None)
     if isinstance(value, list):
-        return " ".join(map(_text, value))
-    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+        return " ".join(map(_text, value[:8])) + (f" and {len(value) - 8:,} more" if len(value) > 8 else "")
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | float):
+        return format(value, "," if isinstance(value, int) else ".4g")
+    return "" if value is None else str(value)
 
 
 def show(arguments: argparse.Namespace, result: Any, *words: RenderableType) -> None:

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from huggingface_hub import constants
 from safetensors import SafetensorError
 
 if TYPE_CHECKING:
@@ -52,13 +53,13 @@ def load_model(
 
     Args:
         name: ``"nano"`` for the shipped base, a folder with a checkpoint of transformers, or a name on the hub.
-        dtype: a name of ``DTYPES``; ``"auto"`` is the checkpoint's.
+        dtype: a name of ``DTYPES``; ``"auto"`` is the checkpoint's, and float32 for ``nano``.
         device: ``None`` takes this process's own GPU (``LOCAL_RANK`` says which) if there is one, otherwise the CPU.
         revision: a commit, branch or tag on the hub.
         quantize: ``"nf4"`` or ``"int8"`` loads the linear layers through bitsandbytes.
 
     Raises:
-        ValueError: no such device.
+        ValueError: no such device, or ``quantize`` of ``nano``.
         OSError: no such model here or on the hub, the hub cannot be reached, or the checkpoint is damaged.
         ImportError: ``quantize`` without the extra that it needs.
     """
@@ -68,6 +69,10 @@ def load_model(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         raise ValueError(f"there is no device {device} here ({error}); cpu is always there") from error
+    if is_nano(name):
+        if quantize is not None:
+            raise ValueError("the nano base is small enough without quantize; leave it out")
+        dtype = "float32" if dtype == "auto" else dtype  # of its training; the checkpoint is in float16
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), "revision": revision}
     if quantize is not None:
         options["quantization_config"] = _quantization(quantize, dtype)
@@ -115,12 +120,20 @@ def _quantization(quantize: Quantize, dtype: str) -> Any:
 
 @contextmanager
 def _loading(name: str) -> Iterator[None]:
-    """Says of an error of transformers which name it was about, and what a name may be."""
+    """Says of an error of transformers which name it was about, and what to do."""
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise OSError(
-            f"no model could be loaded from {name} ({reason}); give the folder of a transformers checkpoint, "
-            "or a name on the hub, after `hf auth login` where it asks for that"
-        ) from error
+        message = f"no model could be loaded from {name} ({reason})"
+        cure = "give the folder of a transformers checkpoint, or a name on the hub"
+        if Path(name).is_dir():
+            message = message if (Path(name) / "config.json").is_file() else f"{name} holds no config.json"
+        elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+            message = f"no folder at {name}"
+        elif constants.HF_HUB_OFFLINE:
+            message = f"{name} is no folder here and not in the hub's cache, and HF_HUB_OFFLINE is set"
+            cure = f"unset it, run `hf download {name}` where there is a network, or give the folder of a checkpoint"
+        else:
+            cure += ", after `hf auth login` where it asks for that"
+        raise OSError(f"{message}; {cure}") from error

@@ -101,6 +101,7 @@ def run_experiment(
     """
     folder, progress = Path(settings.folder), progress or Progress()
     writes = distributed.rank() == 0
+    _check(settings, folder)
     folder.mkdir(parents=True, exist_ok=True)
     if writes and not (folder / "settings.yaml").exists():
         settings.save(folder / "settings.yaml")
@@ -165,6 +166,22 @@ def task_named(name: str, settings: RunSettings) -> Task:
     return load_task(name, data=settings.data, prompt=settings.prompt)
 
 
+def _check(settings: RunSettings, folder: Path) -> None:
+    """Raises ``ValueError``, before anything large is loaded, where the processes or the folder rule a run out."""
+    other = "checkpoint.pt" if settings.trainer == "trl" else "checkpoint-*"
+    if any(path for one in settings.sweep() for path in Path(one.folder).glob(other)):
+        raise ValueError(f"{folder} holds a run of another trainer; give another folder, or delete that one")
+    if distributed.world_size() == 1:
+        return
+    if settings.sampler.engine == "vllm":
+        cure = "start `tinylora serve` and set sampler.engine=vllm-server sampler.url=..., or train with one process"
+        raise ValueError(f"each process would need an engine of its own; {cure}")
+    file = folder / "basis.safetensors"
+    if settings.adapter.calibrated and settings.adapter.projection == "calibrated" and not file.exists():
+        command = f"tinylora calibrate {settings.model} --task {settings.task} --out {file}"
+        raise ValueError(f"a basis is calibrated by one process; run `{command}` first")
+
+
 def _basis(runner: Runner, task: Task, settings: RunSettings) -> Basis | None:
     """The calibrated directions; new ones are made once and kept in the folder of the settings file."""
     a, file = settings.adapter, Path(settings.folder) / "basis.safetensors"
@@ -172,11 +189,6 @@ def _basis(runner: Runner, task: Task, settings: RunSettings) -> Basis | None:
         return None
     if a.projection != "calibrated" or file.exists():
         return load_basis(file if a.projection == "calibrated" else a.projection)
-    if distributed.world_size() > 1:
-        raise ValueError(
-            f"a basis is calibrated by one process; run `tinylora calibrate {settings.model} --task {settings.task}` "
-            f"first, with --out {file}"
-        )
     options = a.calibration.model_dump(exclude={"looks"}) | {"passes": a.calibration.looks}
     return runner.calibrate(task, file, rank=a.rank, directions=a.u, sigma=a.sigma, **options)
 

@@ -68,9 +68,7 @@ class AdapterSettings(Settings):
     tying: Literal["tiled", "structured"] = Field(
         "tiled", description="tiled: neighbours share; structured: modules of one type share"
     )
-    sigma: Literal["left", "split", "right"] = Field(
-        "left", description="where the singular values go: left, split or right"
-    )
+    sigma: Literal["left", "split", "right"] = Field("left", description="of singular values: left, split or right")
     seed: int = Field(0, ge=0, lt=2**64, description="of the random projections P")
     projection: str = Field("random", description="random (the paper), calibrated, or the path of a basis file")
     calibration: CalibrationSettings = Field(CalibrationSettings(), description="how a calibrated basis is made")
@@ -184,6 +182,8 @@ class RunSettings(Settings):
             yield "trainer", "under trl a float16 gradient would be rounded to nothing; set trainer: own"
         if everything and self.shard:
             yield "shard", "only a frozen base is spread over GPUs here; set shard: false"
+        if len({f"{rate:g}" for rate in self.learning_rates}) < len(self.learning_rates):
+            yield "learning_rates", "two learning_rates are the same in six digits and would share a folder; drop one"
 
     def training_settings(self, problems: int) -> GRPOSettings | SFTSettings:
         """The settings of the training loop, for so many ``problems`` in the training split.

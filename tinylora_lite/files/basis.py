@@ -72,4 +72,5 @@ def find_basis(wanted: str, given: Basis | str | Path | None, path: Path) -> Bas
             continue
         if basis.fingerprint() == wanted:
             return basis
-    raise AdapterFileError(f"{path} needs the calibrated basis {wanted[:12]}…, not found {searched}; pass it as basis=")
+    missing = f"{path} needs the calibrated basis {wanted[:12]}…, not found {searched}"
+    raise AdapterFileError(f"{missing}; pass it as basis= or --basis")

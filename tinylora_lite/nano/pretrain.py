@@ -30,7 +30,7 @@ from tinylora_lite.nano.problems import problems
 from tinylora_lite.nano.tokenizer import ASSISTANT, build_tokenizer
 from tinylora_lite.nano.writers import MIXTURES, write
 from tinylora_lite.utils.distributed import hide_progress
-from tinylora_lite.utils.record import atomic_write
+from tinylora_lite.utils.record import atomic_write, check_same
 
 CHOICES = {"architecture": ("qwen2", "llama"), "mixture": tuple(MIXTURES), "precision": ("fp32", "bf16")}
 """The settings that are names. Here Llama is Qwen2 without the biases of the query, key and value projections; bf16 is
@@ -130,8 +130,10 @@ def pretrain(settings: PretrainSettings, folder: Path) -> PreTrainedModel:
     """
     folder.mkdir(parents=True, exist_ok=True)
     state_file, recipe_file = folder / "resume.pt", folder / "recipe.json"
+    # A recipe from before a setting existed was made with what is now that setting's default.
+    default = asdict(PretrainSettings())
     if recipe_file.exists():
-        _check_same(json.loads(recipe_file.read_text(encoding="utf-8")), settings, folder)
+        check_same(folder, "a base", default | json.loads(recipe_file.read_text(encoding="utf-8")), asdict(settings))
         return _load(folder)
 
     tokenizer = build_tokenizer()
@@ -145,7 +147,7 @@ def pretrain(settings: PretrainSettings, folder: Path) -> PreTrainedModel:
     log = []
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
-        _check_same(state["settings"], settings, folder)
+        check_same(folder, "a base", default | state["settings"], asdict(settings))
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         log, last = state["log"], state["log"][-1]
@@ -189,12 +191,6 @@ def pretrain(settings: PretrainSettings, folder: Path) -> PreTrainedModel:
 def _load(folder: Path) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     return model
-
-
-def _check_same(found: dict[str, Any], settings: PretrainSettings, folder: Path) -> None:
-    # A recipe from before a setting existed was made with what is now that setting's default.
-    if PretrainSettings(**found) != settings:
-        raise ValueError(f"{folder} holds a base of other settings; give another folder, or delete that one")
 
 
 def main() -> None:
