@@ -75,6 +75,11 @@ def read_settings(folder: Path) -> PeftSettings:
         what = f"it names no {name}" if found["type"] == "missing" else f"{name} is {found['input']!r}"
         raise AdapterFileError(f"{path} is damaged: {what if name else found['msg']}") from error
     extra = settings.model_extra or {}
+    if (bias := extra.get("bias") or "none") != "none":  # which PEFT 0.20.0 does not even save
+        raise AdapterFileError(
+            f"{folder} was trained with bias={bias!r}, and no adapter here can hold biases of the base; load it with "
+            "peft.PeftModel.from_pretrained"
+        )
     if unknown := sorted(name for name in extra.keys() - IGNORED if extra[name]):
         warnings.warn(
             f"{path} sets {', '.join(unknown)}, which this version of tinylora_lite does not have and ignores; if it "
