@@ -6,6 +6,14 @@ import torch
 from tinylora_lite import Basis, TinyLoraConfig, lora_xs
 
 
+def test_a_set_of_names_has_one_order():
+    assert TinyLoraConfig(target_modules={"v_proj", "q_proj", "k_proj"}).target_modules == (
+        "k_proj",
+        "q_proj",
+        "v_proj",
+    )
+
+
 def test_the_defaults_are_the_papers():
     config = TinyLoraConfig()
     assert (config.rank, config.u, config.tying, config.sigma, config.projection) == (2, 1, "tiled", "left", "random")

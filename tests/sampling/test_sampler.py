@@ -269,3 +269,9 @@ def test_a_batch_in_parts_is_the_same_batch(ending, tokenizer, task):
     last = sample(ending, tokenizer, ids[-3:], mask[-3:], first_row=len(ids) - 3, **settings)
     assert last.texts == whole.texts[-3:]
     assert sample(ending, tokenizer, ids[-3:], mask[-3:], **settings).texts != last.texts
+
+
+def test_seeds_that_do_not_share_the_rows_equally_are_refused(model, tokenizer, task):
+    ids, mask = encode_prompts(tokenizer, task, task.train[:3])
+    with pytest.raises(ValueError, match="3 rows cannot be shared equally by 2 seeds"):
+        sample(model, tokenizer, ids, mask, max_new_tokens=2, seed=[0, 1])

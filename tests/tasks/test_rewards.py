@@ -443,3 +443,11 @@ def test_a_process_that_cannot_start_says_so(worker, monkeypatch, tmp_path):
         math_equal.equal("1/2", "0.5")
     monkeypatch.undo()
     assert math_equal.equal("1/2", "0.5")
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [("(2^3)^2", "64"), ("(1+2^3)^2", "81"), ("(x+3^2)^2", "(x+9)^2"), ("(10^2)^{3}", "1000000")],
+)
+def test_the_power_of_a_bracket_is_no_tower(answer, gold):
+    assert tl.math_reward(rf"\boxed{{{answer}}}", gold) == 1.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Sequence, Set
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard, get_args
 
@@ -95,7 +95,8 @@ def _is_int(value: Any) -> TypeGuard[int]:
 
 
 def _checked_names(names: Any) -> tuple[str, ...]:
-    found = tuple(names) if isinstance(names, Collection) and not isinstance(names, str) else ()
+    in_order = sorted(names) if isinstance(names, Set) else names  # PEFT's settings hold a set
+    found = tuple(in_order) if isinstance(names, Collection) and not isinstance(names, str) else ()
     if not found or not all(isinstance(name, str) and name for name in found):
         raise ValueError(f"target_modules must be a list of at least one name, or None, not {names!r}")
     return found

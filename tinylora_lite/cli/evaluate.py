@@ -74,6 +74,8 @@ def run(arguments: argparse.Namespace) -> None:
                 if not getattr(task, a.split):
                     raise ValueError(f"task {name} has no {a.split} problems")
             own = a.engine == "transformers"
+            if a.device and not own:
+                raise ValueError("--device is of --engine transformers; vLLM takes the GPUs that it sees")
             options: dict[str, Any] = {"dtype": a.dtype or dtype, "device": a.device if own else "cpu"}
             options["weights"] = own or a.adapter is not None  # which an adapter is made from, whatever answers
             runner = Runner.open(runs[a.task[0]], load_tokenizer(a.model, a.revision), progress, **options)

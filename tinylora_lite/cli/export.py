@@ -146,7 +146,7 @@ def _serve(base: Path, out: Path, name: str, rank: int, is_nano: bool) -> str | 
     if rank > RANKS[-1]:
         return None
     module = f"{name}={out.resolve()}"
-    if "," in module or "=" in name:
+    if "," in module or module.count("=") > 1:
         module = json.dumps({"name": name, "path": str(out.resolve())})
     command = ["vllm", "serve", str(base.resolve()), "--enable-lora", "--lora-modules", module]
     command += ["--max-lora-rank", str(engine_settings(base, rank)["max_lora_rank"])]

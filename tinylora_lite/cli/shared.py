@@ -158,14 +158,15 @@ def table(rows: Sequence[Mapping[str, Any]], title: str = "") -> Table:
     """A line for each row, under the names of its entries; what begins with a digit is to the right."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     cells = [{name: _text(value) for name, value in row.items()} for row in rows]
     numbers = {name for row in cells for name, text in row.items() if text.lstrip("-")[:1].isdigit()}
-    found = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    found = Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in next(iter(rows), ()):
         found.add_column(name, justify="right" if name in numbers else "left", overflow="fold")
     for row in cells:
-        found.add_row(*row.values())
+        found.add_row(*map(Text, row.values()))  # a text with square brackets is no markup
     return found
 
 

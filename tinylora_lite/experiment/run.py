@@ -178,8 +178,8 @@ def _check(settings: RunSettings, folder: Path) -> None:
         raise ValueError(f"each process would need an engine of its own; {cure}")
     file = folder / "basis.safetensors"
     if settings.adapter.calibrated and settings.adapter.projection == "calibrated" and not file.exists():
-        command = f"tinylora calibrate {settings.model} --task {settings.task} --out {file}"
-        raise ValueError(f"a basis is calibrated by one process; run `{command}` first")
+        cure = f"start this run with one process until {file} is there, and then with several"
+        raise ValueError(f"a basis is calibrated by one process; {cure}")
 
 
 def _basis(runner: Runner, task: Task, settings: RunSettings) -> Basis | None:

@@ -181,9 +181,9 @@ def pretrain(settings: PretrainSettings, folder: Path) -> PreTrainedModel:
 
     model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / "pretrain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log), encoding="utf-8")
+    atomic_write(folder / "pretrain.jsonl", "".join(json.dumps(row) + "\n" for row in log))
     # The recipe comes last: a folder that has one holds a finished base.
-    recipe_file.write_text(json.dumps(asdict(settings), indent=2) + "\n", encoding="utf-8")
+    atomic_write(recipe_file, json.dumps(asdict(settings), indent=2) + "\n")
     state_file.unlink(missing_ok=True)
     return _load(folder)
 

@@ -86,6 +86,8 @@ def sample(
     ends = _end_ids(model, tokenizer).to(device)
     exact = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have nothing wider
     seeds = seed if isinstance(seed, Sequence) else [seed]
+    if count % len(seeds):
+        raise ValueError(f"{count} rows cannot be shared equally by {len(seeds)} seeds")
     streams = [(own, first_row + row) for own in seeds for row in range(count // len(seeds))]
     uniform = _uniform(streams, max_new_tokens).to(device, exact)
     ids = torch.full((count, max_new_tokens), tokenizer.pad_token_id, device=device)

@@ -129,7 +129,7 @@ class VllmServerSampler(VllmEngine):
             raise found
         before, self._name, self._written = self._written, found, written
         if before is not None:
-            with suppress(_RefusedError):  # a server that was started again does not know it
+            with suppress(_RefusedError, ConnectionError):  # a server that was started again does not know it
                 self._ask("/v1/unload_lora_adapter", {"lora_name": Path(before.name).name})
             before.cleanup()
 

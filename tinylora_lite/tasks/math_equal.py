@@ -38,7 +38,8 @@ _LONGEST = 1000  # characters
 _DEEPEST = 30  # brackets
 # Towers of powers, exponents of six digits, factorials of five: comparing one would take until the time limit.
 _HOPELESS = re.compile(
-    r"[0-9]\s*(?:\^|\*\*)\s*[{(\s]*[0-9.]+[)\s]*(?:\^|\*\*)|(?:\^|\*\*)\s*[{(]?\s*-?[0-9]{6,}|[0-9]{5,}[})\s]*!"
+    r"[0-9]\s*(?:\^|\*\*)\s*(?:[{(\s]*[0-9.]+|\(\s*[0-9.]+\s*\))\s*(?:\^|\*\*)"
+    r"|(?:\^|\*\*)\s*[{(]?\s*-?[0-9]{6,}|[0-9]{5,}[})\s]*!"
 )
 _MEMORY = 4 << 30  # bytes
 _FORKS = hasattr(os, "fork")

@@ -52,7 +52,8 @@ def math_reward(completion: str, gold: str, *, form: Form = "boxed", lenient: bo
     r"""1.0 if a completion's answer equals ``gold``, 0.0 otherwise; ``math-verify`` decides what is equal.
 
     Equal strings and equal decimals (27 and 27.0) are decided without it. An answer that it cannot decide on within a
-    second is wrong, and so are towers of powers, exponents of six digits and answers of over 1,000 characters.
+    second is wrong, and so are towers of powers, exponents of six digits, factorials of five, brackets deeper than 30
+    and answers of over 1,000 characters.
 
     Args:
         completion: the text of the answer; its last 200,000 characters are read.

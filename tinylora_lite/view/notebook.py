@@ -49,7 +49,7 @@ TEXT = "white-space:pre-wrap;overflow-wrap:anywhere;font:12px/1.45 ui-monospace,
 
 
 class Dashboard(Progress):
-    """A live view of training in a notebook, for every loop of one run that takes ``on_step`` and ``on_rollouts``.
+    """A live view of training in a notebook, for every loop that takes ``on_step`` and ``on_rollouts``.
 
     In Jupyter, VS Code, Colab and Kaggle it needs ipywidgets and matplotlib, and stays behind as plain HTML. Elsewhere,
     or without them, it prints lines.
