@@ -113,7 +113,7 @@ def test_what_several_processes_cannot_do_is_refused_before_the_base_is_loaded(t
         ValueError, match=r"set sampler.engine=vllm-server sampler.url=\.\.\., or train with one process"
     ):
         run_experiment(settings(tmp_path, sampler={"engine": "vllm"}))
-    with pytest.raises(ValueError, match="start this run with one process until .*basis.safetensors is there"):
+    with pytest.raises(ValueError, match=r"with one process until .*basis\.safetensors is there"):
         run_experiment(settings(tmp_path, adapter={"projection": "calibrated"}))
 
 
