@@ -1,5 +1,6 @@
 """A population: every member gets the samples, the gradient and the numbers that it would get alone."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -99,6 +100,15 @@ def test_each_has_a_seed_or_all_have_one(together):
     model, population, *_ = together
     with pytest.raises(ValueError, match=f"{len(MEMBERS)} adapters, and there are 1 seeds"):
         tl.evaluate_population(model, nano.load()[1], TASK, population, seed=[3])
+
+
+def test_a_model_with_a_population_is_not_copied(base):
+    model, _ = base
+    population = tl.attach_population(model, [tl.TinyLoraConfig(n_tie="all")] * 2)
+    with pytest.raises(TypeError, match=r"call the population's detach\(\) first"):
+        copy.deepcopy(model)
+    population.detach()
+    assert copy.deepcopy(model) is not model
 
 
 def test_a_setting_that_one_adapter_refuses_is_refused(together):

@@ -66,6 +66,9 @@ class Population(nn.Module):
     def __len__(self) -> int:
         return len(self.configs)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Population:
+        raise TypeError("a model that carries a population cannot be copied; call the population's detach() first")
+
     def member(self, index: int, model: nn.Module) -> TinyLoraAdapter:
         """One adapter of the population by itself, on a model that carries none: the same base, or a copy of it."""
         adapter = attach(model, self.configs[index])
