@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import full_size, overhead, population, setup, sizes
-from tinylora_lite.utils.record import environment
+from tinylora_lite.utils.record import atomic_write, environment
 
 RECORD = Path(__file__).parents[1] / "book" / "results" / "benchmarks.json"
 PARTS = {
@@ -27,7 +27,8 @@ ON_A_GPU = {"full-size"}
 
 
 def main() -> None:
-    """Runs the parts asked for and puts them into the record, beside those that stand there."""
+    """Runs the parts asked for and puts them into the record, beside those that are there."""
+    os.environ["TINYLORA_CACHE"] = "off"  # here and in the processes of the parts: a hit is no measurement
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
         "parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; without any, all that need no GPU"
@@ -43,10 +44,7 @@ def main() -> None:
         print(json.dumps(result, indent=1), flush=True)
         record = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
         record[name] = result | {"environment": environment() | {"threads": torch.get_num_threads()}}
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = arguments.out.with_name(f"{arguments.out.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(record, indent=1) + "\n")
-        temporary.replace(arguments.out)
+        atomic_write(arguments.out, json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
