@@ -47,8 +47,8 @@ def activations(name: str, dtype: str, rows: int, prompt: int, completion: int, 
     from tinylora_lite.planning.memory import Batch, training_terms, weight_bytes
     from tinylora_lite.planning.shapes import ModelShape, model_config
     from tinylora_lite.sampling import logprobs
+    from tinylora_lite.sampling.policy import ready_to_train
     from tinylora_lite.sampling.rollouts import Rollouts
-    from tinylora_lite.training.loop import ready_to_train
 
     settings = RunSettings(model=name, task="gsm8k", dtype=dtype, gradient_checkpointing=recompute)  # type: ignore[arg-type]
     shape = ModelShape.of(model_config(name))

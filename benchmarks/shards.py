@@ -15,8 +15,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm.auto import tqdm
 
-from tinylora_lite.adapter.svd import Decomposition, cached_decompose
+from tinylora_lite.adapter.svd import Decomposition
 from tinylora_lite.adapter.tying import find_target_modules
+from tinylora_lite.adapter.weights import cached_decompose
 from tinylora_lite.planning.shapes import without_weights
 from tinylora_lite.utils.distributed import hide_progress
 
@@ -42,7 +43,7 @@ def decompose_checkpoint(
         seed: of the SVD's random start, ``TinyLoraConfig.seed``.
         target_modules: as in :class:`~tinylora_lite.TinyLoraConfig`.
         device: where to compute, ``"cuda"`` for instance.
-        cache: see :func:`~tinylora_lite.adapter.svd.cached_decompose`.
+        cache: see :func:`~tinylora_lite.adapter.weights.cached_decompose`.
 
     Yields:
         The module's name in ``model.named_modules()``, and its :class:`~tinylora_lite.adapter.svd.Decomposition`.

@@ -8,9 +8,8 @@ import torch
 
 import tinylora_lite as tl
 from tinylora_lite import nano
-from tinylora_lite.adapter.adapter import adapter_of
-from tinylora_lite.adapter.batched import Population
-from tinylora_lite.adapter.layer import rows_of
+from tinylora_lite.adapter.batched import Population, rows_of
+from tinylora_lite.adapter.weights import adapter_of
 from tinylora_lite.training.grpo import GRPO
 from tinylora_lite.training.loop import fit
 from tinylora_lite.training.sft import SFT

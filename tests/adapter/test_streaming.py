@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import tinylora_lite as tl
 from benchmarks.shards import decompose_checkpoint
-from tinylora_lite.adapter import svd
+from tinylora_lite.adapter import weights
 from tinylora_lite.adapter.svd import decompose
 from tinylora_lite.utils import record
 
@@ -45,7 +45,7 @@ def test_attach_finds_what_was_streamed_into_the_cache(model, folder, tmp_path, 
     def never(*_):
         raise AssertionError("decomposed again")
 
-    monkeypatch.setattr(svd, "decompose", never)
+    monkeypatch.setattr(weights, "decompose", never)
     # In a wider dtype the values are the same, and so is their fingerprint.
     adapter = tl.attach(model.float(), tl.TinyLoraConfig(target_modules=targets), cache=cache)
     for name in adapter.names:
@@ -59,7 +59,7 @@ def test_attach_finds_what_was_streamed_into_the_cache(model, folder, tmp_path, 
 @pytest.mark.parametrize("damage", [b"", b"no safetensors", None], ids=["empty", "foreign", "of another rank"])
 def test_a_damaged_entry_is_computed_again(tmp_path, damage):
     weight = torch.randn(9, 7, generator=torch.Generator().manual_seed(0))
-    found = svd.cached_decompose(weight, 2, cache=tmp_path)
+    found = weights.cached_decompose(weight, 2, cache=tmp_path)
     (entry,) = tmp_path.iterdir()
     content = entry.read_bytes()
     if damage is None:
@@ -67,18 +67,18 @@ def test_a_damaged_entry_is_computed_again(tmp_path, damage):
         save_file(tensors | {"S": tensors["S"][:1].clone()}, entry)
     else:
         entry.write_bytes(damage)
-    assert same(svd.cached_decompose(weight, 2, cache=tmp_path), found)
+    assert same(weights.cached_decompose(weight, 2, cache=tmp_path), found)
     assert entry.read_bytes() == content
     assert list(tmp_path.iterdir()) == [entry]
 
 
 def test_another_weight_is_no_hit(tmp_path):
     weight = torch.randn(9, 7, generator=torch.Generator().manual_seed(0))
-    svd.cached_decompose(weight, 2, cache=tmp_path)
+    weights.cached_decompose(weight, 2, cache=tmp_path)
     changed = weight.clone()
     changed[8, 6] = torch.nextafter(changed[8, 6], torch.tensor(9.0))
     for other in (changed, weight.T.contiguous(), weight[:8]):
-        assert same(svd.cached_decompose(other, 2, cache=tmp_path), decompose(other, 2))
+        assert same(weights.cached_decompose(other, 2, cache=tmp_path), decompose(other, 2))
     assert len(list(tmp_path.iterdir())) == 4
 
 
@@ -86,33 +86,33 @@ class TestTheUsersCache:
     @pytest.fixture
     def cache(self, tmp_path, monkeypatch):
         monkeypatch.setenv("TINYLORA_CACHE", str(tmp_path))
-        monkeypatch.setattr(svd, "CACHED_FROM", 60)
+        monkeypatch.setattr(weights, "CACHED_FROM", 60)
         return tmp_path / "svd"
 
     def test_it_is_used_unless_it_is_off(self, cache, monkeypatch):
         weight = torch.randn(9, 7, generator=torch.Generator().manual_seed(0))
-        found = svd.cached_decompose(weight, 2)
+        found = weights.cached_decompose(weight, 2)
         assert len(list(cache.iterdir())) == 1
-        monkeypatch.setattr(svd, "decompose", lambda *_: pytest.fail("decomposed again"))
-        assert same(svd.cached_decompose(weight, 2), found)
+        monkeypatch.setattr(weights, "decompose", lambda *_: pytest.fail("decomposed again"))
+        assert same(weights.cached_decompose(weight, 2), found)
         monkeypatch.setenv("TINYLORA_CACHE", "off")
         with pytest.raises(pytest.fail.Exception, match="decomposed again"):
-            svd.cached_decompose(weight, 2)
+            weights.cached_decompose(weight, 2)
 
     def test_small_weights_are_not_kept(self, cache):
-        svd.cached_decompose(torch.eye(7), 2)
+        weights.cached_decompose(torch.eye(7), 2)
         assert not cache.exists()
 
     def test_what_was_not_used_for_longest_goes_first(self, cache, monkeypatch):
-        weights = [torch.randn(9, 7, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
-        for age, weight in zip((300, 200), weights, strict=False):
-            svd.cached_decompose(weight, 2)
+        matrices = [torch.randn(9, 7, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+        for age, weight in zip((300, 200), matrices, strict=False):
+            weights.cached_decompose(weight, 2)
             newest = max(cache.iterdir(), key=lambda entry: entry.stat().st_mtime)
             os.utime(newest, (newest.stat().st_mtime - age,) * 2)
-        svd.cached_decompose(weights[0], 2)  # used again, so that the second is now the older one
+        weights.cached_decompose(matrices[0], 2)  # used again, so that the second is now the older one
         size = newest.stat().st_size
         monkeypatch.setattr(record, "CACHE_LIMIT", 2 * size)
-        svd.cached_decompose(weights[2], 2)
+        weights.cached_decompose(matrices[2], 2)
         assert len(list(cache.iterdir())) == 2
         assert newest not in cache.iterdir()
 
@@ -121,23 +121,23 @@ class TestTheUsersCache:
             record, "atomic_write", lambda *_: (_ for _ in ()).throw(OSError("no space left on device"))
         )
         weight = torch.randn(9, 7, generator=torch.Generator().manual_seed(0))
-        assert same(svd.cached_decompose(weight, 2), decompose(weight, 2))
+        assert same(weights.cached_decompose(weight, 2), decompose(weight, 2))
         with pytest.raises(OSError, match="no space"):
-            svd.cached_decompose(weight, 2, cache=cache)
+            weights.cached_decompose(weight, 2, cache=cache)
 
     def test_one_that_may_only_be_read_is_used(self, cache, monkeypatch):
         weight = torch.randn(9, 7, generator=torch.Generator().manual_seed(0))
-        found = svd.cached_decompose(weight, 2)
+        found = weights.cached_decompose(weight, 2)
         monkeypatch.setattr("os.utime", lambda *_: (_ for _ in ()).throw(PermissionError("not yours")))
-        monkeypatch.setattr(svd, "decompose", lambda *_: pytest.fail("decomposed again"))
-        assert same(svd.cached_decompose(weight, 2), found)
+        monkeypatch.setattr(weights, "decompose", lambda *_: pytest.fail("decomposed again"))
+        assert same(weights.cached_decompose(weight, 2), found)
 
     def test_there_is_none_without_a_home(self, cache, monkeypatch):
         monkeypatch.delenv("TINYLORA_CACHE")
         monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
         monkeypatch.setattr("os.path.expanduser", lambda path: path)
         weight = torch.randn(9, 7, generator=torch.Generator().manual_seed(0))
-        assert same(svd.cached_decompose(weight, 2), decompose(weight, 2))
+        assert same(weights.cached_decompose(weight, 2), decompose(weight, 2))
 
 
 def test_a_folder_without_a_checkpoint(tmp_path):
@@ -160,7 +160,7 @@ def test_what_is_wrong_with_a_checkpoint_is_said(folder):
     (folder / "config.json").write_text("{")
     fails(OSError, "is not a valid JSON file")
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.q_proj: rank must be between 1 and 32"):
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.q_proj: rank must be an integer from 1 to 32"):
         list(decompose_checkpoint(folder, rank=33))
     for path in weights:
         path.write_bytes(path.read_bytes()[:-100])

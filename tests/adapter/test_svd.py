@@ -157,7 +157,7 @@ def test_no_column_is_multiplied_by_zero():
 
 @pytest.mark.parametrize("rank", [0, 5, -1])
 def test_a_rank_that_does_not_exist(rank):
-    with pytest.raises(ValueError, match=rf"between 1 and 4 for a weight of \(4, 6\), not {rank}$"):
+    with pytest.raises(ValueError, match=rf"rank must be an integer from 1 to 4 for a weight of \(4, 6\), not {rank}$"):
         truncated_svd(torch.ones(4, 6), rank)
 
 
@@ -179,8 +179,8 @@ def test_a_weight_that_is_not_finite(value):
     [
         (torch.ones(4, 6, device="meta"), 1, "on the meta device and has no values"),
         (torch.ones(4, 6, dtype=torch.int8), 1, r"holds torch\.int8, no floating-point numbers"),
-        (torch.ones(4, 6), 1.0, r"rank must be an integer, not 1\.0"),
-        (torch.ones(4, 6), True, "rank must be an integer, not True"),
+        (torch.ones(4, 6), 1.0, r"rank must be an integer .*, not 1\.0"),
+        (torch.ones(4, 6), True, "rank must be an integer .*, not True"),
     ],
 )
 def test_what_has_no_decomposition(weight, rank, message):

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import tinylora_lite as tl
-from tinylora_lite.adapter.adapter import adapter_of
 from tinylora_lite.adapter.tying import MODULE_TYPES
+from tinylora_lite.adapter.weights import adapter_of
 
 peft = pytest.importorskip("peft", minversion="0.20")
 

@@ -22,9 +22,9 @@ from tinylora_lite.planning.memory import (
 from tinylora_lite.planning.plan import gpus_that_fit, plan_run
 from tinylora_lite.planning.shapes import ModelShape, model_config
 from tinylora_lite.sampling.logprobs import completion_logprobs
+from tinylora_lite.sampling.policy import ready_to_train
 from tinylora_lite.sampling.rollouts import encode_prompts
 from tinylora_lite.sampling.sampler import sample
-from tinylora_lite.training.loop import ready_to_train
 
 SEVEN = model_config("qwen2.5-7b")
 

@@ -5,7 +5,8 @@ import torch
 from scipy import stats
 
 import tinylora_lite as tl
-from tinylora_lite.sampling.logprobs import completion_logprobs, recomputes
+from tinylora_lite.sampling.logprobs import completion_logprobs
+from tinylora_lite.sampling.policy import recomputes
 from tinylora_lite.sampling.rollouts import encode_prompts
 from tinylora_lite.sampling.sampler import ModelSampler, sample
 

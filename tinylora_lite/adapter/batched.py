@@ -7,17 +7,19 @@ row to row. An adapter gets the samples and the gradients that it would get alon
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tinylora_lite.adapter.adapter import TinyLoraAdapter, attach, check_modules, identity, take_off
+from tinylora_lite.adapter.adapter import TinyLoraAdapter, attach, check_modules
 from tinylora_lite.adapter.config import TinyLoraConfig
-from tinylora_lite.adapter.layer import Factors, Hook, adapters_of_rows, projection_of
+from tinylora_lite.adapter.layer import Factors, projection_of
+from tinylora_lite.adapter.weights import Attached, Hook
 
 SHARED = ("rank", "u", "sigma", "target_modules", "arithmetic")
 """The settings that all adapters of a population have in common."""
@@ -25,7 +27,7 @@ OWN = ("seed", "learning_rate")
 """The settings of training that may differ between them."""
 
 
-class Population(nn.Module):
+class Population(Attached):
     """K adapters on one frozen model; made by :func:`attach_population`.
 
     Attributes:
@@ -40,11 +42,11 @@ class Population(nn.Module):
     mixings: Tensor
 
     def __init__(self, model: nn.Module, configs: Sequence[TinyLoraConfig], factors: Mapping[str, Factors]) -> None:
-        super().__init__()
-        self.configs = tuple(configs)
         found = [check_modules(model, config) for config in configs]
         first = attach(model, configs[0], factors=factors)
         first.detach()
+        super().__init__(model)
+        self.configs = tuple(configs)
         self.names, _, modules = found[0]
         groups = torch.tensor([of_adapter for _, of_adapter, _ in found])  # [adapters, modules]
         sizes = groups.amax(dim=1) + 1
@@ -55,10 +57,7 @@ class Population(nn.Module):
         if any(config.projection != "identity" for config in configs):
             of_modules = [[projection_of(config, *at) for config in configs] for at in enumerate(self.names)]
             self._projection = torch.stack([torch.stack(of_adapters) for of_adapters in of_modules])
-        self._model: Callable[[], nn.Module | None] = weakref.ref(model)
-        self._trainable_before = {name: p.requires_grad for name, p in model.named_parameters()}
-        model.requires_grad_(False)
-        self._hooks = [model.register_forward_pre_hook(self._mix)] + [
+        self._hooks += [model.register_forward_pre_hook(self._mix)] + [
             modules[name].register_forward_hook(AddUpdates(self, i, first.factors(name)), with_kwargs=True)
             for i, name in enumerate(self.names)
         ]
@@ -78,17 +77,13 @@ class Population(nn.Module):
 
     def identity(self, index: int) -> dict[str, Any]:
         """What a run knows one adapter by; see :meth:`~tinylora_lite.TinyLoraAdapter.identity`."""
-        return identity(self.configs[index], self.names, {})
+        return self.known_as(self.configs[index], {})
 
     def check_settings(self, settings: Sequence[Mapping[str, Any]]) -> None:
         """Raises ``ValueError`` unless there are settings of training for each adapter, that differ in ``OWN`` only."""
         if len(settings) != len(self):
             raise ValueError(f"the population has {len(self)} adapters, and there are settings for {len(settings)}")
         _check_shared([name for name in settings[0] if name not in OWN], settings)
-
-    def detach(self) -> None:
-        """Takes all adapters off: the model as it was, bit for bit, its ``requires_grad`` flags included."""
-        take_off(self._model(), self._hooks, self._trainable_before)
 
     def _mix(self, module: nn.Module, args: Any) -> None:
         v = torch.cat(list(self.vectors))[self._place]  # [modules, adapters, u]
@@ -101,14 +96,16 @@ class Population(nn.Module):
 class AddUpdates(Hook):
     """The forward hook of one module: adds ``x rightᵀ Rᵀ leftᵀ`` to its output, each row with its own adapter's R."""
 
+    adapter: Population
+
     def __init__(self, population: Population, index: int, factors: Factors) -> None:
-        self.population, self.index, self.factors = population, index, factors
+        self.adapter, self.index, self.factors = population, index, factors
 
     def __call__(
         self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
     ) -> Tensor:
         x = args[0] if args else next(iter(kwargs.values()))
-        R = self.population.mixings[self.index][adapters_of_rows(len(x))].to(output.dtype)
+        R = self.adapter.mixings[self.index][adapters_of_rows(len(x))].to(output.dtype)
         narrow = F.linear(x, self.factors.right.to(output.dtype)) @ R.mT  # [batch, tokens, r]
         left = self.factors.left.to(output.dtype)
         return torch.addmm(output.flatten(0, 1), narrow.flatten(0, 1), left.T).view_as(output)
@@ -124,7 +121,7 @@ def attach_population(
 
     ``tinylora_lite.training.loop.fit(GRPO(model, tokenizer, population, task, [settings, ...]))``, with ``GRPO`` from
     ``tinylora_lite.training.grpo``, trains them, ``tl.evaluate_population`` scores them; both set each row's adapter,
-    as others do with :func:`~tinylora_lite.adapter.layer.rows_of`. It is made for models on one device whose layers are
+    as others do with :func:`rows_of`. It is made for models on one device whose layers are
     called as ``[batch, tokens, width]``, without gradient checkpointing.
 
     Args:
@@ -152,3 +149,36 @@ def _check_shared(names: Sequence[str], settings: Sequence[Mapping[str, Any]]) -
                 f"the adapters of a population share {name}, and these have {values[0]!r} and {different[0]!r}; "
                 "train them apart"
             )
+
+
+_ROWS: ContextVar[Tensor | None] = ContextVar("rows", default=None)
+
+
+@contextmanager
+def rows_of(adapters: Tensor | None) -> Iterator[None]:
+    """Inside, row i of what a population's model is given is computed with adapter ``adapters[i]``, ``[batch]`` int64.
+
+    ``None`` changes nothing.
+    """
+    token = _ROWS.set(adapters) if adapters is not None else None
+    try:
+        yield
+    finally:
+        if token is not None:
+            _ROWS.reset(token)
+
+
+def adapters_of_rows(batch: int) -> Tensor:
+    """The adapter of each row that the model is computing, ``[batch]`` int64.
+
+    Raises:
+        RuntimeError: the caller of the model did not set it, or set it for another number of rows.
+    """
+    adapters = _ROWS.get()
+    if adapters is None or len(adapters) != batch:
+        problem = "for none" if adapters is None else f"for {len(adapters)}"
+        raise RuntimeError(
+            f"the model carries a population and is given {batch} rows, but adapters are set {problem}; "
+            "call it inside tinylora_lite.adapter.batched.rows_of(...)"
+        )
+    return adapters

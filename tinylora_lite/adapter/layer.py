@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +14,7 @@ from torch.nn import functional as F
 from tinylora_lite.adapter.config import TinyLoraConfig
 from tinylora_lite.adapter.projection import random_projection
 from tinylora_lite.adapter.svd import Decomposition
+from tinylora_lite.adapter.weights import Hook, weight_shape
 
 if TYPE_CHECKING:
     from tinylora_lite.adapter.adapter import TinyLoraAdapter
@@ -58,16 +57,14 @@ class Factors:
             self.left, self.right, self.projection = (part.to(device) for part in self.parts)
         return self
 
-    def check(self, name: str, shape: tuple[int, ...], config: TinyLoraConfig) -> None:
-        """Raises ``ValueError`` where given factors do not fit a module of a shape, or are not finite float32."""
-        r, u = config.rank, config.u
-        wanted = {"left": (shape[0], r), "right": (r, shape[1]), "projection": (u, r, r)}
+    def check(self, name: str, module: nn.Module, config: TinyLoraConfig) -> None:
+        """Raises ``ValueError`` where given factors do not fit a module, or are not finite float32."""
+        r, u, (out, into) = config.rank, config.u, weight_shape(module)
+        wanted = {"left": (out, r), "right": (r, into), "projection": (u, r, r)}
         for (what, of), part in zip(wanted.items(), self.parts, strict=True):
-            if tuple(part.shape) != of or part.dtype != torch.float32:
+            if tuple(part.shape) != of or part.dtype != torch.float32 or not torch.isfinite(part).all():
                 found = f"{part.dtype} of shape {tuple(part.shape)}"
-                raise ValueError(f"{name}: the given factor {what} is {found}, not torch.float32 of shape {of}")
-            if not torch.isfinite(part).all():
-                raise ValueError(f"{name}: the given factor {what} holds NaN or infinity")
+                raise ValueError(f"{name}: factor {what} must be finite torch.float32 of shape {of}, and is {found}")
 
 
 def factors_of(triplets: Decomposition, config: TinyLoraConfig, index: int, name: str) -> Factors:
@@ -91,15 +88,13 @@ def projection_of(config: TinyLoraConfig, index: int, name: str) -> Tensor:
     return random_projection(config.seed, index, config.u, config.rank)
 
 
-class Hook:
-    """What the forward hooks of this library have in common: a module that has one is adapted."""
-
-
 class AddUpdate(Hook):
     """The forward hook of one module: adds ``x rightᵀ Rᵀ leftᵀ`` to its output; an object, so that it can be pickled.
 
     ``group`` is the row of ``adapter.vectors`` that drives the module; with ``float32`` all of it is in float32.
     """
+
+    adapter: TinyLoraAdapter
 
     def __init__(self, adapter: TinyLoraAdapter, group: int, factors: Factors, float32: bool) -> None:
         self.adapter, self.group, self.factors, self.float32 = adapter, group, factors, float32
@@ -152,36 +147,3 @@ class _Added(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             of_x = ((onto_left @ R).to(right.dtype) @ right).view(*gradient.shape[:-1], right.shape[1])
         return gradient, of_x, onto_left.T @ narrow, None, None
-
-
-_ROWS: ContextVar[Tensor | None] = ContextVar("rows", default=None)
-
-
-@contextmanager
-def rows_of(adapters: Tensor | None) -> Iterator[None]:
-    """Inside, row i of what a population's model is given is computed with adapter ``adapters[i]``, ``[batch]`` int64.
-
-    ``None`` changes nothing.
-    """
-    token = _ROWS.set(adapters) if adapters is not None else None
-    try:
-        yield
-    finally:
-        if token is not None:
-            _ROWS.reset(token)
-
-
-def adapters_of_rows(batch: int) -> Tensor:
-    """The adapter of each row that the model is computing, ``[batch]`` int64.
-
-    Raises:
-        RuntimeError: the caller of the model did not set it, or set it for another number of rows.
-    """
-    adapters = _ROWS.get()
-    if adapters is None or len(adapters) != batch:
-        problem = "for none" if adapters is None else f"for {len(adapters)}"
-        raise RuntimeError(
-            f"the model carries a population and is given {batch} rows, but adapters are set {problem}; "
-            "call it inside tinylora_lite.adapter.layer.rows_of(...)"
-        )
-    return adapters

@@ -9,21 +9,18 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tinylora_lite.adapter.weights import one_thread, weight_fingerprint
-from tinylora_lite.utils.record import cached
+from tinylora_lite.utils.distributed import one_thread
 
 EXACT_UP_TO = 512  # A matrix whose smaller side is at most this is decomposed exactly, well under a second.
 EXACT_AT_WORST = 1024  # Up to this smaller side, so is one on which the iteration does not converge.
 MOST_RESTARTS = 30  # Directions that stand out at all take one to five.
 CLOSE = 1e-3  # Values closer than this, as a fraction of the largest, are told apart by products in float64.
 EQUAL = 1e-5  # Values closer than this count as one, whose vectors may rotate freely.
-CACHED_FROM = 1 << 17  # Smaller weights are not cached: decomposing them again takes milliseconds.
 
 
 @dataclass(frozen=True)
@@ -96,26 +93,6 @@ def decompose(weight: Tensor, rank: int, seed: int = 0) -> Decomposition:
     return Decomposition(U, S, Vh, beyond, settled and bool(apart.all()))
 
 
-def cached_decompose(weight: Tensor, rank: int, seed: int = 0, cache: str | Path | None = None) -> Decomposition:
-    """:func:`decompose` by way of a cache, in which equal values have one entry, whatever their dtype.
-
-    ``cache`` is a folder, made where it is missing (``OSError`` where it cannot be written); ``None`` takes the user's
-    cache, which holds no small weights.
-    """
-    if weight.is_meta or (cache is None and weight.numel() < CACHED_FROM):
-        return decompose(weight, rank, seed)
-    shapes = {"U": (weight.shape[0], rank), "S": (rank,), "Vh": (rank, weight.shape[1]), "beyond": (), "portable": ()}
-
-    def computed() -> dict[str, Tensor]:
-        found = decompose(weight, rank, seed)
-        return {**{name: getattr(found, name) for name in shapes}, "portable": torch.tensor(float(found.portable))}
-
-    # The number belongs to the method: one that finds other vectors gets another.
-    key = f"svd-2-{weight_fingerprint(weight)}-{rank}-{seed}"
-    found = {name: tensor.to(weight.device) for name, tensor in cached(key, shapes, computed, cache).items()}
-    return Decomposition(found["U"], found["S"], found["Vh"], found["beyond"], bool(found["portable"]))
-
-
 def canonical_signs(U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The same decomposition, with the entry of largest magnitude in each column of ``U`` positive.
 
@@ -171,9 +148,6 @@ def _check(weight: Tensor, rank: int) -> None:
         raise ValueError("the weight is on the meta device and has no values; load it first")
     if not weight.is_floating_point():
         raise ValueError(f"the weight holds {weight.dtype}, no floating-point numbers; convert it with .float()")
-    if type(rank) is not int:
-        raise ValueError(f"rank must be an integer, not {rank!r}")
-    if not 1 <= rank <= min(weight.shape):
-        raise ValueError(
-            f"rank must be between 1 and {min(weight.shape)} for a weight of {tuple(weight.shape)}, not {rank}"
-        )
+    if type(rank) is not int or not 1 <= rank <= min(weight.shape):
+        bounds = f"from 1 to {min(weight.shape)} for a weight of {tuple(weight.shape)}"
+        raise ValueError(f"rank must be an integer {bounds}, not {rank!r}")

@@ -7,23 +7,29 @@ run: CUDA's kernels, and torchao's int4 layouts that exist only there; a stand-i
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from tinylora_lite.utils.distributed import whole
+from tinylora_lite.adapter.config import TinyLoraConfig
+from tinylora_lite.adapter.svd import Decomposition, decompose
+from tinylora_lite.utils.distributed import one_thread, whole
+from tinylora_lite.utils.record import cached, short_hash
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FOUR_BIT, EIGHT_BIT, TORCHAO = "bitsandbytes 4-bit", "bitsandbytes 8-bit", "torchao"
 AT_ONCE = 1024
+CACHED_FROM = 1 << 17  # Smaller weights are not cached: decomposing them again takes milliseconds.
 CURE = "load the model without quantization (dtype=torch.bfloat16), or quantized by bitsandbytes or torchao"
 PACKED = "was packed for inference by bitsandbytes; load the model again and attach before its first forward pass"
 
@@ -150,6 +156,74 @@ def allow_packing(model: nn.Module, allowed: bool = True) -> None:
             module.support_avx512bf16_for_cpu = able
 
 
+class Hook:
+    """What the forward hooks of this library have in common: a module that has one is adapted."""
+
+    adapter: Attached
+
+
+class Attached(nn.Module):
+    """Parameters that train beside a frozen model.
+
+    The model's hooks hold them, and they hold the model weakly: both live as long as the model does, and alone they
+    keep no model in memory. A deep copy or a pickle of the model takes a copy of them along.
+    """
+
+    names: tuple[str, ...]
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model: Callable[[], nn.Module | None] = weakref.ref(model)
+        self._trainable_before = {name: p.requires_grad for name, p in model.named_parameters()}
+        self._hooks = train_through(model)  # before other hooks change an output, and before the freeze: it may refuse
+        model.requires_grad_(False)
+
+    def detach(self) -> None:
+        """Takes them off: the model as it was, bit for bit, ``requires_grad`` included; parameters and factors stay."""
+        model = self._model()
+        if model is not None and self._hooks:
+            allow_packing(model)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(self._trainable_before.get(name, parameter.requires_grad))
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def known_as(self, config: TinyLoraConfig, given: Mapping[str, Sequence[Tensor]]) -> dict[str, Any]:
+        """What tells one adapter from another, as JSON holds it: settings, hashes of modules and of given factors."""
+        factors = {name: [short_hash(part.tolist()) for part in parts] for name, parts in given.items()}
+        hashes = {"given_factors": short_hash(factors)} if factors else {}
+        modules = {"modules": len(self.names), "modules_hash": short_hash(self.names)}
+        return {"kind": "tinylora", **config.as_dict(), **modules, **hashes}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # .to(), .half() and their kin come through here: v follows to another device, never to a narrower dtype.
+        super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Of the model: attached to the copy. Of the parameters alone: the same values, attached to nothing."""
+        twin: Self = object.__new__(type(self))
+        model, memo[id(self)] = self._model(), twin
+        hooks = self._hooks if id(model) in memo else []
+        state = copy.deepcopy(self.__dict__ | {"_model": None, "_hooks": hooks}, memo)
+        twin.__setstate__(state | {"_model": memo.get(id(model), model)})
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_model": self._model()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        model = state["_model"]
+        state = state | {"_model": (lambda: None) if model is None else weakref.ref(model)}
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+
+
+def adapter_of(model: nn.Module) -> Attached | None:
+    """The adapter or the population of adapters that a model or a part of it carries, or ``None``."""
+    hooks: Iterator[object] = (hook for module in model.modules() for hook in module._forward_hooks.values())
+    return next((hook.adapter for hook in hooks if isinstance(hook, Hook)), None)
+
+
 class _ThroughDense(torch.autograd.Function):
     """An output as the layer computed it, with the gradient of ``x Wᵀ``; W is dequantized when it is needed."""
 
@@ -211,17 +285,6 @@ def _inner_tensors(tensor: Tensor) -> Iterator[Tensor]:
         yield from _inner_tensors(getattr(tensor, name))
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Inside, torch computes on one thread: for small work several wait for one another, long on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 @one_thread()
 def base_fingerprint(model: nn.Module) -> str:
     """SHA-256 of a model's weights in hexadecimal: names, shapes, and the exact value of every entry.
@@ -250,6 +313,26 @@ def weight_fingerprint(weight: Tensor) -> str:
     digest = hashlib.sha256(json.dumps(list(weight.shape)).encode())
     _update(digest, weight.detach())
     return digest.hexdigest()
+
+
+def cached_decompose(weight: Tensor, rank: int, seed: int = 0, cache: str | Path | None = None) -> Decomposition:
+    """:func:`decompose` by way of a cache, in which equal values have one entry, whatever their dtype.
+
+    ``cache`` is a folder, made where it is missing (``OSError`` where it cannot be written); ``None`` takes the user's
+    cache, which holds no small weights.
+    """
+    if weight.is_meta or (cache is None and weight.numel() < CACHED_FROM):
+        return decompose(weight, rank, seed)
+    shapes = {"U": (weight.shape[0], rank), "S": (rank,), "Vh": (rank, weight.shape[1]), "beyond": (), "portable": ()}
+
+    def computed() -> dict[str, Tensor]:
+        found = decompose(weight, rank, seed)
+        return {**{name: getattr(found, name) for name in shapes}, "portable": torch.tensor(float(found.portable))}
+
+    # The number belongs to the method: one that finds other vectors gets another.
+    key = f"svd-2-{weight_fingerprint(weight)}-{rank}-{seed}"
+    found = {name: tensor.to(weight.device) for name, tensor in cached(key, shapes, computed, cache).items()}
+    return Decomposition(found["U"], found["S"], found["Vh"], found["beyond"], bool(found["portable"]))
 
 
 def _update(digest: hashlib._Hash, values: Tensor) -> None:

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from tinylora_lite.adapter.adapter import adapter_of
-from tinylora_lite.adapter.weights import base_fingerprint
+from tinylora_lite.adapter.adapter import TinyLoraAdapter
+from tinylora_lite.adapter.weights import adapter_of, base_fingerprint
 from tinylora_lite.evaluation.score import FILE, PART, RECORD, Completion, Score, judge, read_completions
-from tinylora_lite.sampling.rollouts import Rollouts, Sampler, check_tokenizer, encode_prompts
+from tinylora_lite.sampling.policy import check_tokenizer
+from tinylora_lite.sampling.rollouts import Rollouts, Sampler, encode_prompts
 from tinylora_lite.sampling.sampler import ModelSampler, sample
 from tinylora_lite.utils import distributed
 from tinylora_lite.utils.record import atomic_write, check_same, environment, seed_of
@@ -80,8 +81,8 @@ def evaluate(
             an evaluation of something else.
     """
     queue = _queue(tokenizer, task, split, problems, samples, batch_size, truncated)
-    adapter = None if model is None else adapter_of(model)
-    adapter = adapter if adapter is not None and adapter.enabled else None
+    carried = None if model is None else adapter_of(model)
+    adapter = carried if isinstance(carried, TinyLoraAdapter) and carried.enabled else None
     settings: dict[str, Any] = {}
     completions: list[Completion] = []
     part = None if folder is None else Path(folder) / PART

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 from tinylora_lite.adapter.tying import groups_of
 from tinylora_lite.experiment.settings import RunSettings
 from tinylora_lite.planning.shapes import ModelShape
-from tinylora_lite.sampling.logits import LOGITS_AT_ONCE
+from tinylora_lite.sampling.policy import LOGITS_AT_ONCE
 from tinylora_lite.training.calibrate import MICRO_BATCH
 from tinylora_lite.training.settings import GRPOSettings
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from tinylora_lite.sampling.policy import check_tokenizer
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from tinylora_lite.adapter.adapter import TinyLoraAdapter
     from tinylora_lite.tasks.task import Example, Task
-
 
 PROMPTS = ("prompt_ids", "prompt_mask")
 COMPLETIONS = ("completion_ids", "completion_mask", "logprobs", "entropies")
@@ -62,13 +63,9 @@ class Rollouts:
         prompt, tokens = int(self.prompt_mask[index].sum(dim=1).max()), int(self.lengths[index].max())
         cut = {name: getattr(self, name)[index, -prompt:] for name in PROMPTS}
         cut |= {name: getattr(self, name)[index, :tokens] for name in COMPLETIONS}
-        texts, adapters = [self.texts[i] for i in index.tolist()], self.adapters
-        return Rollouts(
-            **cut,
-            truncated=self.truncated[index],
-            texts=texts,
-            adapters=adapters if adapters is None else adapters[index],
-        )
+        adapters = None if self.adapters is None else self.adapters[index]
+        texts = [self.texts[i] for i in index.tolist()]
+        return Rollouts(**cut, truncated=self.truncated[index], texts=texts, adapters=adapters)
 
     @classmethod
     def cat(cls, parts: Sequence[Rollouts], pad: int) -> Rollouts:
@@ -98,16 +95,6 @@ class Sampler(Protocol):
     ) -> Rollouts:
         """One completion for each row of prompts; arguments and result are those of ``sampler.sample``."""
         ...
-
-
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ``ValueError`` where a tokenizer lacks what sampling needs: pad token, end token, chat template."""
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no end token, so completions would never stop; set tokenizer.eos_token")
-    if tokenizer.pad_token_id is None:
-        raise ValueError("the tokenizer has no pad token; set tokenizer.pad_token = tokenizer.eos_token")
-    if not tokenizer.chat_template:
-        raise ValueError("the tokenizer has no chat template; set tokenizer.chat_template")
 
 
 def encode_prompts(

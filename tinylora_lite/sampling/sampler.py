@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tinylora_lite.adapter.layer import rows_of
-from tinylora_lite.sampling.logprobs import read_prompts, with_cache
+from tinylora_lite.adapter.batched import rows_of
+from tinylora_lite.sampling.logprobs import read_prompts
+from tinylora_lite.sampling.policy import end_ids, modes_kept, with_cache
 from tinylora_lite.sampling.rollouts import Rollouts
 from tinylora_lite.utils import distributed
 from tinylora_lite.utils.distributed import is_sharded
@@ -79,11 +79,10 @@ def sample(
         FloatingPointError: the model puts out NaN, or an infinity that makes its probabilities NaN.
     """
     if max_new_tokens < 1 or temperature < 0:
-        raise ValueError(
-            f"max_new_tokens must be at least 1 and temperature at least 0, not {max_new_tokens} and {temperature}"
-        )
+        found = f"not {max_new_tokens} and {temperature}"
+        raise ValueError(f"max_new_tokens must be at least 1 and temperature at least 0, {found}")
     device, count = prompt_ids.device, len(prompt_ids)
-    ends = _end_ids(model, tokenizer).to(device)
+    ends = end_ids(model, tokenizer).to(device)
     exact = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have nothing wider
     seeds = seed if isinstance(seed, Sequence) else [seed]
     if count % len(seeds):
@@ -162,20 +161,3 @@ def _draw(distribution: Tensor, uniform: Tensor) -> Tensor:
     cumulative = distribution.to(uniform.dtype).cumsum(dim=-1)
     passed = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
     return passed.clamp(max=distribution.shape[-1] - 1)
-
-
-@contextmanager
-def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Afterwards every module is in the mode, training or evaluation, that it was in before."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    ends = configured if isinstance(configured, list) else [configured]
-    return torch.tensor(sorted({tokenizer.eos_token_id, *ends} - {None}))

@@ -27,7 +27,8 @@ from tinylora_lite.adapter.weights import dense_weight
 from tinylora_lite.files.file_format import model_of
 from tinylora_lite.files.lora import export_lora
 from tinylora_lite.files.merge import merged_weights
-from tinylora_lite.sampling.rollouts import Rollouts, check_tokenizer, padded
+from tinylora_lite.sampling.policy import check_tokenizer
+from tinylora_lite.sampling.rollouts import Rollouts, padded
 from tinylora_lite.utils import distributed
 from tinylora_lite.utils.record import seed_of
 

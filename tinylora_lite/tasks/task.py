@@ -57,6 +57,14 @@ class Task:
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         return [*system, {"role": "user", "content": example.prompt}]
 
+    def check(self, evaluated: bool) -> None:
+        """Raises ``ValueError`` where training would fail for want of problems or of a reward that is a number."""
+        if not self.train:
+            raise ValueError(f"task {self.name} has no training problems")
+        if evaluated and not self.validation:
+            raise ValueError(f"task {self.name} has no validation problems; set evaluate_every=0")
+        self.score("", self.train[0].gold)
+
     def score(self, completion: str, gold: str) -> float:
         """The reward of a completion; raises ``ValueError`` where the function returned no finite number."""
         worth: object = self.reward(completion, gold)  # whatever its annotation says

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tinylora_lite.sampling.rollouts import Rollouts, Sampler, check_tokenizer, encode_prompts
+from tinylora_lite.sampling.rollouts import Rollouts, Sampler, encode_prompts
 from tinylora_lite.sampling.sampler import sample
 from tinylora_lite.training.settings import GRPOSettings, TrainingSettings
 from tinylora_lite.utils import distributed
@@ -66,14 +66,9 @@ def rollout(
 ) -> Rollouts:
     """``group_size`` completions of every prompt, those of one prompt in consecutive rows.
 
-    Args:
-        model: answers where there is no ``sampler``.
-        tokenizer: the model's.
-        task: makes the prompts' conversations.
-        examples: this process's share of the step's problems; of a population, each adapter's after another's.
-        settings: a list where the model carries a population.
-        step: moves the seed.
-        sampler: what answers, already in step with the policy.
+    The model answers, or the ``sampler``, which is already in step with it. ``examples`` are this process's share of
+    the step's problems; where the model carries a population, ``settings`` is a list, and the examples of one adapter
+    come after those of another.
     """
     several = settings if isinstance(settings, Sequence) else [settings]
     shared, seeds = several[0], [seed_of("rollout", own.seed, step) for own in several]
@@ -101,13 +96,3 @@ def micro_batches(lengths: Tensor, live: Tensor, size: int) -> Iterator[Tensor]:
     """Indices of the live rows in parts of ``size``, rows of like length together: less padding to compute."""
     order = torch.argsort(lengths, stable=True)
     return (chunk for chunk in order[live[order]].split(size) if len(chunk))
-
-
-def check_task(tokenizer: PreTrainedTokenizerBase, task: Task, settings: GRPOSettings) -> None:
-    """Raises ``ValueError`` where training would fail for want of problems, tokens or a reward that is a number."""
-    check_tokenizer(tokenizer)
-    if not task.train:
-        raise ValueError(f"task {task.name} has no training problems")
-    if settings.evaluate_every and not task.validation:
-        raise ValueError(f"task {task.name} has no validation problems; set evaluate_every=0")
-    task.score("", task.train[0].gold)

@@ -20,7 +20,7 @@ from tinylora_lite.adapter.batched import attach_population
 from tinylora_lite.adapter.config import TinyLoraConfig
 from tinylora_lite.adapter.weights import base_fingerprint
 from tinylora_lite.tasks.task import Task
-from tinylora_lite.training.batches import check_task, draw_prompts, rollout, score
+from tinylora_lite.training.batches import draw_prompts, rollout, score
 from tinylora_lite.training.loop import RECORDED_PARAMETERS
 from tinylora_lite.training.settings import check_integers, check_numbers
 from tinylora_lite.utils.distributed import hide_progress
@@ -56,7 +56,6 @@ class ESSettings:
     # What sampling and scoring ask of GRPO's settings besides.
     group_size: ClassVar[int] = 1
     truncated: ClassVar[str] = "zero"
-    evaluate_every: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         least = {"generations": 1, "candidates": 4, "prompts_per_step": 1, "max_new_tokens": 1, "seed": 0}
@@ -91,7 +90,7 @@ def train_es(
     """
     settings = settings or ESSettings()
     own: Any = settings
-    check_task(tokenizer, task, own)
+    task.check(evaluated=False)
     population, K = attach_population(model, [config] * settings.candidates), settings.candidates
     shape = population.vectors[0].shape
     try:

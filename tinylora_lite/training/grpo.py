@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tinylora_lite.sampling.rollouts import Rollouts, Sampler
 from tinylora_lite.sampling.sampler import ModelSampler
-from tinylora_lite.training.batches import Batch, check_task, draw_prompts, rollout, score
+from tinylora_lite.training.batches import Batch, draw_prompts, rollout, score
 from tinylora_lite.training.loop import Objective, fit
 from tinylora_lite.training.losses import grpo_advantages
 from tinylora_lite.training.settings import GRPOSettings
@@ -39,7 +39,7 @@ class GRPO(Objective[GRPOSettings]):
     def __init__(self, *args: Any, on_rollouts: Callable[[Rollouts, Tensor], None] | None = None) -> None:
         super().__init__(*args)
         self.loss, self.on_rollouts = self.shared, on_rollouts
-        check_task(self.tokenizer, self.task, self.shared)
+        self.task.check(evaluated=self.shared.evaluate_every > 0)
 
     def batch(self, step: int) -> Batch:
         """``prompts_per_step · group_size`` completions for each adapter; in each process, its share of them."""
@@ -55,9 +55,8 @@ class GRPO(Objective[GRPOSettings]):
         own_rewards = score(rollouts, self.task, examples, s)
         if self.on_rollouts is not None:
             self.on_rollouts(rollouts, own_rewards)
-        rewards = (
-            torch.cat(distributed.all_gather_object(own_rewards)).to(rollouts.logprobs.device).view(K, -1, s.group_size)
-        )
+        everyone = torch.cat(distributed.all_gather_object(own_rewards)).to(rollouts.logprobs.device)
+        rewards = everyone.view(K, -1, s.group_size)
         advantages = torch.stack([grpo_advantages(own, s.scale) for own in rewards])[:, mine].flatten()
         batch = self.weighed(rollouts, advantages)
         for row, own in zip(batch.metrics, rewards, strict=True):

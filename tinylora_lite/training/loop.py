@@ -10,8 +10,8 @@ import copy
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tinylora_lite.adapter.adapter import TinyLoraAdapter, adapter_of, carries_updates
+from tinylora_lite.adapter.adapter import TinyLoraAdapter
 from tinylora_lite.adapter.batched import Population
 from tinylora_lite.adapter.config import TinyLoraConfig
-from tinylora_lite.adapter.weights import base_fingerprint
+from tinylora_lite.adapter.weights import adapter_of, base_fingerprint
 from tinylora_lite.evaluation.evaluate import evaluate, evaluate_population
-from tinylora_lite.sampling.logprobs import completion_logprobs, recomputes
+from tinylora_lite.sampling.logprobs import completion_logprobs
+from tinylora_lite.sampling.policy import ready_to_train
 from tinylora_lite.sampling.rollouts import Sampler
-from tinylora_lite.sampling.sampler import modes_kept
 from tinylora_lite.training.batches import Batch, micro_batches
 from tinylora_lite.training.losses import grpo_loss
 from tinylora_lite.training.settings import GRPOSettings, SFTSettings, TrainingSettings
@@ -70,22 +70,18 @@ class Objective(ABC, Generic[S]):
         settings: Sequence[S],
         sampler: Sampler | None = None,
     ) -> None:
-        if not isinstance(adapter, TinyLoraAdapter | Population | None):
-            raise TypeError(f"adapter must be what attach() returns, or None, not {adapter!r}")
+        if adapter_of(model) is not adapter:
+            problem = "the adapter is not attached to this model; pass what attach() returned for it"
+            if adapter is None:
+                problem = "the model carries an adapter; pass it, or call its detach() to train all weights"
+            raise ValueError(problem)
         self.model, self.tokenizer, self.adapter, self.task, self.sampler = model, tokenizer, adapter, task, sampler
-        if not settings or not all(isinstance(own, TrainingSettings) for own in settings):
-            cure = f"fit({type(self).__name__}(model, tokenizer, population, task, [settings, ...]))"
-            raise ValueError(f"an adapter takes one object of settings, and a population a list of them: {cure}")
         self.population = isinstance(adapter, Population)
         self.settings, self.shared = list(settings), settings[0]
         self.parameters = [list(model.parameters())] if adapter is None else [[v] for v in adapter.parameters()]
         self.identities: list[dict[str, Any]] = [{"kind": "all weights"}]
         if adapter is not None:
             self.identities = [adapter.identity(k) for k in range(len(self.parameters))]
-        if adapter is None and carries_updates(model):
-            raise ValueError("the model carries an adapter; pass it, or call its detach() to train all weights")
-        if isinstance(adapter, TinyLoraAdapter) and adapter_of(model) is not adapter:
-            raise ValueError("the adapter is not attached to this model; pass the model that attach() was given")
         if isinstance(adapter, Population):
             adapter.check_settings([asdict(own) for own in self.settings])
             if distributed.world_size() > 1 or sampler is not None or getattr(self.shared, "kl", 0.0) > 0:
@@ -264,23 +260,3 @@ def update(
         }
         for k in range(K)
     ]
-
-
-@contextmanager
-def ready_to_train(model: PreTrainedModel, parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Inside, ``parameters`` alone take gradients and dropout is off; afterwards flags and modes are as before.
-
-    Where gradient checkpointing is on, dropout that a recomputed block calls as a function stays on (OPT has such).
-    """
-    flags, trained = [(p, p.requires_grad) for p in model.parameters()], set(map(id, parameters))
-    for parameter, _ in flags:
-        parameter.requires_grad_(id(parameter) in trained)
-    try:
-        with modes_kept(model):
-            model.eval()
-            for module in filter(recomputes, model.modules()):
-                module.training = True  # transformers recomputes in training mode only
-            yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)

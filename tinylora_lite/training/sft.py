@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tinylora_lite.sampling.logprobs import completion_logprobs
-from tinylora_lite.sampling.rollouts import Rollouts, Sampler, check_tokenizer, encode_prompts, padded
+from tinylora_lite.sampling.policy import check_tokenizer
+from tinylora_lite.sampling.rollouts import Rollouts, Sampler, encode_prompts, padded
 from tinylora_lite.training.batches import Batch, draw_prompts, micro_batches
 from tinylora_lite.training.loop import Objective, fit
 from tinylora_lite.training.settings import GRPOSettings, SFTSettings

@@ -28,12 +28,13 @@ from tinylora_lite.adapter.adapter import TinyLoraAdapter
 from tinylora_lite.adapter.weights import base_fingerprint
 from tinylora_lite.files.adapter_file import save
 from tinylora_lite.files.file_format import read_file
+from tinylora_lite.sampling.policy import ready_to_train
 from tinylora_lite.sampling.rollouts import Sampler
 from tinylora_lite.sampling.sampler import ModelSampler
 from tinylora_lite.tasks.task import Example, Task
 from tinylora_lite.training.batches import draw_prompts, rollout
 from tinylora_lite.training.grpo import GRPO
-from tinylora_lite.training.loop import DEFAULTS, RECORDED_PARAMETERS, ready_to_train
+from tinylora_lite.training.loop import DEFAULTS, RECORDED_PARAMETERS
 from tinylora_lite.training.settings import GRPOSettings
 from tinylora_lite.utils import distributed
 from tinylora_lite.utils.record import Run, check_same_run

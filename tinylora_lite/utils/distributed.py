@@ -7,7 +7,8 @@ there is one process, everything here returns what it was given.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +32,17 @@ def rank() -> int:
 def hide_progress(show: bool = True) -> bool | None:
     """The ``disable`` of a tqdm bar: hidden after the first process, where ``TQDM_DISABLE`` is set, and in a log."""
     return True if not show or rank() or os.environ.get("TQDM_DISABLE", "0") != "0" else None
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, torch computes on one thread: for small work several wait for one another, long on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def shard(total: int, what: str) -> slice:

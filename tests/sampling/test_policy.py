@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tinylora_lite as tl
-from tinylora_lite.sampling import logits
+from tinylora_lite.sampling import policy
 from tinylora_lite.sampling.logprobs import completion_logprobs
 from tinylora_lite.sampling.rollouts import encode_prompts
 from tinylora_lite.sampling.sampler import sample
@@ -39,7 +39,7 @@ def test_chunks_change_rounding_only(model, tokenizer, rollouts, monkeypatch, to
     head = model.get_output_embeddings()
     plain = head.forward
     monkeypatch.setattr(head, "forward", lambda hidden: rows.append(hidden.shape[:-1].numel()) or plain(hidden))
-    monkeypatch.setattr(logits, "LOGITS_AT_ONCE", tokens * model.config.vocab_size)
+    monkeypatch.setattr(policy, "LOGITS_AT_ONCE", tokens * model.config.vocab_size)
     chunked = logprobs_and_gradient(model, adapter, rollouts)
     chunks = rows if recompute else rows[1:]  # the prompts' last tokens, one each, come first
     assert max(chunks) == tokens
@@ -48,7 +48,7 @@ def test_chunks_change_rounding_only(model, tokenizer, rollouts, monkeypatch, to
 
 
 def test_the_head_is_as_before(model, rollouts, monkeypatch):
-    monkeypatch.setattr(logits, "LOGITS_AT_ONCE", model.config.vocab_size)
+    monkeypatch.setattr(policy, "LOGITS_AT_ONCE", model.config.vocab_size)
     completion_logprobs(model, rollouts)
     assert "forward" not in model.get_output_embeddings().__dict__
 
@@ -63,11 +63,11 @@ def test_the_head_is_as_before(model, rollouts, monkeypatch):
 
 
 def test_a_head_with_an_adapter_is_left_alone(model, rollouts, monkeypatch):
-    monkeypatch.setattr(logits, "LOGITS_AT_ONCE", model.config.vocab_size)
+    monkeypatch.setattr(policy, "LOGITS_AT_ONCE", model.config.vocab_size)
     adapter = tl.attach(model, tl.TinyLoraConfig(rank=2, target_modules=["lm_head", "q_proj"]))
     with torch.no_grad():
         adapter.vectors.fill_(0.5)
-    assert logits.tokens_at_once(model) is None
+    assert policy.tokens_at_once(model) is None
     adapted = completion_logprobs(model, rollouts).detach()
     adapter.detach()
     assert not torch.allclose(adapted, completion_logprobs(model, rollouts), atol=1e-3)
@@ -96,6 +96,6 @@ def test_no_more_logits_than_allowed_are_kept(make_model, tokenizer, task, monke
 
     vocabulary = model.config.vocab_size
     whole = largest()
-    monkeypatch.setattr(logits, "LOGITS_AT_ONCE", 3 * vocabulary)
+    monkeypatch.setattr(policy, "LOGITS_AT_ONCE", 3 * vocabulary)
     assert whole >= 2 * 11 * vocabulary
     assert largest() <= 3 * vocabulary

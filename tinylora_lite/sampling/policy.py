@@ -1,0 +1,162 @@
+"""What sampling and training need of a model of transformers and its tokenizer: modes, cache, end tokens, head.
+
+With a vocabulary of 152,000 the logits of a single completion of 4,096 tokens take 2.5 GB in float32, and their softmax
+and its gradient as much again: more than everything else a frozen model keeps for its backward pass. So they are made
+in chunks, and made again in the backward pass.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tinylora_lite.utils.distributed import is_sharded
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+
+LOGITS_AT_ONCE = 1 << 27
+"""How many logits exist at a time: 512 MiB in float32, 883 tokens of Qwen2.5's vocabulary."""
+
+PLAIN_HEADS = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+"""Model types of transformers whose logits are what the head puts out: nothing scales or caps them afterwards."""
+
+
+@contextmanager
+def ready_to_train(model: PreTrainedModel, parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, ``parameters`` alone take gradients and dropout is off; afterwards flags and modes are as before.
+
+    Where gradient checkpointing is on, dropout that a recomputed block calls as a function stays on (OPT has such).
+    """
+    flags, trained = [(p, p.requires_grad) for p in model.parameters()], set(map(id, parameters))
+    for parameter, _ in flags:
+        parameter.requires_grad_(id(parameter) in trained)
+    try:
+        with modes_kept(model):
+            model.eval()
+            for module in filter(recomputes, model.modules()):
+                module.training = True  # transformers recomputes in training mode only
+            yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Afterwards every module is in the mode, training or evaluation, that it was in before."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def recomputes(module: nn.Module) -> bool:
+    """Whether gradient checkpointing is on in this very module (transformers renames its own name for it)."""
+    return bool(getattr(module, "gradient_checkpointing", False))
+
+
+def can_share_prompts(model: PreTrainedModel) -> bool:
+    """Whether gradients can pass through a cache: not in recomputed layers, and not in recurrent or windowed ones.
+
+    Where processes compute together, they would make different numbers of forward passes.
+    """
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    recomputed = any(module.training and recomputes(module) for module in model.modules())
+    return not (recomputed or is_sharded(model)) and all(
+        type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers
+    )
+
+
+def with_cache(model: PreTrainedModel, cache: Cache) -> dict[str, Any]:
+    """The argument that hands a model its cache: ``past_key_values`` before transformers 5.24, ``cache`` since."""
+    renamed = "cache" in inspect.signature(type(model).forward).parameters
+    return {"cache" if renamed else "past_key_values": cache}
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ``ValueError`` where a tokenizer lacks what sampling needs: pad token, end token, chat template."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end token, so completions would never stop; set tokenizer.eos_token")
+    if tokenizer.pad_token_id is None:
+        raise ValueError("the tokenizer has no pad token; set tokenizer.pad_token = tokenizer.eos_token")
+    if not tokenizer.chat_template:
+        raise ValueError("the tokenizer has no chat template; set tokenizer.chat_template")
+
+
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """The tokens that end a completion, ``[ends]`` int64: the tokenizer's and those of the model's own settings."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ends = configured if isinstance(configured, list) else [configured]
+    return torch.tensor(sorted({tokenizer.eos_token_id, *ends} - {None}))
+
+
+def next_logprobs(model: PreTrainedModel, ids: Tensor, temperature: float, **inputs: Any) -> Tensor:
+    """Log-probabilities of ``ids``, ``[batch, tokens]``, at the last places of what ``inputs`` hold."""
+    tokens, at_once = ids.shape[1], tokens_at_once(model)
+    if at_once is not None and ids.numel() > at_once:
+        with head_gives_logprobs(model, ids, temperature, at_once):
+            logprobs: Tensor = model(**inputs, logits_to_keep=tokens).logits[..., 0]
+            return logprobs
+    logits = model(**inputs, logits_to_keep=tokens).logits
+    return torch.log_softmax(logits.float() / temperature, dim=-1).gather(2, ids[..., None])[..., 0]
+
+
+def chosen_logprobs(
+    head: Callable[[Tensor], Tensor], hidden: Tensor, ids: Tensor, temperature: float, at_once: int
+) -> Tensor:
+    """The log-probability of one token after each hidden state, ``[...]`` float32, differentiable.
+
+    Args:
+        head: hidden states ``[tokens, width]`` to logits ``[tokens, vocabulary]``.
+        hidden: ``[..., width]``.
+        ids: ``[...]`` int64.
+        temperature: divides the logits.
+        at_once: tokens whose logits exist at the same time.
+    """
+
+    def logprobs(hidden: Tensor, ids: Tensor) -> Tensor:
+        distribution = torch.log_softmax(head(hidden).float() / temperature, dim=-1)
+        return distribution.gather(1, ids[:, None])[:, 0]
+
+    pieces = zip(hidden.flatten(0, -2).split(at_once), ids.flatten().split(at_once), strict=True)
+    chosen = [checkpoint(logprobs, states, tokens, use_reentrant=False) for states, tokens in pieces]
+    return torch.cat(chosen).view(ids.shape)
+
+
+def tokens_at_once(model: PreTrainedModel) -> int | None:
+    """How many tokens' logits should exist at a time; ``None`` for a model whose head cannot be taken by itself.
+
+    That is one that does something to its logits afterwards, or that has hooks on its head (an adapter's, for one).
+    """
+    head = model.get_output_embeddings()
+    if head is None or head._forward_hooks or head._forward_pre_hooks or model.config.model_type not in PLAIN_HEADS:
+        return None
+    return max(1, LOGITS_AT_ONCE // int(model.config.vocab_size))
+
+
+@contextmanager
+def head_gives_logprobs(model: PreTrainedModel, ids: Tensor, temperature: float, at_once: int) -> Iterator[None]:
+    """Inside, the ``logits`` of ``model`` are log-probabilities of ``ids``, ``[batch, tokens, 1]`` float32.
+
+    The head is called from inside the model, where wrappers that gather weights for the forward pass expect it.
+    """
+    head = model.get_output_embeddings()
+    replaced, forward = head.__dict__.get("forward"), head.forward
+    head.forward = lambda hidden: chosen_logprobs(forward, hidden, ids, temperature, at_once)[..., None]
+    try:
+        yield
+    finally:
+        if replaced is None:
+            del head.forward
+        else:
+            head.forward = replaced
