@@ -50,8 +50,8 @@ book: $(STAMP) ## Build the book: every notebook runs, every warning is an error
 	@$(BIN)/jupyter-book build . -W -n --keep-going
 	@echo "The book: $(CURDIR)/_build/html/index.html"
 
-test: $(STAMP) ## Run the tests (the chapters run when the book is built)
-	@$(PY) -m pytest
+test: $(STAMP) ## Run the tests, on all cores (the chapters run when the book is built)
+	@$(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 test-slow: $(STAMP) ## Run the tests that take minutes
 	@$(PY) -m pytest -m slow
