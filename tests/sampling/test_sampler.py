@@ -1,11 +1,13 @@
 """What the sampler says it drew is what the trainer computes, whatever the batch, the padding and the dropping."""
 
+import dataclasses
+
 import pytest
 import torch
 from scipy import stats
 
 import tinylora_lite as tl
-from tinylora_lite.sampling.logprobs import completion_logprobs
+from tinylora_lite.sampling.logprobs import common_start, completion_logprobs
 from tinylora_lite.sampling.policy import recomputes
 from tinylora_lite.sampling.rollouts import encode_prompts
 from tinylora_lite.sampling.sampler import ModelSampler, sample
@@ -69,10 +71,11 @@ def test_teacher_forcing_by_hand(ending, tokenizer, task):
         assert torch.allclose(rollouts.entropies[row, : len(completion)], entropy, atol=1e-4)
 
 
+@pytest.mark.parametrize("start", ["", "solve the problem step by step. " * 8], ids=["", "long start"])
 @pytest.mark.parametrize("config", [{}, {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}])
-def test_gradients_are_those_of_the_plain_forward_pass(make_model, tokenizer, task, config):
+def test_gradients_are_those_of_the_plain_forward_pass(make_model, tokenizer, task, config, start):
     """Where prompts are shared, and where windowed attention forbids sharing them."""
-    model = make_model(**config)
+    model, task = make_model(**config), dataclasses.replace(task, system=start or task.system)
     adapter = tl.attach(model, tl.TinyLoraConfig(rank=2, u=2))
     rollouts = sample(model, tokenizer, *prompts(tokenizer, task, count=3, repeats=4), max_new_tokens=6)
     weights = torch.randn(rollouts.logprobs.shape, generator=torch.Generator().manual_seed(0))
@@ -105,6 +108,39 @@ def test_gradient_checkpointing_gives_the_same(make_model, tokenizer, task):
     assert torch.allclose(before, after, atol=1e-5)
     (one,), (other,) = (torch.autograd.grad(x.sum(), adapter.vectors) for x in (before, after))
     assert torch.allclose(one, other, rtol=1e-3, atol=1e-5)
+
+
+@pytest.fixture
+def long_start(task):
+    """The task with instructions that are longer than what is worth a forward pass of its own."""
+    return dataclasses.replace(task, system="solve the problem step by step. " * 8)
+
+
+def test_what_all_prompts_begin_with_is_read_once(ending, tokenizer, long_start):
+    ids, mask = prompts(tokenizer, long_start, count=4, repeats=2)
+    tokens = []
+    ending.register_forward_pre_hook(lambda _, args, kw: tokens.append(tuple(kw["input_ids"].shape)), with_kwargs=True)
+    rollouts = sample(ending, tokenizer, ids, mask, max_new_tokens=4)
+    alone = torch.stack([row[m.bool()][:30] for row, m in zip(ids, mask, strict=True)])
+    assert (alone == alone[:1]).all(), "the test is about prompts that begin alike"
+    (one, start), (four, rest) = tokens[:2]
+    assert (one, four) == (1, 4)
+    assert start >= 32
+    assert start + rest == ids.shape[1]
+    seen = completion_logprobs(ending, rollouts)
+    for row in range(len(rollouts)):
+        prompt, n = ids[row][mask[row].bool()], int(rollouts.lengths[row])
+        logits = ending(input_ids=torch.cat([prompt, rollouts.completion_ids[row, :n]])[None]).logits[0]
+        expected = torch.log_softmax(logits[len(prompt) - 1 : -1], -1).gather(1, rollouts.completion_ids[row, :n, None])
+        assert torch.allclose(seen[row, :n], expected[:, 0], atol=1e-5)
+        assert torch.allclose(rollouts.logprobs[row, :n], expected[:, 0], atol=1e-5)
+
+
+def test_the_start_ends_before_the_shortest_prompt_does():
+    ids, ones = torch.tensor([[0, 5, 6, 7], [5, 6, 7, 8]]), torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    assert common_start(ids, ones) == 2, "a token is left to read of each"
+    assert common_start(ids[:1], ones[:1]) == 0, "of one prompt nothing is shared"
+    assert common_start(torch.tensor([[5, 6, 9], [5, 7, 9]]), torch.ones(2, 3).long()) == 1
 
 
 def test_a_prompt_is_read_once_for_its_group(model, tokenizer, task):

@@ -34,7 +34,7 @@ def chance_of(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, allowed: Tensor, problems: int | None = None
 ) -> float:
     """The mean probability, over test problems, that an answer begins with one of ``allowed``, ``[tokens]`` int64."""
-    logits, _ = read_prompts(model, *encode_prompts(tokenizer, task, task.test[:problems]))
+    logits, *_ = read_prompts(model, *encode_prompts(tokenizer, task, task.test[:problems]))
     return float(logits.float().softmax(dim=-1)[:, allowed].sum(dim=-1).mean())
 
 

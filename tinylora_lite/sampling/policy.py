@@ -69,12 +69,17 @@ def can_share_prompts(model: PreTrainedModel) -> bool:
 
     Where processes compute together, they would make different numbers of forward passes.
     """
-    from transformers.cache_utils import DynamicCache, DynamicLayer
+    from transformers import DynamicCache
 
     recomputed = any(module.training and recomputes(module) for module in model.modules())
-    return not (recomputed or is_sharded(model)) and all(
-        type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers
-    )
+    return not (recomputed or is_sharded(model)) and keeps_everything(DynamicCache(config=model.config))
+
+
+def keeps_everything(cache: Cache) -> bool:
+    """Whether a cache holds keys and values of every token, as those of recurrent and windowed layers do not."""
+    from transformers.cache_utils import DynamicLayer
+
+    return all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
 def with_cache(model: PreTrainedModel, cache: Cache) -> dict[str, Any]:

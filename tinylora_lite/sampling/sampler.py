@@ -94,12 +94,12 @@ def sample(
     entropies = torch.zeros_like(logprobs)
     alive = torch.arange(count, device=device)  # rows of the batch that the cache still holds
     done = torch.zeros(count, dtype=torch.bool, device=device)
-    attention, position = prompt_mask, prompt_mask.sum(dim=1, keepdim=True) - 1
+    position = prompt_mask.sum(dim=1, keepdim=True) - 1
     together = is_sharded(model)  # then every forward pass is one of all processes
 
     with modes_kept(model):
         model.eval()
-        logits, cache = read_prompts(model, prompt_ids, prompt_mask, adapters)
+        logits, cache, attention = read_prompts(model, prompt_ids, prompt_mask, adapters)
         for step in range(max_new_tokens):
             log_distribution = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
             if log_distribution.isnan().any():
