@@ -1,4 +1,4 @@
-"""Real bases in the lab: found by hash, trials that go on, answers that are kept, rates that are chosen with caution."""
+"""Real bases in the lab: found by hash, trials that go on, answers that are kept, rates chosen with caution."""
 
 import json
 import shutil
