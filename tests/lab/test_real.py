@@ -46,7 +46,8 @@ def test_a_trial_that_was_stopped_goes_on_after_its_last_step(checkpoint, monkey
     trial = replace(TRIAL, numbers=numbers)
     (whole,) = running.run_trials([trial])
     assert whole["file_sha256"] == "ab12"
-    assert len(whole["curve"]) == 2
+    assert whole["steps"]["reward"] == pytest.approx(whole["curve"], abs=1e-4)
+    assert len(whole["curve"]) == len(whole["steps"]["norm"]) == 2
     shutil.rmtree(checkpoint.parents[1] / "runs")
     with monkeypatch.context() as patch:
         patch.setattr(running, "evaluate", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))

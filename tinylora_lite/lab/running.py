@@ -229,9 +229,12 @@ def _alone(trial: Trial) -> Record:
         }
     except FloatingPointError:
         return _diverged(trial)
-    answers = {name: _answers(score) for name, score in scores.items()}
-    record = _record(run, v, scores) | ({"answers": answers} if trial.base in REAL and trial.split == "test" else {})
-    return record | (_styles(scores["sampled"]) if trial.samples > 1 else {})
+    record = _record(run, v, scores) | (_styles(scores["sampled"]) if trial.samples > 1 else {})
+    if trial.base in REAL:
+        record["steps"] = {name: [row[name] for row in run.steps] for name in (run.steps or [{}])[0] if name != "step"}
+        if trial.split == "test":
+            record["answers"] = {name: _answers(score) for name, score in scores.items()}
+    return record
 
 
 def _scored(trial: Trial) -> list[tuple[str, dict[str, Any]]]:
