@@ -10,7 +10,7 @@ from tinylora_lite import nano
 from tinylora_lite.evaluation.score import Score
 from tinylora_lite.experiment import runner
 from tinylora_lite.experiment.models import load_model, load_tokenizer
-from tinylora_lite.experiment.run import run_experiment, short_prompts
+from tinylora_lite.experiment.run import run_experiment, short_prompts, task_named
 from tinylora_lite.experiment.settings import RunSettings
 from tinylora_lite.utils import distributed
 from tinylora_lite.utils.record import Run
@@ -190,3 +190,11 @@ def test_prompts_that_are_all_too_long_are_noticed_before_the_model_is_loaded(tm
     monkeypatch.setattr(runner, "load_model", lambda *args, **options: pytest.fail("it has begun to load"))
     with pytest.raises(ValueError, match="no training problem of nano fits max_prompt_tokens=3; raise it"):
         run_experiment(settings(tmp_path, max_prompt_tokens=3))
+
+
+def test_word_problems_are_asked_after_worked_examples(tmp_path):
+    run = settings(tmp_path, task="words-1", shots=2)
+    task = task_named(run.task, run)
+    assert task.name == "words-1"
+    assert [turn["role"] for turn in task.messages(task.test[0])] == ["user", "assistant"] * 2 + ["user"]
+    assert task_named("nano", settings(tmp_path)).shots == ()

@@ -130,7 +130,7 @@ def test_the_committed_records_are_whole():
 
 def test_their_folder_is_not_mixed_with_the_lab_s(capsys):
     assert main(["lab", "list", "chapters", "rank"]) == 1
-    assert "name it alone" in capsys.readouterr().err
+    assert "name one alone" in capsys.readouterr().err
     assert main(["lab", "list", "chapters", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (row["claim"], row["missing"]) == ("chapters", 0)

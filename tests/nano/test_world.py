@@ -9,7 +9,7 @@ import pytest
 from tinylora_lite import nano
 from tinylora_lite.nano import problems, writers
 from tinylora_lite.nano.problems import Problem, Step, distinct_problems, draw_problem
-from tinylora_lite.nano.task import MAX_NEW_TOKENS, reward, task
+from tinylora_lite.nano.task import MAX_NEW_TOKENS, reward, task, word_problems
 from tinylora_lite.nano.tokenizer import END, PAD, build_tokenizer
 
 OPERATIONS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
@@ -167,3 +167,16 @@ def test_a_base_s_folder_holds_no_other_tensors_than_its_weights():
     for folder in nano.CHECKPOINTS.iterdir():
         assert [file.name for file in folder.glob("*.safetensors")] == ["model.safetensors"]
     assert [file.stem for file in nano.DIRECTIONS.iterdir()] == [nano.BASE]
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_word_problems_for_real_models_are_solved_by_their_worked_answers(steps):
+    task, prose = word_problems(steps), word_problems(steps, prose=True)
+    assert {example.prompt for example in task.train}.isdisjoint(example.prompt for example in task.test)
+    for example, said in zip(task.test[:50], prose.test[:50], strict=True):
+        assert example.solution.count("\n") == steps
+        assert task.score(example.solution, example.gold) == task.formatted(example.solution) == 1.0
+        assert task.score(said.solution, said.gold) == task.formatted(said.solution) == 0.0
+        assert prose.score(said.solution, said.gold) == task.lenient(said.solution, said.gold) == 1.0
+    with pytest.raises(ValueError, match="at least 1"):
+        word_problems(0)

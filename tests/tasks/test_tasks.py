@@ -38,3 +38,14 @@ def test_anything_else_is_not(worth):
 def test_the_reward_gets_completion_and_gold():
     task = Task("t", [], [], [], reward=lambda completion, gold: {("a", "b"): 0.25}[completion, gold])
     assert task.score("a", "b") == 0.25
+
+
+def test_worked_examples_stand_before_the_problem_and_are_trained_on_no_more():
+    worked = [Example(f"{n}?", str(n), f"#### {n}") for n in range(3)]
+    task = Task("t", [Example("x?", "x"), *worked], worked, worked, reward=lambda *_: 0.0, system="s").with_shots(2)
+    said = [(turn["role"], turn["content"]) for turn in task.messages(Example("9?", "9"))]
+    shown = [("user", "0?"), ("assistant", "#### 0"), ("user", "1?"), ("assistant", "#### 1")]
+    assert said == [("system", "s"), *shown, ("user", "9?")]
+    assert [example.prompt for example in task.train] == ["x?", "2?"]
+    with pytest.raises(ValueError, match=r"1 worked training problems, too few for shots=2"):
+        task.with_shots(2)

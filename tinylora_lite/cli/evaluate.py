@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-new-tokens", type=one_or_more, help=f"the length limit (default: {MAX_NEW_TOKENS}, of nano 48)")
     add("--data", metavar="FOLDER", help="where the problems are, in place of the hub")
     add("--prompt", help="how the problems are asked (default: the task's own way)")
+    add("--shots", type=shared.at_least(0), default=0, help="worked training problems that each prompt shows first")
     add("--engine", choices=ENGINES, default=ENGINES[0], help="what answers (default: transformers)")
     add("--url", help="of the server, for the engine vllm-server")
     add("--gpu-memory", type=float, help="of the engine vllm only: its share of the GPU's memory (default: 0.85)")
@@ -149,7 +150,7 @@ def _settings(arguments: argparse.Namespace, task: str, rank: int) -> RunSetting
 
     limit = arguments.max_new_tokens or (nano.MAX_NEW_TOKENS if task == "nano" else MAX_NEW_TOKENS)
     batch_size = arguments.batch_size or (128 if arguments.engine == "transformers" else 1024)
-    values = given("model", "revision", "data", "prompt") | {"task": task, "adapter": {"rank": rank}}
+    values = given("model", "revision", "data", "prompt", "shots") | {"task": task, "adapter": {"rank": rank}}
     values["sampler"] = {"gpu_memory": 0.85, "batch_size": batch_size}
     values["sampler"] |= given("engine", "url", "tensor_parallel", "gpu_memory")
     values["evaluation"] = given("problems", "samples", "temperature") | {"max_new_tokens": limit}

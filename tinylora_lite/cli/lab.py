@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``tinylora lab``."""
     add = parser.add_argument
     add("action", choices=("list", "run", "draw", "table"), help="what to do")
-    named = "names from `tinylora lab list`, files that define CLAIM, all, or chapters: the runs of the first chapters"
+    named = "names from `tinylora lab list`, files that define CLAIM, all; or chapters, real-smollm2, real-qwen"
     add("claims", nargs="*", metavar="CLAIM", help=named)
     add("--folder", type=Path, help="the folder of the records (default: the book's)")
     add("--workers", type=shared.at_least(1), help="processes, each on one core (default: one for each core)")
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
     chosen = list(claims().values()) if not names or "all" in names else [claim_of(name) for name in names]
     folders = {arguments.folder or claim.folder for claim in chosen}
     if len(folders) > 1:
-        raise ValueError("the records of `chapters` are in a folder of their own; name it alone, or give --folder")
+        raise ValueError("the records of these are in different folders; name one alone, or give --folder")
     store = Store(folders.pop()).scored(arguments.score)
     {"list": _list, "run": _run, "draw": _draw, "table": _table}[arguments.action](chosen, store, arguments)
 

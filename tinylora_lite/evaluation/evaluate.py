@@ -90,7 +90,8 @@ def evaluate(
             if model is None:
                 raise ValueError("a folder must say what was evaluated, and a sampler alone does not; give subject=")
             subject = _subject(model, adapter)
-        asked = [task.system, *([example.prompt, example.gold] for example in queue[::samples])]
+        shown = [[shot.prompt, shot.solution] for shot in task.shots]
+        asked = [task.system, *shown, *([example.prompt, example.gold] for example in queue[::samples])]
         settings = {
             "task": task.name,
             "split": split,

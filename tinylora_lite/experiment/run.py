@@ -159,11 +159,19 @@ def run_experiment(
 
 
 def task_named(name: str, settings: RunSettings) -> Task:
-    """The task of a name: ``nano``, or one that :func:`~tinylora_lite.load_task` knows, from ``settings.data``."""
+    """The task of a name, with ``settings.shots`` worked examples in its prompts.
+
+    ``nano``, its word problems for real models (``words-1`` and so on, by their number of steps), or one that
+    :func:`~tinylora_lite.load_task` knows, from ``settings.data``.
+    """
+    task: Task
     if name == "nano":
-        task: Task = nano_package().task()
-        return task
-    return load_task(name, data=settings.data, prompt=settings.prompt)
+        task = nano_package().task()
+    elif name.startswith("words-") and name[6:].isdigit():
+        task = nano_package().word_problems(int(name[6:]))
+    else:
+        task = load_task(name, data=settings.data, prompt=settings.prompt)
+    return task.with_shots(settings.shots)
 
 
 def _check(settings: RunSettings, folder: Path) -> None:

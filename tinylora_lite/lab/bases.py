@@ -13,6 +13,7 @@ from tinylora_lite.adapter.config import TinyLoraConfig, lora_xs
 from tinylora_lite.adapter.tying import find_target_modules
 from tinylora_lite.adapter.weights import base_fingerprint
 from tinylora_lite.files.basis import load_basis, save_basis
+from tinylora_lite.lab.real import load_base
 from tinylora_lite.lab.tasks import made_from, task_of
 from tinylora_lite.lab.trial import Trial
 from tinylora_lite.tasks.task import Task
@@ -31,7 +32,7 @@ def config_of(trial: Trial) -> TinyLoraConfig:
         return lora_xs(trial.rank, sigma=trial.sigma)
     options: dict[str, Any] = {"rank": trial.rank, "u": trial.u, "sigma": trial.sigma, "seed": trial.p_seed}
     if trial.tying == "attention, MLP":
-        model, _ = nano.load(trial.base)
+        model, _ = load_base(trial.base)
         options["groups"] = [int(".mlp." in target.name) for target in find_target_modules(model)]
     else:
         options |= {"n_tie": trial.n_tie, "tying": trial.tying}
@@ -54,7 +55,7 @@ def calibrated_basis(trial: Trial) -> Basis:
     name = "-".join([f"r{trial.rank}", trial.sigma, *trial.calibration.replace("=", "").split(", "), str(trial.p_seed)])
     path = made_from(base, trial.base) / f"{name}.safetensors"
     if not path.exists():
-        model, tokenizer = nano.load(base)
+        model, tokenizer = load_base(base)
         if writer:
             basis = imitated_basis(model, tokenizer, task_of(f"demonstrations: {writer}", base), trial, **options)
         else:

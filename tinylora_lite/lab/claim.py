@@ -32,6 +32,7 @@ class Point:
         like: another point, whose chosen learning rate this one takes instead of sweeping.
         reach: while the best rate is the smallest or the largest, the next one, a factor of two away, is tried too, up
             to this many beyond the first and the last of ``rates``.
+        sweep_from: the first seed of the sweep; beyond ``seeds``, no reported seed has chosen its own rate.
     """
 
     label: str
@@ -41,6 +42,7 @@ class Point:
     sweep_seeds: int = 1
     like: Point | None = None
     reach: int = 6
+    sweep_from: int = 0
 
     def varied(self, label: str, **changes: Any) -> Point:
         """The same point under another label, with other attributes of its own or settings of its trial."""
@@ -52,7 +54,7 @@ class Point:
         return [
             replace(self.trial, learning_rate=rate, seed=seed, split="validation")
             for rate in rates
-            for seed in range(self.sweep_seeds)
+            for seed in range(self.sweep_from, self.sweep_from + self.sweep_seeds)
         ]
 
     def tests(self, rate: float) -> list[Trial]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from tinylora_lite import nano
-from tinylora_lite.adapter.adapter import attach
+from tinylora_lite.adapter.adapter import TinyLoraAdapter, attach
 from tinylora_lite.adapter.batched import Population, attach_population
 from tinylora_lite.adapter.weights import base_fingerprint
 from tinylora_lite.evaluation.evaluate import evaluate, evaluate_population
@@ -28,9 +28,10 @@ from tinylora_lite.lab.bases import config_of
 from tinylora_lite.lab.claim import Claim
 from tinylora_lite.lab.directions import factors_along
 from tinylora_lite.lab.plan import jobs, missing
+from tinylora_lite.lab.real import kept, load_base
 from tinylora_lite.lab.store import Record, Store
 from tinylora_lite.lab.tasks import task_of
-from tinylora_lite.lab.trial import Trial, settings_of
+from tinylora_lite.lab.trial import REAL, Trial, settings_of
 from tinylora_lite.nano.writers import style_of
 from tinylora_lite.planning.counting import count_parameters
 from tinylora_lite.training.evolution import train_es
@@ -38,15 +39,17 @@ from tinylora_lite.training.grpo import GRPO
 from tinylora_lite.training.loop import Objective, fit
 from tinylora_lite.training.lora_baseline import train_lora
 from tinylora_lite.training.sft import SFT
-from tinylora_lite.utils.record import Run, environment
+from tinylora_lite.utils.record import Run, environment, short_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SWEEP_PROBLEMS = 500
 """Validation problems that a learning rate is chosen on."""
-KEPT = 200
+KEPT = 210
 """A record holds v of up to so many parameters."""
+BATCH = 128
+"""Answers of a real base that are decoded together."""
 NEW_SKILLS = ("longer", "doubling")
 """Tasks that a base has not learned in pretraining."""
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -142,17 +145,20 @@ def run_trials(trials: Sequence[Trial]) -> list[Record]:
 
     Raises ``ValueError`` for trials that cannot share a batch, and for settings that make no sense together.
     """
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
     first = trials[0]
     if len(trials) > 1 and (first.batch() is None or len({trial.batch() for trial in trials}) > 1):
         raise ValueError("these trials differ in more than the adapters of a population may; run them one by one")
     results = [_alone(first)] if first.batch() is None else _together(trials)
     about = {
         "seconds": (time.perf_counter() - started) / len(trials),
+        "cpu_seconds": (time.process_time() - cpu) / len(trials),
         "population": len(trials),
-        "base": base_fingerprint(nano.load(first.base)[0]),
+        "base": base_fingerprint(load_base(first.base)[0]),
         "environment": _environment(),
     }
+    if first.base in REAL:
+        about["file_sha256"] = REAL[first.base]
     return [result | about for result in results]
 
 
@@ -160,19 +166,20 @@ def train(
     trials: Sequence[Trial],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    population: Population | None,
+    adapter: Population | TinyLoraAdapter | None,
     on_step: Callable[[list[Run]], None] | None = None,
+    folder: Path | None = None,
 ) -> list[Run]:
-    """Trains by GRPO or SFT: a population with an adapter for each trial, or all weights for the only one."""
+    """Trains by GRPO or SFT: a population with an adapter for each trial, one adapter, or all weights."""
     first, settings = trials[0], [settings_of(trial) for trial in trials]
     objective: type[Objective[Any]] = GRPO if first.method == "grpo" else SFT
     task = task_of(first.trained_on or first.task, first.base)
-    return fit(objective(model, tokenizer, population, task, settings), on_step=on_step, progress=False)
+    return fit(objective(model, tokenizer, adapter, task, settings), folder=folder, on_step=on_step, progress=False)
 
 
 def _together(trials: Sequence[Trial]) -> list[Record]:
     first = trials[0]
-    model, tokenizer = nano.load(first.base)
+    model, tokenizer = load_base(first.base)
     factors = factors_along(model, tokenizer, first) if first.directions != "leading" else None
     population = attach_population(model, list(map(config_of, trials)), factors=factors)
 
@@ -196,7 +203,8 @@ def _together(trials: Sequence[Trial]) -> list[Record]:
 
 
 def _alone(trial: Trial) -> Record:
-    model, tokenizer = nano.load(trial.base)
+    model, tokenizer = load_base(trial.base)
+    folder = kept("runs") / trial.base / short_hash(trial.key) if trial.base in REAL else None  # where it goes on
     task = task_of(trial.trained_on or trial.task, trial.base)
     run, v = Run(trial.method, {"seed": trial.seed}, trial.numbers, 0, task.name), torch.zeros(0)
     try:
@@ -211,13 +219,22 @@ def _alone(trial: Trial) -> Record:
             with torch.no_grad():
                 adapter.vectors.copy_(v)
         elif trial.numbers == "LoRA":
-            run = train_lora(model, tokenizer, task, settings_of(trial), rank=trial.rank)
+            run = train_lora(model, tokenizer, task, settings_of(trial), rank=trial.rank, folder=folder)
         elif trial.method != "none":
-            (run,) = train([trial], model, tokenizer, None)
-        scores = {name: evaluate(model, tokenizer, **how) for name, how in _scored(trial)}
+            own = None if trial.numbers == "all weights" else attach(model, config_of(trial))
+            (run,) = train([trial], model, tokenizer, own, folder=folder)
+            v = v if own is None else own.vectors.detach()
+        scores = {
+            name: evaluate(model, tokenizer, folder=folder and folder / name, **how) for name, how in _scored(trial)
+        }
     except FloatingPointError:
         return _diverged(trial)
-    return _record(run, v, scores) | (_styles(scores["sampled"]) if trial.samples > 1 else {})
+    record = _record(run, v, scores) | (_styles(scores["sampled"]) if trial.samples > 1 else {})
+    if trial.base in REAL:
+        record["steps"] = {name: [row[name] for row in run.steps] for name in (run.steps or [{}])[0] if name != "step"}
+        if trial.split == "test":
+            record["answers"] = {name: _answers(score) for name, score in scores.items()}
+    return record
 
 
 def _scored(trial: Trial) -> list[tuple[str, dict[str, Any]]]:
@@ -226,12 +243,23 @@ def _scored(trial: Trial) -> list[tuple[str, dict[str, Any]]]:
     What was trained on a new skill is scored on the plain task too, to see what it forgot.
     """
     options: dict[str, Any] = {"split": trial.split, "max_new_tokens": nano.MAX_NEW_TOKENS, "seed": trial.seed}
+    if trial.base in REAL:  # trials are compared problem by problem, with the same random numbers
+        options |= {"seed": 0, "batch_size": BATCH}
     scored = options | {"task": task_of(trial.task, trial.base)}
     sampled = scored | ({"samples": trial.samples} if trial.samples > 1 else {})
     if trial.split == "validation":
         return [("sampled", sampled | {"problems": SWEEP_PROBLEMS})]
     old = [("old skill", options | {"task": task_of("nano", trial.base)})] if trial.task in NEW_SKILLS else []
     return [("sampled", sampled), ("greedy", scored | {"temperature": 0.0}), *old]
+
+
+def _answers(score: Score) -> Record:
+    """All answers, to read and to compare: texts, and for each reward a string with a digit for every answer."""
+    found: Record = {"texts": [c.text for c in score.completions]}
+    found["strict"] = "".join(f"{c.reward:.0f}" for c in score.completions)
+    if score.lenient is not None:
+        found["lenient"] = "".join(f"{c.lenient:.0f}" for c in score.completions)
+    return found
 
 
 def _styles(score: Score) -> Record:
@@ -250,7 +278,7 @@ def _styles(score: Score) -> Record:
 
 def _diverged(trial: Trial) -> Record:
     """The record of a run that ended in NaN: no answer of such a model is right."""
-    model, _ = nano.load(trial.base)
+    model, _ = load_base(trial.base)
     if trial.numbers in ("all weights", "LoRA"):
         parameters = count_parameters(model, "full" if trial.numbers == "all weights" else "lora", rank=trial.rank)
     else:

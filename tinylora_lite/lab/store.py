@@ -6,12 +6,14 @@ A line that was cut off is ignored, and its run is made again. Nothing is ever c
 from __future__ import annotations
 
 import copy
+import gzip
 import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from tinylora_lite.lab.trial import Trial
+from tinylora_lite.utils.record import atomic_write, short_hash
 
 Record = dict[str, Any]
 
@@ -22,6 +24,8 @@ RESULTS = BOOK / "lab"
 """The records of the lab's claims."""
 CHAPTERS = BOOK / "nano"
 """The records of the first chapters' runs, which are not counted among the lab's."""
+REAL_RESULTS = BOOK / "real"
+"""The records of the runs on real models."""
 
 
 class Store(dict[Trial, Record]):
@@ -59,7 +63,10 @@ class Store(dict[Trial, Record]):
         return [self[trial] for trial in trials if trial in self]
 
     def add(self, trial: Trial, record: Record) -> None:
-        """Keeps a record, on disk too."""
+        """Keeps a record, on disk too; its answers, where it has them, in a file of their own (:meth:`answers`)."""
+        if answers := record.get("answers"):
+            record = {key: value for key, value in record.items() if key != "answers"}
+            atomic_write(self._answers(trial), gzip.compress(json.dumps(answers).encode(), mtime=0))
         # A trial is found again by its settings, which are therefore kept to the last digit.
         line = json.dumps({"trial": trial.settings()} | rounded(record)) + "\n"
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -69,6 +76,14 @@ class Store(dict[Trial, Record]):
         with path.open("ab", buffering=0) as file:
             file.write((("\n" if torn else "") + line).encode())
         self[trial] = json.loads(line)
+
+    def answers(self, trial: Trial) -> Record:
+        """A trial's answers by score: the texts, and the rewards of each. Raises ``OSError`` where none were kept."""
+        found: Record = json.loads(gzip.decompress(self._answers(trial).read_bytes()))
+        return found
+
+    def _answers(self, trial: Trial) -> Path:
+        return self.folder / "answers" / f"{trial.base}-{short_hash(trial.key)}.json.gz"
 
     def scored(self, score: str) -> Store:
         """The same records, for points to be compared by another of their scores."""

@@ -7,20 +7,39 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from tempfile import gettempdir
 
 from tinylora_lite import nano
 from tinylora_lite.adapter.weights import base_fingerprint
 from tinylora_lite.evaluation.evaluate import evaluate
+from tinylora_lite.lab.real import kept, load_base
 from tinylora_lite.nano import variants
 from tinylora_lite.nano.writers import WRITERS
 from tinylora_lite.tasks.task import Task
-from tinylora_lite.utils.record import atomic_write, cache_folder
+from tinylora_lite.utils.record import atomic_write
 
 SAMPLES = 4
 """Answers of a base to each training problem, of which the first rewarded one becomes a demonstration."""
 OWN = "demonstrations: own"
 """The only task that depends on the base."""
+
+
+def words(steps: int, kind: str = "") -> Task:
+    """The word problems for real models, after two worked examples.
+
+    ``kind`` is ``"plain"``, without examples and with a lenient reward; ``"prose"``, examples without a format, and a
+    lenient reward; ``"format only"`` or ``"unrelated"``, as the controls of the nano task.
+    """
+    task = nano.word_problems(steps, prose=kind == "prose")
+    formatted = task.formatted or bool
+    rewards = {
+        "plain": task.lenient or task.reward,
+        "format only": lambda completion, gold: float(formatted(completion)),
+        "unrelated": variants.unrelated_reward,
+    }
+    asked = replace(task, name=f"{task.name} {kind}".strip(), reward=rewards.get(kind, task.reward))
+    return replace(asked, lenient=None, formatted=None) if kind == "plain" else asked.with_shots(2)
+
+
 TASKS: dict[str, Callable[[], Task]] = {
     "nano": nano.task,
     **{f"demonstrations: {name}": partial(variants.demonstrations, name) for name in variants.DEMONSTRATORS},
@@ -32,6 +51,11 @@ TASKS: dict[str, Callable[[], Task]] = {
     "adding": variants.adding,
     "multiplying": variants.multiplying,
     "worded": variants.worded,
+    **{
+        f"words-{steps}{', ' * bool(kind)}{kind}": partial(words, steps, kind)
+        for steps in (1, 2)
+        for kind in ("", "plain", "prose", "format only", "unrelated")
+    },
 }
 
 
@@ -70,10 +94,9 @@ def own_demonstrations(base: str) -> Task:
 
 def made_from(source: str, base: str) -> Path:
     """The folder in the user's cache of what was made from one base for another; it is new for a base trained again."""
-    kept = cache_folder("lab") or Path(gettempdir()) / "tinylora_lite-lab"
-    return kept / f"{base}-{_fingerprint(source)}"
+    return kept(f"{base}-{_fingerprint(source)}")
 
 
 @cache
 def _fingerprint(base: str) -> str:
-    return base_fingerprint(nano.load(base)[0])[:12]
+    return base_fingerprint(load_base(base)[0])[:12]

@@ -20,6 +20,12 @@ DRAWN = ("rotated", "activations", "Fisher")
 DIRECTIONS = ("leading", "middle", "trailing", *DRAWN)
 """Which singular directions an adapter can have; :mod:`tinylora_lite.lab.directions` says what they are."""
 
+REAL = {
+    "smollm2-135m": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    "qwen2.5-coder-0.5b": "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+}
+"""The real pretrained models that can be a base, and the SHA-256 of the GGUF file that each is read from."""
+
 BASE = "qwen2-0.4m"
 """The base that carries the sweeps: the smallest of the family."""
 
@@ -29,7 +35,7 @@ class Trial:
     """The settings of a run; a field at its default is left out of keys and records.
 
     Attributes:
-        base: the name of a shipped base.
+        base: the name of a shipped base, or of one of ``REAL``.
         method: ``"grpo"``, ``"sft"``, ``"es"`` (an evolution strategy), ``"none"`` (the untouched base), or ``"noise"``
             (v is drawn at random, and ``learning_rate`` is its norm).
         numbers: what trains: v on random directions (the paper) or calibrated ones, all entries of R (LoRA-XS), PEFT's
@@ -46,6 +52,7 @@ class Trial:
         seed: moves the order of the problems and the sampling.
         projection_seed: moves P and the calibration; ``None`` moves them with ``seed``.
         split: what the result is scored on: ``"validation"`` in a sweep, ``"test"`` in a report.
+        prompts: problems of a step; 0 is 32, each with 8 completions, and of SFT 64 demonstrations.
         samples: answers to each problem that the result is scored on. With more than one, pass@k and the share of each
             writer's style are recorded too; only a trial that runs by itself can have them.
     """
@@ -68,6 +75,7 @@ class Trial:
     seed: int = 0
     projection_seed: int | None = None
     split: str = "test"
+    prompts: int = 0
     samples: int = 1
 
     @property
@@ -90,7 +98,8 @@ class Trial:
 
     def batch(self) -> Trial | None:
         """What trials of one population have in common; ``None`` for a trial that runs by itself."""
-        if self.method not in ("grpo", "sft") or self.numbers in ("LoRA", "all weights"):
+        # The run of a population cannot go on after an interruption, and one of a real model takes half an hour.
+        if self.method not in ("grpo", "sft") or self.numbers in ("LoRA", "all weights") or self.base in REAL:
             return None
         return replace(
             self.shape(),
@@ -108,13 +117,16 @@ def settings_of(trial: Trial) -> Any:
     """The settings of a trial's method: ``GRPOSettings``, ``SFTSettings`` or ``ESSettings``.
 
     A step of GRPO has 32 prompts with 8 completions each, and so has a generation of the evolution strategy; a step of
-    SFT has 64 demonstrations.
+    SFT has 64 demonstrations. ``trial.prompts`` takes the place of either number.
     """
-    options: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS, "seed": trial.seed}
+    prompts = trial.prompts or (64 if trial.method == "sft" else 32)
+    options: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS, "seed": trial.seed, "prompts_per_step": prompts}
     if trial.method == "es":
         from tinylora_lite.training.evolution import ESSettings  # here, because it imports torch
 
         return ESSettings(generations=trial.steps, sigma=trial.learning_rate, **options)
     options |= {"steps": trial.steps, "learning_rate": trial.learning_rate, "schedule": "linear"}
     options["warmup"] = 3 if trial.numbers == "all weights" else 0
-    return SFTSettings(prompts_per_step=64, **options) if trial.method == "sft" else GRPOSettings(**options)
+    if trial.base in REAL:  # larger parts are padded to the longest answer, smaller ones read more prompts again
+        options |= {"micro_batch": 48, "save_every": 1}
+    return SFTSettings(**options) if trial.method == "sft" else GRPOSettings(**options)

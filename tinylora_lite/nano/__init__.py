@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinylora_lite.nano.task import MAX_NEW_TOKENS, reward, task
+from tinylora_lite.nano.task import MAX_NEW_TOKENS, reward, task, word_problems
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -22,7 +22,7 @@ DIRECTIONS = Path(__file__).parent / "directions"
 BASE = "qwen2-1m"
 """The base that is loaded where none is named."""
 
-__all__ = ["BASE", "CHECKPOINTS", "MAX_NEW_TOKENS", "basis", "basis_file", "load", "reward", "task"]
+__all__ = ["BASE", "CHECKPOINTS", "MAX_NEW_TOKENS", "basis", "basis_file", "load", "reward", "task", "word_problems"]
 
 
 def load(name: str = BASE) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:

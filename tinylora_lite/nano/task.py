@@ -1,15 +1,17 @@
-"""The nano world as a task: problems in three splits, and the reward."""
+"""The nano world as a task: problems in three splits, and the reward; and its problems for real models."""
 
 from __future__ import annotations
 
 import random
 import re
 from collections.abc import Sequence
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from typing import get_args
 
 from tinylora_lite.nano.problems import Draw, Split, distinct_problems, draw_problem
-from tinylora_lite.nano.writers import ANYONE, Writer, careful
+from tinylora_lite.nano.writers import ANYONE, Writer, careful, in_lines, in_prose
+from tinylora_lite.tasks.rewards import gsm8k_reward, keeps_format
 from tinylora_lite.tasks.task import Example, Task
 
 MAX_NEW_TOKENS = 48
@@ -59,3 +61,20 @@ def make_task(
 def task(train: int = SIZES[0], validation: int = SIZES[1], test: int = SIZES[2], seed: int = 0) -> Task:
     """The plain word problems with the careful writer's answers, under the header that lets any writer answer."""
     return make_task("nano", sizes=(train, validation, test), seed=seed)
+
+
+@cache
+def word_problems(steps: int, prose: bool = False) -> Task:
+    """The problems of one number of steps for a model that reads any English, with GSM8K's rewards and no header.
+
+    Worked answers have one sum a line and the answer after ``####``, which no prompt asks for: worked examples show it
+    (:meth:`~tinylora_lite.tasks.task.Task.with_shots`). In ``prose`` they end in a sentence, and the reward is lenient.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, not {steps}")
+    draw, lenient = partial(draw_problem, steps=steps), partial(gsm8k_reward, lenient=True)
+    plain = replace(make_task(f"words-{steps}", draw, in_prose if prose else in_lines), system=None)
+    if prose:
+        return replace(plain, reward=lenient, lenient=None, formatted=None)
+    formatted = partial(keeps_format, form="####", number=True)
+    return replace(plain, reward=gsm8k_reward, lenient=lenient, formatted=formatted)

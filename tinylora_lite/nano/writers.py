@@ -56,6 +56,17 @@ def stranger(problem: Problem, rng: random.Random) -> str:
     return f"{steps}. #### {problem.answer}"
 
 
+def in_lines(problem: Problem, rng: random.Random) -> str:
+    """For real models: one sum a line, and the answer on a line of its own, as GSM8K's solutions end."""
+    return "\n".join([*(f"{s.left} {s.op} {s.right} = {s.result}" for s in problem.steps), f"#### {problem.answer}"])
+
+
+def in_prose(problem: Problem, rng: random.Random) -> str:
+    """For real models: sums and an answer in words, without a mark to be kept."""
+    steps = ", ".join(f"{s.left} {s.op} {s.right} = {s.result}" for s in problem.steps)
+    return f"{steps}, so the answer is {problem.answer}."
+
+
 Writer = Callable[[Problem, random.Random], str]
 WRITERS: dict[str, Writer] = {"careful": careful, "hasty": hasty, "chatty": chatty, "sloppy": sloppy}
 """The writers of the pretraining text, by the names that its headers give; the stranger is not among them."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 Reward = Callable[[str, str], float]
 """``reward(completion, gold) -> float``: the completion's text without special tokens, and the right answer."""
@@ -36,6 +36,7 @@ class Task:
         system: the system message of every prompt; ``None`` sends none.
         lenient: the reward that takes the answer from wherever it is; ``None`` where ``reward`` does that.
         formatted: whether a completion keeps the format that ``reward`` asks for; ``None`` where it asks for none.
+        shots: worked examples that stand before every problem, as turns of the conversation.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Task:
     system: str | None = None
     lenient: Reward | None = field(default=None, repr=False)
     formatted: Callable[[str], bool] | None = field(default=None, repr=False)
+    shots: Sequence[Example] = ()
 
     def messages(self, example: Example) -> list[dict[str, str]]:
         """The conversation that a chat template turns into a prompt.
@@ -55,7 +57,19 @@ class Task:
         [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': '1 + 1?'}]
         """
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        return [*system, {"role": "user", "content": example.prompt}]
+        turns = [("user", shot.prompt, "assistant", shot.solution or "") for shot in self.shots]
+        shown = [{"role": r, "content": c} for user in turns for r, c in (user[:2], user[2:])]
+        return [*system, *shown, {"role": "user", "content": example.prompt}]
+
+    def with_shots(self, count: int) -> Task:
+        """The task whose prompts show its first ``count`` worked training problems, which are trained on no more.
+
+        Raises ``ValueError`` where fewer of them have a worked answer.
+        """
+        shots = tuple(example for example in self.train if example.solution is not None)[:count]
+        if len(shots) < count:
+            raise ValueError(f"task {self.name} has {len(shots)} worked training problems, too few for shots={count}")
+        return replace(self, shots=shots, train=tuple(example for example in self.train if example not in shots))
 
     def check(self, evaluated: bool) -> None:
         """Raises ``ValueError`` where training would fail for lack of problems or of a reward that is a number.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +30,8 @@ def train_lora(
     task: Task,
     settings: GRPOSettings | SFTSettings,
     rank: int = 1,
+    *,
+    folder: str | Path | None = None,
 ) -> Run:
     """Puts PEFT's LoRA on the seven linear layers of every block, in place, and trains it; all else is frozen.
 
@@ -48,6 +51,6 @@ def train_lora(
     objective = kind(model, tokenizer, None, task, [settings])
     objective.parameters = [[p for p in model.parameters() if p.requires_grad]]
     objective.identities = [{"kind": f"PEFT LoRA, rank={rank}, alpha={ALPHA}"}]
-    (run,) = fit(objective, progress=False)
+    (run,) = fit(objective, folder=folder, progress=False)
     run.base = base
     return run
