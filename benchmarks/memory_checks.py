@@ -57,7 +57,7 @@ def activations(name: str, dtype: str, rows: int, prompt: int, completion: int, 
         for replaced in (
             mock.patch.object(adapter, "check_weight"),  # they look at numbers, and there are none
             mock.patch.object(Factors, "check"),
-            mock.patch.object(logprobs, "_can_share_prompts", return_value=False),
+            mock.patch.object(logprobs, "can_share_prompts", return_value=False),
         ):
             stack.enter_context(replaced)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))

@@ -1,6 +1,7 @@
 """A population: every member gets the samples, the gradient and the numbers that it would get alone."""
 
 import copy
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -243,13 +244,17 @@ def test_what_cannot_be_is_refused_and_leaves_the_model_untouched(base):
     ):
         with pytest.raises(ValueError, match=message):
             GRPO(model, tokenizer, population, TASK, settings)
-    for settings in ([], [[SETTINGS] * 2]):
+    for settings in ([], [[SETTINGS] * 2], SETTINGS):
         with pytest.raises(ValueError, match=r"a list of them: fit\(GRPO\("):
             GRPO(model, tokenizer, population, TASK, settings)
     with pytest.raises(ValueError, match=r"a list of them: fit\(SFT\("):
         tl.train_sft(model, tokenizer, population, TASK, [tl.SFTSettings()] * 2)
     with pytest.raises(ValueError, match="leave folder out"):
         fit(GRPO(model, tokenizer, population, TASK, [SETTINGS] * 2), folder="x")
+    with pytest.raises(ValueError, match="2 adapters, and there are settings for 1"):
+        tl.train_grpo(model, tokenizer, population, TASK, SETTINGS)
+    with pytest.raises(RuntimeError, match=r"adapters are set for none; call it inside .*batched\.rows_of"):
+        tl.evaluate(model, tokenizer, TASK, split="validation")
     ids = torch.ones(2, 3, dtype=torch.long)
     with pytest.raises(RuntimeError, match="given 2 rows, but adapters are set for none"):
         model(ids)
@@ -258,3 +263,35 @@ def test_what_cannot_be_is_refused_and_leaves_the_model_untouched(base):
         rows_of(torch.zeros(3, dtype=torch.long)),
     ):
         model(ids)
+
+
+def test_a_population_that_cannot_be_made_leaves_the_model_untouched(base, monkeypatch):
+    model, _ = base
+
+    def too_large(*_):
+        raise MemoryError("no room for P")
+
+    monkeypatch.setattr("tinylora_lite.adapter.batched.projection_of", too_large)
+    with pytest.raises(MemoryError, match="no room"):
+        tl.attach_population(model, [tl.TinyLoraConfig()] * 2)
+    assert all(p.requires_grad for p in model.parameters())
+    assert adapter_of(model) is None
+
+
+def test_a_population_is_found_kept_in_float32_and_pickled(base):
+    model, tokenizer = base
+    population = tl.attach_population(model, [tl.TinyLoraConfig(seed=seed) for seed in (0, 1)])
+    assert adapter_of(model) is population
+    population.half()
+    for v in population.vectors:
+        assert v.dtype == torch.float32
+        torch.nn.init.normal_(v)
+    ids = tokenizer(["tom has 3 apples."] * 2, return_tensors="pt").input_ids
+    twin = pickle.loads(pickle.dumps(model))
+    with rows_of(torch.tensor([0, 1])):
+        assert torch.equal(twin(ids).logits, model(ids).logits)
+    adapter_of(twin).detach()
+    assert adapter_of(twin) is None
+    population.detach()
+    with pytest.raises(ValueError, match="not attached to this model"):
+        GRPO(model, tokenizer, population, TASK, [SETTINGS] * 2)

@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen2ForCausalLM
 
-from tinylora_lite import AdapterFileError, TinyLoraConfig, attach, load, save
+from tinylora_lite import AdapterFileError, TinyLoraConfig, attach, attach_population, load, save
+from tinylora_lite.adapter.batched import rows_of
 from tinylora_lite.adapter.tying import MODULE_TYPES, find_target_modules
 from tinylora_lite.adapter.weights import (
     base_fingerprint,
@@ -430,15 +431,17 @@ def pack_for_inference(model):
     weight.data, weight.quant_state = _convert_weight_packed_for_cpu(weight.data, weight.quant_state)
 
 
-def test_four_bit_layers_are_not_packed_for_inference_under_an_adapter(quantized):
+@pytest.mark.parametrize("population", [False, True])
+def test_four_bit_layers_are_not_packed_for_inference_under_an_adapter(quantized, population):
     """On every machine as on one with AVX512-BF16, where packing would round the scales and cut the gradient."""
     model = quantized("nf4").eval()
     layer = model.model.layers[1].mlp.up_proj
     for module in targets(model).values():
         module.support_avx512bf16_for_cpu = True
-    adapter = attach(model, TinyLoraConfig(target_modules=["q_proj"]))
+    config = TinyLoraConfig(target_modules=["q_proj"])
+    adapter = attach_population(model, [config] * 2) if population else attach(model, config)
     before = stored(model)
-    with torch.no_grad():
+    with torch.no_grad(), rows_of(torch.zeros(len(TOKENS), dtype=torch.long) if population else None):
         model(TOKENS)
     assert same(before, stored(model))
     assert not hasattr(layer.weight.quant_state, "packing_format_for_cpu")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import tinylora_lite as tl
-from tinylora_lite.adapter import svd
+from tinylora_lite.adapter import weights
 from tinylora_lite.adapter.layer import Factors
 from tinylora_lite.adapter.svd import decompose
 from tinylora_lite.adapter.tying import find_target_modules
@@ -340,7 +340,7 @@ def test_another_decomposition_of_the_same_weights(model, path, monkeypatch):
         found.U[:, -1] *= -1
         return found
 
-    monkeypatch.setattr(svd, "decompose", flipped)
+    monkeypatch.setattr(weights, "decompose", flipped)
     assert_refused(model, path, "another decomposition of model.layers.0.self_attn.q_proj")
 
 
@@ -350,7 +350,7 @@ def test_rounding_of_another_machine_passes(model, path, monkeypatch):
         noisy = {"U": f.U + 1e-4 * torch.randn_like(f.U), "Vh": f.Vh + 1e-4 * torch.randn_like(f.Vh)}
         return replace(f, S=f.S * (1 + 1e-5), **noisy)
 
-    monkeypatch.setattr(svd, "decompose", noisy)
+    monkeypatch.setattr(weights, "decompose", noisy)
     assert torch.equal(load(model, path).vectors, VECTORS)
 
 
@@ -389,7 +389,7 @@ def test_equal_singular_values_are_told_and_their_factors_stored(degenerate, tmp
     alone.write_bytes(path.read_bytes())
     rewrite(alone, lambda header, tensors: [tensors.pop(f"{part}.12") for part in ("left", "right", "projection")])
     adapter.detach()
-    monkeypatch.setattr(svd, "decompose", another_plane)
+    monkeypatch.setattr(weights, "decompose", another_plane)
     assert_refused(degenerate, alone, "use its LoRA export")
     loaded = load(degenerate, path)
     assert all(torch.equal(loaded.delta(name), deltas[name]) for name in deltas)
@@ -406,7 +406,7 @@ def test_all_factors_in_the_file_take_no_decomposition(model, tmp_path, monkeypa
     deltas = {name: adapter.delta(name) for name in adapter.names}
     path = save(adapter, tmp_path / "a.tinylora", "fp32", factors=True)
     adapter.detach()
-    monkeypatch.setattr(svd, "decompose", None)
+    monkeypatch.setattr(weights, "decompose", None)
     loaded = load(model, path)
     assert loaded.given == set(loaded.names)
     assert all(torch.equal(loaded.delta(name), deltas[name]) for name in deltas)

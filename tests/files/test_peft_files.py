@@ -404,7 +404,7 @@ def test_damaged_tensors_are_refused(model, folder, damage):
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"r": 3}, r"factor left is .*\(32, 2\), not"),
+        ({"r": 3}, r"the given factor left is .*\(32, 2\), not of shape"),
         ({"r": 17}, "rank=17 is above the smaller side of .*k_proj"),
         ({"r": 0}, "damaged: r is 0"),
         ({"u": "3"}, "damaged: u is '3'"),

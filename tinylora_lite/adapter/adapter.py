@@ -45,14 +45,14 @@ class TinyLoraAdapter(Attached):
     def __init__(
         self, model: nn.Module, config: TinyLoraConfig, given: Mapping[str, Factors], cache: str | Path | None = None
     ) -> None:
-        names, groups, modules = check_modules(model, config)
-        adapted = _all_factors(modules, names, config, given, cache)
         super().__init__(model)
         self.config, self.given, self.enabled = config, frozenset(given), True
-        self.names, self.groups, self._adapted = names, groups, adapted
+        self.names, self.groups, modules = check_modules(model, config)
+        self._adapted = _all_factors(modules, self.names, config, given, cache)
         device = modules[self.names[0]].get_parameter("weight").device
         self.vectors = nn.Parameter(torch.zeros(max(self.groups) + 1, config.u, dtype=torch.float32, device=device))
         float32 = config.arithmetic == "float32"
+        self.freeze(model)
         self._hooks += [
             modules[name].register_forward_hook(AddUpdate(self, group, factors, float32), with_kwargs=True)
             for (name, factors), group in zip(self._adapted.items(), self.groups, strict=True)

@@ -42,11 +42,11 @@ class Population(Attached):
     mixings: Tensor
 
     def __init__(self, model: nn.Module, configs: Sequence[TinyLoraConfig], factors: Mapping[str, Factors]) -> None:
+        super().__init__(model)
+        self.configs = tuple(configs)
         found = [check_modules(model, config) for config in configs]
         first = attach(model, configs[0], factors=factors)
         first.detach()
-        super().__init__(model)
-        self.configs = tuple(configs)
         self.names, _, modules = found[0]
         groups = torch.tensor([of_adapter for _, of_adapter, _ in found])  # [adapters, modules]
         sizes = groups.amax(dim=1) + 1
@@ -57,6 +57,7 @@ class Population(Attached):
         if any(config.projection != "identity" for config in configs):
             of_modules = [[projection_of(config, *at) for config in configs] for at in enumerate(self.names)]
             self._projection = torch.stack([torch.stack(of_adapters) for of_adapters in of_modules])
+        self.freeze(model)
         self._hooks += [model.register_forward_pre_hook(self._mix)] + [
             modules[name].register_forward_hook(AddUpdates(self, i, first.factors(name)), with_kwargs=True)
             for i, name in enumerate(self.names)

@@ -63,8 +63,8 @@ class Factors:
         wanted = {"left": (out, r), "right": (r, into), "projection": (u, r, r)}
         for (what, of), part in zip(wanted.items(), self.parts, strict=True):
             if tuple(part.shape) != of or part.dtype != torch.float32 or not torch.isfinite(part).all():
-                found = f"{part.dtype} of shape {tuple(part.shape)}"
-                raise ValueError(f"{name}: factor {what} must be finite torch.float32 of shape {of}, and is {found}")
+                found, numbers = f"{part.dtype} of shape {tuple(part.shape)}", "torch.float32 without NaN or infinity"
+                raise ValueError(f"{name}: the given factor {what} is {found}, not of shape {of} and {numbers}")
 
 
 def factors_of(triplets: Decomposition, config: TinyLoraConfig, index: int, name: str) -> Factors:

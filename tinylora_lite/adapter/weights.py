@@ -1,4 +1,4 @@
-"""The weights of a base, plain or quantized: as dense matrices, as what identifies them, and the gradient through them.
+"""A base under an adapter: its weights as dense matrices, their decomposition, what identifies them, and what attaches.
 
 Known are the layers of bitsandbytes (4 and 8 bits) and the weights of torchao; neither library is imported before a
 layer of it is at hand. Run on a CPU: all of bitsandbytes, and torchao's int8, intx, float8 and CPU int4 weights. Not
@@ -14,7 +14,7 @@ import json
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -163,10 +163,10 @@ class Hook:
 
 
 class Attached(nn.Module):
-    """Parameters that train beside a frozen model.
+    """Parameters that train beside a frozen model: an adapter, or a population of them.
 
-    The model's hooks hold them, and they hold the model weakly: both live as long as the model does, and alone they
-    keep no model in memory. A deep copy or a pickle of the model takes a copy of them along.
+    The hooks on the model hold this object, and it holds the model weakly: it lives as long as the model does, and by
+    itself keeps no model in memory. A pickle of the model holds a copy of it, and a deep copy does of an adapter.
     """
 
     names: tuple[str, ...]
@@ -175,11 +175,15 @@ class Attached(nn.Module):
         super().__init__()
         self._model: Callable[[], nn.Module | None] = weakref.ref(model)
         self._trainable_before = {name: p.requires_grad for name, p in model.named_parameters()}
-        self._hooks = train_through(model)  # before other hooks change an output, and before the freeze: it may refuse
+        self._hooks: list[RemovableHandle] = []
+
+    def freeze(self, model: nn.Module) -> None:
+        """Freezes the model, once nothing can fail any more; raises ``ValueError`` as :func:`train_through` does."""
+        self._hooks += train_through(model)  # before hooks that change an output
         model.requires_grad_(False)
 
     def detach(self) -> None:
-        """Takes them off: the model as it was, bit for bit, ``requires_grad`` included; parameters and factors stay."""
+        """Gives the model back as it was, bit for bit, ``requires_grad`` included; parameters and factors stay."""
         model = self._model()
         if model is not None and self._hooks:
             allow_packing(model)
@@ -190,10 +194,10 @@ class Attached(nn.Module):
 
     def known_as(self, config: TinyLoraConfig, given: Mapping[str, Sequence[Tensor]]) -> dict[str, Any]:
         """What tells one adapter from another, as JSON holds it: settings, hashes of modules and of given factors."""
+        known = {"modules": len(self.names), "modules_hash": short_hash(self.names)}
         factors = {name: [short_hash(part.tolist()) for part in parts] for name, parts in given.items()}
-        hashes = {"given_factors": short_hash(factors)} if factors else {}
-        modules = {"modules": len(self.names), "modules_hash": short_hash(self.names)}
-        return {"kind": "tinylora", **config.as_dict(), **modules, **hashes}
+        known |= {"given_factors": short_hash(factors)} if factors else {}
+        return {"kind": "tinylora", **config.as_dict(), **known}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # .to(), .half() and their kin come through here: v follows to another device, never to a narrower dtype.
@@ -243,8 +247,7 @@ def _straight_through(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[
     x = args[0] if args else kwargs["input"]
     if not (torch.is_grad_enabled() and x.requires_grad):
         return output
-    through: Tensor = _ThroughDense.apply(x, output.detach(), module)  # type: ignore[no-untyped-call]
-    return through
+    return cast(Tensor, _ThroughDense.apply(x, output.detach(), module))  # type: ignore[no-untyped-call]
 
 
 def _is_of(thing: object, library: str, name: str | None = None) -> bool:
@@ -289,10 +292,9 @@ def _inner_tensors(tensor: Tensor) -> Iterator[Tensor]:
 def base_fingerprint(model: nn.Module) -> str:
     """SHA-256 of a model's weights in hexadecimal: names, shapes, and the exact value of every entry.
 
-    All parameters count, adapted or not, since an adapter is trained against all of them. An entry counts by its
-    value as float32, so one checkpoint loaded as bfloat16, float16 or float32 has one fingerprint where the
-    conversion was lossless. Of quantized weights, the packed values and scales count. 15 GB of bfloat16 take about 20
-    seconds on one core.
+    All parameters count, adapted or not, since an adapter is trained against all of them. An entry counts by its value
+    as float32, so one checkpoint loaded as bfloat16, float16 or float32 has one fingerprint where the conversion was
+    lossless. Of quantized weights, the packed values and scales count. 15 GB take about 20 seconds on one core.
 
     Raises:
         ValueError: a parameter is on the meta device and has no values.

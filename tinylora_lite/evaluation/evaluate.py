@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from tinylora_lite.adapter.adapter import TinyLoraAdapter
     from tinylora_lite.adapter.batched import Population
     from tinylora_lite.tasks.task import Example, Task
 

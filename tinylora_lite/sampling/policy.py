@@ -1,8 +1,8 @@
 """What sampling and training need of a model of transformers and its tokenizer: modes, cache, end tokens, head.
 
-With a vocabulary of 152,000 the logits of a single completion of 4,096 tokens take 2.5 GB in float32, and their softmax
-and its gradient as much again: more than everything else a frozen model keeps for its backward pass. So they are made
-in chunks, and made again in the backward pass.
+The head's logits come in chunks, and again in the backward pass: with a vocabulary of 152,000 those of a completion of
+4,096 tokens take 2.5 GB in float32, and their softmax and its gradient as much again: more than everything else that a
+frozen model keeps for its backward pass.
 """
 
 from __future__ import annotations

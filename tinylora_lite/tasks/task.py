@@ -58,7 +58,10 @@ class Task:
         return [*system, {"role": "user", "content": example.prompt}]
 
     def check(self, evaluated: bool) -> None:
-        """Raises ``ValueError`` where training would fail for want of problems or of a reward that is a number."""
+        """Raises ``ValueError`` where training would fail for lack of problems or of a reward that is a number.
+
+        ``evaluated`` says whether training evaluates on the validation split.
+        """
         if not self.train:
             raise ValueError(f"task {self.name} has no training problems")
         if evaluated and not self.validation:

@@ -66,9 +66,9 @@ def rollout(
 ) -> Rollouts:
     """``group_size`` completions of every prompt, those of one prompt in consecutive rows.
 
-    The model answers, or the ``sampler``, which is already in step with it. ``examples`` are this process's share of
-    the step's problems; where the model carries a population, ``settings`` is a list, and the examples of one adapter
-    come after those of another.
+    The ``sampler`` answers where there is one, already in step with the model, else the model. ``examples`` are this
+    process's share of the step's problems, and ``step`` moves the seed. Where the model carries a population,
+    ``settings`` is a list, and the examples of one adapter come after those of another.
     """
     several = settings if isinstance(settings, Sequence) else [settings]
     shared, seeds = several[0], [seed_of("rollout", own.seed, step) for own in several]

@@ -24,7 +24,7 @@ from tinylora_lite.adapter.basis import Basis
 from tinylora_lite.adapter.config import Sigma, TinyLoraConfig
 from tinylora_lite.adapter.weights import base_fingerprint
 from tinylora_lite.sampling.logprobs import completion_logprobs
-from tinylora_lite.sampling.policy import ready_to_train
+from tinylora_lite.sampling.policy import check_tokenizer, ready_to_train
 from tinylora_lite.sampling.rollouts import Rollouts, Sampler
 from tinylora_lite.sampling.sampler import ModelSampler
 from tinylora_lite.tasks.task import Example, Task
@@ -90,6 +90,7 @@ def calibrate(
     if directions > problems:
         raise ValueError(f"{problems} problems have no {directions} directions; calibrate on more, or ask for fewer")
     own = GRPOSettings(**{"micro_batch": MICRO_BATCH} | settings, prompts_per_step=PROMPTS_AT_ONCE, seed=seed)
+    check_tokenizer(tokenizer)
     task.check(evaluated=False)
     adapter = attach(model, TinyLoraConfig(rank=rank, u=rank**2, sigma=sigma, projection="identity"))
     try:

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from tinylora_lite.adapter.batched import attach_population
 from tinylora_lite.adapter.config import TinyLoraConfig
 from tinylora_lite.adapter.weights import base_fingerprint
+from tinylora_lite.sampling.policy import check_tokenizer
 from tinylora_lite.tasks.task import Task
 from tinylora_lite.training.batches import draw_prompts, rollout, score
 from tinylora_lite.training.loop import RECORDED_PARAMETERS
@@ -90,6 +91,7 @@ def train_es(
     """
     settings = settings or ESSettings()
     own: Any = settings
+    check_tokenizer(tokenizer)
     task.check(evaluated=False)
     population, K = attach_population(model, [config] * settings.candidates), settings.candidates
     shape = population.vectors[0].shape

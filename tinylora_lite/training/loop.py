@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic
 
 import torch
 from torch import Tensor
@@ -26,11 +26,11 @@ from tinylora_lite.adapter.config import TinyLoraConfig
 from tinylora_lite.adapter.weights import adapter_of, base_fingerprint
 from tinylora_lite.evaluation.evaluate import evaluate, evaluate_population
 from tinylora_lite.sampling.logprobs import completion_logprobs
-from tinylora_lite.sampling.policy import ready_to_train
+from tinylora_lite.sampling.policy import check_tokenizer, ready_to_train
 from tinylora_lite.sampling.rollouts import Sampler
 from tinylora_lite.training.batches import Batch, micro_batches
 from tinylora_lite.training.losses import grpo_loss
-from tinylora_lite.training.settings import GRPOSettings, SFTSettings, TrainingSettings
+from tinylora_lite.training.settings import GRPOSettings, S, SFTSettings, checked
 from tinylora_lite.utils import distributed
 from tinylora_lite.utils.record import Run, resume, save_checkpoint
 
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 
     from tinylora_lite.evaluation.score import Score
     from tinylora_lite.tasks.task import Task
-
-S = TypeVar("S", bound=TrainingSettings)
 
 DEFAULTS = {f.name: f.default for of in (SFTSettings, GRPOSettings, TinyLoraConfig) for f in fields(of)}
 """What settings were in checkpoints of versions that did not have them yet."""
@@ -71,13 +69,15 @@ class Objective(ABC, Generic[S]):
         sampler: Sampler | None = None,
     ) -> None:
         if adapter_of(model) is not adapter:
-            problem = "the adapter is not attached to this model; pass what attach() returned for it"
+            problem = "the adapter is not attached to this model; pass what attach() or attach_population() returned"
             if adapter is None:
                 problem = "the model carries an adapter; pass it, or call its detach() to train all weights"
             raise ValueError(problem)
+        check_tokenizer(tokenizer)
         self.model, self.tokenizer, self.adapter, self.task, self.sampler = model, tokenizer, adapter, task, sampler
         self.population = isinstance(adapter, Population)
-        self.settings, self.shared = list(settings), settings[0]
+        self.settings = checked(settings, type(self).__name__)
+        self.shared = self.settings[0]
         self.parameters = [list(model.parameters())] if adapter is None else [[v] for v in adapter.parameters()]
         self.identities: list[dict[str, Any]] = [{"kind": "all weights"}]
         if adapter is not None:

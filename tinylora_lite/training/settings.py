@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 Scale = Literal["group", "batch", "none"]
 Normalise = Literal["token", "sequence", "constant"]
@@ -181,3 +181,15 @@ def _check_choices(settings: dict[str, Any], **choices: Any) -> None:
     for name, allowed in choices.items():
         if settings[name] not in get_args(allowed):
             raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, not {settings[name]!r}")
+
+
+S = TypeVar("S", bound=TrainingSettings)
+
+
+def checked(settings: Sequence[S], objective: str) -> list[S]:
+    """Settings as a list; raises ``ValueError``, with the way to call ``objective``, where they are something else."""
+    is_list = isinstance(settings, Sequence) and len(settings) > 0
+    if not is_list or not all(isinstance(own, TrainingSettings) for own in settings):
+        cure = f"fit({objective}(model, tokenizer, population, task, [settings, ...]))"
+        raise ValueError(f"an adapter takes one object of settings, and a population a list of them: {cure}")
+    return list(settings)

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tinylora_lite.sampling.logprobs import completion_logprobs
-from tinylora_lite.sampling.policy import check_tokenizer
 from tinylora_lite.sampling.rollouts import Rollouts, Sampler, encode_prompts, padded
 from tinylora_lite.training.batches import Batch, draw_prompts, micro_batches
 from tinylora_lite.training.loop import Objective, fit
@@ -41,7 +40,6 @@ class SFT(Objective[SFTSettings]):
         task, tokenizer = self.task, self.tokenizer
         self.settings = [own.in_steps(len(task.train)) for own in self.settings]
         self.shared = s = self.settings[0]
-        check_tokenizer(tokenizer)
         self.validation = task.validation[: s.evaluate_problems]
         check_solutions(tokenizer, task, task.train, "training", s.max_new_tokens)
         if s.evaluate_every and not self.population:  # of a population accuracy alone is measured
