@@ -1,6 +1,7 @@
 """What the sampler says it drew is what the trainer computes, whatever the batch, the padding and the dropping."""
 
 import dataclasses
+from itertools import pairwise
 
 import pytest
 import torch
@@ -151,6 +152,22 @@ def test_a_prompt_is_read_once_for_its_group(model, tokenizer, task):
     sizes.rows.clear()
     completion_logprobs(model, rollouts)
     assert sizes.rows == [(3, None), (15, 15)]
+
+
+def test_a_step_copies_no_keys_of_the_steps_before(ending, tokenizer, task):
+    places = []
+
+    def note(model, args, kwargs):
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        if cache.get_seq_length():
+            places.append((len(kwargs["input_ids"]), cache.layers[1].values.data_ptr()))
+
+    ending.register_forward_hook(lambda model, args, kwargs, output: note(model, args, kwargs), with_kwargs=True)
+    sample(ending, tokenizer, *prompts(tokenizer, task, repeats=5), max_new_tokens=16, seed=2)
+    places = places[1:]  # of the steps, without the prompts
+    assert len({rows for rows, _ in places}) > 2, "rows leave, and what is left is copied"
+    for (rows, place), (next_rows, next_place) in pairwise(places):
+        assert (place == next_place) is (rows == next_rows)
 
 
 def test_finished_rows_leave_the_cache(ending, tokenizer, task):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -80,6 +81,29 @@ def keeps_everything(cache: Cache) -> bool:
     from transformers.cache_utils import DynamicLayer
 
     return all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def make_room(cache: Cache, places: int) -> None:
+    """Gives a cache room for so many tokens in all: a step then writes its keys and values, and copies no others.
+
+    Without it every step copies the whole cache, a fifth of the time of decoding. No gradient passes through.
+    """
+    rooms: dict[tuple[int, str], Tensor] = {}
+
+    def write(index: int, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        layer: Any = cache.layers[index]
+        for name, new in (("keys", keys), ("values", values)):
+            held, room = getattr(layer, name), rooms.get((index, name))
+            if room is None or held.data_ptr() != room.data_ptr():  # rows were chosen since
+                room = rooms[index, name] = held.new_empty(*held.shape[:2], places, held.shape[3])
+                room[:, :, : held.shape[2]] = held
+            end = held.shape[2] + new.shape[2]
+            room[:, :, held.shape[2] : end] = new
+            setattr(layer, name, room[:, :, :end])
+        return layer.keys, layer.values
+
+    for index, layer in enumerate(cache.layers):
+        layer.update = partial(write, index)  # type: ignore[union-attr, method-assign]
 
 
 def with_cache(model: PreTrainedModel, cache: Cache) -> dict[str, Any]:

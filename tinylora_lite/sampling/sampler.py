@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tinylora_lite.adapter.batched import rows_of
 from tinylora_lite.sampling.logprobs import read_prompts
-from tinylora_lite.sampling.policy import end_ids, modes_kept, with_cache
+from tinylora_lite.sampling.policy import end_ids, keeps_everything, make_room, modes_kept, with_cache
 from tinylora_lite.sampling.rollouts import Rollouts
 from tinylora_lite.utils import distributed
 from tinylora_lite.utils.distributed import is_sharded
@@ -100,6 +100,8 @@ def sample(
     with modes_kept(model):
         model.eval()
         logits, cache, attention = read_prompts(model, prompt_ids, prompt_mask, adapters)
+        if keeps_everything(cache):
+            make_room(cache, attention.shape[1] + max_new_tokens)
         for step in range(max_new_tokens):
             log_distribution = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
             if log_distribution.isnan().any():
