@@ -67,7 +67,7 @@ test-peer: $(STAMP) $(PEFT_SOURCES)/tests/__init__.py ## Run PEFT's own tests wi
 
 test-trl: $(STAMP) ## Train under the oldest TRL that is supported
 	@$(PY) -m pip install --disable-pip-version-check --quiet --no-deps --upgrade --target $(VENV)/$(OLD_TRL) $(OLD_TRL)
-	@PYTHONPATH=$(VENV)/$(OLD_TRL) $(PY) -m pytest tests/training/test_trl_trainer.py tests/training/test_trl_loss.py
+	@PYTHONPATH=$(VENV)/$(OLD_TRL) $(PY) -m pytest tests/engines
 
 test-vllm: $(STAMP) $(VLLM_STAMP) ## Sample, train and serve with vLLM and compare (Linux on x86-64, Python 3.11)
 	@VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(PY) -m pytest -m vllm -rP tests/serving
