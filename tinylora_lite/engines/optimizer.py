@@ -122,7 +122,10 @@ class TinyLoraAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores v and its moments exactly, and B. Raises ``ValueError`` where the state is another optimizer's."""
-        saved, kept = state_dict["state"].get(0, {}), self._kept()
+        first = state_dict["param_groups"][0]["params"][
+            0
+        ]  # a place, or a name where torch.distributed.checkpoint wrote
+        saved, kept = state_dict["state"].get(first, {}), self._kept()
         if {name: saved[name].shape for name in saved} != {name: kept[name].shape for name in kept}:
             raise ValueError("the state is of another optimizer or another adapter; give the checkpoint of this run")
         super().load_state_dict(state_dict)

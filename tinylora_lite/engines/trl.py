@@ -106,8 +106,8 @@ def train_trl(
                 processing_class=tokenizer,
                 callbacks=[bridge],
                 rollout_func=None if sampler is None else bridge.answers,
-                optimizers=(optimizer, schedule),
             )
+        trainer.optimizer, trainer.lr_scheduler = optimizer, schedule  # Trainer(optimizers=...) refuses them under FSDP
         trainer.remove_callback(PrinterCallback)
         bridge.ends = trainer.eos_token_ids
         if sampler is not None:  # TRL corrects for it as for its own vLLM; bridge.answers keeps it in step
