@@ -1,5 +1,6 @@
 """The optimizer over a LoRA: the gradients and the steps of the adapter itself, checkpoints, and what it refuses."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -138,6 +139,16 @@ class TestSteps:
         tl.save(adapter, tmp_path / "a.tinylora", "fp32")
         assert torch.equal(tl.load(fresh := make_model(), tmp_path / "a.tinylora").vectors, adapter.vectors)
         assert torch.equal(fresh(IDS).logits, model(IDS).logits)
+
+    def test_a_sampler_is_sent_the_same_inside(self, model, tmp_path):
+        adapter = moved(tl.attach(model, CONFIGS["split"]))
+        sent = []
+        for inside in (False, True):
+            with as_lora(adapter) if inside else nullcontext():
+                file = tl.export_lora(adapter, tmp_path / f"lora-{inside}") / "adapter_model.safetensors"
+                sent.append(dict(tl.merged_weights(adapter)) | {"lora": torch.tensor(list(file.read_bytes()))})
+        assert sent[0].keys() == sent[1].keys()
+        assert all(torch.equal(sent[0][name], sent[1][name]) for name in sent[0])
 
     def test_gradients_of_zero_and_of_infinity_change_nothing(self, model):
         adapter = moved(tl.attach(model, CONFIGS["tied"]))

@@ -19,8 +19,10 @@ from tinylora_lite.utils import distributed
 
 pytest.importorskip("trl")
 
+from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
+from tinylora_lite.engines import TinyLoraAdamW, as_lora
 from tinylora_lite.engines.trl import train_trl
 from tinylora_lite.engines.trl_config import trl_config
 
@@ -271,6 +273,38 @@ class TestModel:
         with pytest.raises(FloatingPointError, match="the gradient is not finite"):
             train_trl(model, tokenizer, adapter, task, SMALL)
         assert not adapter.vectors.any()
+
+
+def test_a_trainer_of_ones_own_takes_the_optimizer(policy, tokenizer, task, tmp_path):
+    """The recipe of the page; TRL's default schedule brings the rate down to 0."""
+    _model, adapter = policy()
+    rows = [{"prompt": task.messages(example), "gold": example.gold} for example in task.train]
+    with as_lora(adapter) as lora:
+        optimizer = TinyLoraAdamW(lora.parameters(), lr=0.05, adapter=adapter, max_grad_norm=1.0)
+        trainer = GRPOTrainer(
+            model=lora,
+            reward_funcs=lambda completion_ids, **_: [float(len(set(ids))) for ids in completion_ids],
+            args=GRPOConfig(
+                str(tmp_path),
+                max_grad_norm=0.0,
+                max_steps=3,
+                per_device_train_batch_size=4,
+                num_generations=4,
+                max_completion_length=6,
+                logging_steps=1,
+                report_to="none",
+                bf16=False,
+            ),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            optimizers=(optimizer, None),
+        )
+        trainer.train()
+    rates = [row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row]
+    assert rates == pytest.approx([0.05, 0.05 * 2 / 3, 0.05 / 3])
+    assert adapter.vectors.abs().max() > 0.03
+    saved = torch.load(tmp_path / "checkpoint-3" / "optimizer.pt")["state"][0]["vectors"]
+    assert torch.equal(saved, adapter.vectors)
 
 
 class TestConfig:
