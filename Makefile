@@ -71,7 +71,7 @@ test-peer: $(STAMP) $(PEFT_SOURCES)/tests/__init__.py ## Run PEFT's own tests wi
 
 test-trl: $(STAMP) ## Train under the oldest TRL that is supported
 	@$(PY) -m pip install --disable-pip-version-check --quiet --no-deps --upgrade --target $(VENV)/$(OLD_TRL) $(OLD_TRL)
-	@PYTHONPATH=$(VENV)/$(OLD_TRL) $(PY) -m pytest tests/engines
+	@PYTHONPATH=$(VENV)/$(OLD_TRL) $(PY) -m pytest tests/engines/test_trl.py tests/engines/test_trl_loss.py
 
 test-verl: $(STAMP) ## Train under verl's engine, as far as it runs on a CPU (200 MB of packages)
 	@$(PY) -m pip install --disable-pip-version-check --quiet --no-deps --upgrade --target $(VENV)/$(firstword $(VERL)) $(VERL)

@@ -79,6 +79,8 @@ def train_trl(
     """
     settings = settings or GRPOSettings()
     objective = GRPO(model, tokenizer, adapter, task, [settings], sampler)
+    if model.get_output_embeddings() in map(model.get_submodule, adapter.names):
+        raise ValueError("TRL computes with the output layer's weight alone, so an adapter on it would not train")
     distributed.shard(settings.prompts_per_step, "prompts_per_step")
     known_as, parameters = adapter.identity(), adapter.num_parameters
     run = Run("grpo", asdict(settings), known_as, parameters, task.name, base_fingerprint(model))
