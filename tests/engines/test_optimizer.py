@@ -321,6 +321,13 @@ class TestParameters:
         with pytest.raises(ValueError, match="4 parameters take gradients, and not the 14 matrices B"):
             TinyLoraAdamW(other.parameters(), adapter=file)
 
+    def test_an_adapter_that_acts_beside_the_lora_is_refused(self, start):
+        _base, adapter, lora, _ = start
+        with pytest.raises(ValueError, match="acts on the model beside its LoRA"):
+            TinyLoraAdamW(lora.parameters(), adapter=adapter)
+        adapter.detach()
+        assert torch.equal(TinyLoraAdamW(lora.parameters(), adapter=adapter).vectors, adapter.vectors)
+
     def test_of_an_adapter_of_another_rank(self, make_model, start, tmp_path):
         _, _, lora, _ = start
         model = make_model()

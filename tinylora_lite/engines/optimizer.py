@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tinylora_lite.adapter.adapter import TinyLoraAdapter
+from tinylora_lite.adapter.adapter import TinyLoraAdapter, adapter_of
 from tinylora_lite.adapter.layer import Factors
 from tinylora_lite.files.adapter_file import stored_factors
 from tinylora_lite.files.file_format import AdapterFileError, model_of, read_file
@@ -27,7 +27,6 @@ from tinylora_lite.utils.distributed import shard_like, whole
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
 
 OPTIONS = ("lr", "betas", "eps", "weight_decay")
 
@@ -67,11 +66,11 @@ class TinyLoraAdamW(torch.optim.Optimizer):
             betas: of its moments.
             eps: added to the root of the second moment.
             weight_decay: decoupled, of v.
-            adapter: which is detached or disabled, or a file that ``tl.save(adapter, file, factors=True)`` wrote.
+            adapter: inside :func:`as_lora`, or detached; or a file that ``tl.save(adapter, file, factors=True)`` wrote.
             max_grad_norm: a longer gradient of v is shortened to it.
 
         Raises:
-            ValueError: the parameters are not those of the adapter's LoRA.
+            ValueError: the parameters are not those of the adapter's LoRA, or the adapter acts beside it.
             AdapterFileError: the file is damaged or was saved without ``factors=True``.
         """
         self.vectors, self._modules = _frozen(adapter)
@@ -84,7 +83,7 @@ class TinyLoraAdamW(torch.optim.Optimizer):
         moments = {name: torch.zeros_like(self.vectors, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
         self._adam.state[self.vectors] = {"step": torch.tensor(0.0)} | moments
         super().__init__([groups[0] | {"params": matrices}], defaults)
-        self.state_dict()
+        self._show()
         self._write()
 
     @torch.no_grad()
@@ -113,28 +112,31 @@ class TinyLoraAdamW(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the first B is v and its moments, so that checkpoints of every engine keep them."""
-        # Anew: an engine may have put other tensors in the place of the parameters, or moved the state's.
-        self.state.clear()
-        self.state.update({p: {} for p in self.param_groups[0]["params"]})
-        self.state[self.param_groups[0]["params"][0]] = self._kept()
+        self._show()
         return super().state_dict()
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores v and its moments exactly, and B. Raises ``ValueError`` where the state is another optimizer's."""
-        first = state_dict["param_groups"][0]["params"][
-            0
-        ]  # a place, or a name where torch.distributed.checkpoint wrote
+        # By its place, 0, or by a name, where torch.distributed.checkpoint wrote it.
+        first = state_dict["param_groups"][0]["params"][0]
         saved, kept = state_dict["state"].get(first, {}), self._kept()
         if {name: saved[name].shape for name in saved} != {name: kept[name].shape for name in kept}:
             raise ValueError("the state is of another optimizer or another adapter; give the checkpoint of this run")
-        super().load_state_dict(state_dict)
-        for name, tensor in kept.items():  # torch has rounded its own copies to the dtype of B
+        super().load_state_dict(state_dict)  # which rounds its copies of the tensors to the dtype of B
+        for name, tensor in kept.items():
             tensor.copy_(saved[name])
+        self._show()
         self._write()
 
     def _kept(self) -> dict[str, Tensor]:
         return {"vectors": self.vectors.detach(), **self._adam.state[self.vectors]}
+
+    def _show(self) -> None:
+        """Puts v and its moments into ``state``, and again where an engine has exchanged or moved what was there."""
+        first, *others = self.param_groups[0]["params"]
+        self.state.clear()
+        self.state.update({first: self._kept(), **{p: {} for p in others}})
 
     def _products(self) -> list[Tensor]:
         """B of every module, float32, differentiable in v."""
@@ -187,6 +189,8 @@ def as_lora(adapter: TinyLoraAdapter) -> Iterator[PeftModel]:
 def _frozen(adapter: TinyLoraAdapter | str | Path) -> tuple[nn.Parameter, list[tuple[str, int, Factors]]]:
     """v; and name, group and factors of every module, in the order of the model's parameters."""
     if isinstance(adapter, TinyLoraAdapter):
+        if adapter.enabled and adapter_of(model_of(adapter)) is adapter:
+            raise ValueError("the adapter acts on the model beside its LoRA; stay inside `with as_lora(adapter)`")
         group_of = dict(zip(adapter.names, adapter.groups, strict=True))
         names = [name for name, _ in model_of(adapter).named_modules() if name in group_of]
         return adapter.vectors, [(name, group_of[name], adapter.factors(name)) for name in names]
