@@ -241,6 +241,17 @@ class TestModel:
         assert torch.equal(model(ids).logits, make_model()(ids).logits)
         assert not torch.equal(twin(ids).logits, model(ids).logits)
 
+    def test_a_bfloat16_base_stays_as_it_was(self, make_model, tokenizer, task):
+        model = make_model().bfloat16()
+        before = {name: weight.clone() for name, weight in model.state_dict().items()}
+        adapter = attach(model, CONFIG)
+        train_trl(model, tokenizer, adapter, task, replace(SMALL, truncated="score", tis_cap=None))
+        assert adapter.vectors.dtype == torch.float32
+        assert adapter.vectors.abs().max() > 0.01
+        after = model.state_dict()
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name], weight) for name, weight in before.items())
+
     @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
     def test_recomputing_changes_nothing(self, policy, tokenizer, task):
         (plain, own), (saving, other) = policy(), policy()
