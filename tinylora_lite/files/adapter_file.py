@@ -62,7 +62,8 @@ def save(
         adapter: attached or detached; its model must still exist.
         path: of the file, which is returned; its folder is made.
         dtype: ``"bf16"`` (the paper's, 2 bytes a parameter), ``"fp16"`` or ``"fp32"``.
-        factors: whether the factors of all modules are stored, so that loading takes no SVD.
+        factors: whether the factors of all modules are stored, so that loading takes no SVD, and
+            :class:`~tinylora_lite.engines.TinyLoraAdamW` no model.
         base_sha256: the base's fingerprint where it is known already: hashing 15 GB takes 20 seconds.
 
     Raises:
