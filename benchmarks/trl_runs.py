@@ -69,7 +69,7 @@ def one_run(way: str, seed: int, **changes: Any) -> dict[str, Any]:
     if trainer == "own":
         train: Callable[..., tl.Run] = tl.train_grpo
     else:
-        from tinylora_lite.training.trl import train_trl as train
+        from tinylora_lite.engines.trl import train_trl as train
     run = train(model, tokenizer, adapter, nano.task(), settings, sampler=sampler_of(model, tokenizer))
     score = tl.evaluate(
         model, tokenizer, nano.task(), problems=PROBLEMS, temperature=1.0, max_new_tokens=nano.MAX_NEW_TOKENS

@@ -72,6 +72,17 @@ def task() -> Task:
 
 
 @pytest.fixture(scope="session")
+def number_words() -> Callable[[str, str], float]:
+    """The share of words that are numbers: a reward that every random model earns a part of."""
+
+    def reward(text: str, gold: str) -> float:
+        words = text.split()
+        return sum(word.isdigit() for word in words) / len(words) if words else 0.0
+
+    return reward
+
+
+@pytest.fixture(scope="session")
 def texts() -> Callable[..., list[str]]:
     """``texts(figure)``: the words of a drawn figure."""
     from tinylora_lite.view import plot

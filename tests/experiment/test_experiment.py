@@ -151,6 +151,18 @@ def test_all_weights(tmp_path, learning_rates):
     assert moved == pytest.approx(rate, rel=0.05), "one step of Adam moves no weight further than the learning rate"
 
 
+def test_by_trl(tmp_path):
+    pytest.importorskip("trl")
+    progress = Watching()
+    outcome = run_experiment(settings(tmp_path, trainer="trl"), progress=progress)
+    assert "trl" in outcome.run.environment
+    assert progress.curves == {"grpo, rate 0.2": outcome.run.curve()}
+    assert list(outcome.vectors) == [outcome.run.steps[-1][f"v{i}"] for i in range(13)]
+    loaded = tl.load(nano.load()[0], tmp_path / "adapter.tinylora", basis=BASIS).vectors
+    assert torch.allclose(loaded, torch.tensor([outcome.vectors]), rtol=2**-8, atol=0)
+    assert run_experiment(settings(tmp_path, trainer="trl")).run.steps == outcome.run.steps
+
+
 def test_imitation(tmp_path):
     training = {"steps": 2, "prompts_per_step": 4, "max_new_tokens": nano.MAX_NEW_TOKENS, "learning_rate": 0.1}
     progress = Progress()

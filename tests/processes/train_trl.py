@@ -13,8 +13,8 @@ from accelerate.utils import DistributedType
 
 import tinylora_lite as tl
 from tinylora_lite import nano
+from tinylora_lite.engines.trl import train_trl
 from tinylora_lite.sampling.sampler import ModelSampler
-from tinylora_lite.training.trl import TinyLoraGRPOTrainer
 from tinylora_lite.utils import distributed
 
 
@@ -37,17 +37,14 @@ def main(folder: Path, options: dict) -> None:
     model, tokenizer = nano.load()
     adapter = tl.attach(model, tl.TinyLoraConfig(rank=8, u=13, n_tie="all", projection=nano.basis()))
     sampler = ModelSampler(model, tokenizer) if options.pop("sampler") else None
-    resume = options.pop("resume", None)
     settings = tl.GRPOSettings(max_new_tokens=nano.MAX_NEW_TOKENS, **options)
-    trainer = TinyLoraGRPOTrainer(
-        model, tokenizer, adapter, nano.task(), settings, sampler=sampler, folder=folder / "run", use_cpu=True
-    )
-    trainer.train(resume_from_checkpoint=resume)
+    task = nano.task()
+    run = train_trl(model, tokenizer, adapter, task, settings, sampler=sampler, folder=folder / "run", use_cpu=True)
     result = {
         "processes": distributed.world_size(),
-        "weights": type(next(trainer.model.parameters())).__name__,
+        "weights": type(next(model.parameters())).__name__,
         "v": {"values": adapter.vectors.flatten().tolist(), "type": str(adapter.vectors.dtype)},
-        "steps": trainer.record().steps,
+        "steps": run.steps,
     }
     (folder / f"rank{distributed.rank()}.json").write_text(json.dumps(result), encoding="utf-8")
 

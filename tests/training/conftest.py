@@ -1,21 +1,10 @@
-"""A reward that a random model can learn, and a way to stop a run."""
+"""A task that a random model can learn, and a way to stop a run."""
 
 from collections.abc import Callable
 
 import pytest
 
 from tinylora_lite import Run, Task
-
-
-@pytest.fixture(scope="session")
-def number_words() -> Callable[[str, str], float]:
-    """The share of words that are numbers: a reward that every random model earns a part of."""
-
-    def reward(text: str, gold: str) -> float:
-        words = text.split()
-        return sum(word.isdigit() for word in words) / len(words) if words else 0.0
-
-    return reward
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The formulas against numbers worked out by hand; tests/training/test_trl_loss.py holds them against TRL."""
+"""The formulas against numbers worked out by hand; tests/engines/test_trl_loss.py holds them against TRL."""
 
 import doctest
 import math

@@ -180,7 +180,7 @@ class Runner:
             progress.steps = settings.steps
             progress.measure = "reward" if isinstance(settings, GRPOSettings) else "loss"
             if trainer == "trl":
-                from tinylora_lite.training.trl import train_trl
+                from tinylora_lite.engines.trl import train_trl
 
                 if isinstance(self.sampler, ModelSampler):
                     options["sampler"] = None  # TRL generates by itself

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,8 @@ def save(
         adapter: attached or detached; its model must still exist.
         path: of the file, which is returned; its folder is made.
         dtype: ``"bf16"`` (the paper's, 2 bytes a parameter), ``"fp16"`` or ``"fp32"``.
-        factors: whether the factors of all modules are stored, so that loading takes no SVD.
+        factors: whether the factors of all modules are stored, so that loading takes no SVD, and
+            :class:`~tinylora_lite.engines.TinyLoraAdamW` no model.
         base_sha256: the base's fingerprint where it is known already: hashing 15 GB takes 20 seconds.
 
     Raises:
@@ -86,6 +87,9 @@ def save(
         "base_sha256": base_sha256 or base_fingerprint(model),
         "base_dtype": base_dtype(model),
     }
+    if factors:  # for engines.TinyLoraAdamW, which has no model to ask
+        place_of = {name: place for place, (name, _) in enumerate(model.named_modules())}
+        header["layout"] = [[*of, place_of[of[0]]] for of in zip(adapter.names, adapter.groups, strict=True)]
     header["checksum"] = checksum(header, tensors)
     return write_safetensors(path, header, tensors)
 
@@ -119,7 +123,7 @@ def load(
         _check_base(path, model, names, header)
         if settings.get("projection", "random") not in ("random", "identity"):
             settings["projection"] = find_basis(settings["projection"], basis, path)
-        adapter = attach(model, TinyLoraConfig(**settings), factors=_stored_factors(tensors, names), cache=cache)
+        adapter = attach(model, TinyLoraConfig(**settings), factors=stored_factors(tensors, names), cache=cache)
     except AdapterFileError:
         raise
     except (LookupError, TypeError, ValueError) as error:
@@ -166,7 +170,8 @@ def _modules_to_store(adapter: TinyLoraAdapter) -> frozenset[str]:
     return adapter.given.union(doubtful)
 
 
-def _stored_factors(tensors: Mapping[str, Tensor], names: tuple[str, ...]) -> dict[str, Factors]:
+def stored_factors(tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Factors]:
+    """The factors that a file holds, of modules by their names; ``names`` are all of them in tying order."""
     indices = (int(key.partition(".")[2]) for key in tensors if key.startswith("left."))
     return {
         names[index]: Factors(tensors[f"left.{index}"], tensors[f"right.{index}"], tensors[f"projection.{index}"])

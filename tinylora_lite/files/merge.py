@@ -108,7 +108,8 @@ def _modules(adapter: TinyLoraAdapter, dtype: torch.dtype | None) -> dict[str, n
     modules = dict(model_of(adapter).named_modules())
     for name in adapter.names:
         parameter = modules[name].get_parameter("weight")
-        sharing = [o for o, m in modules.items() if any(p is parameter for p in m._parameters.values()) and o != name]
+        holds = [o for o, m in modules.items() if any(p is parameter for p in m._parameters.values())]
+        sharing = [o for o in holds if not f"{o}.".startswith(f"{name}.")]  # PEFT keeps a layer inside its own
         if sharing:
             raise ValueError(
                 f"{name} shares its weight with {', '.join(sharing)}, which a merge would change too; "

@@ -210,7 +210,9 @@ class VllmSampler(VllmEngine):
         before, now = (set(each.names if each else ()) for each in (self._pushed, adapter))
         self._pushed = adapter  # even where not all of its weights arrive
         if _on_cpu():
-            weights = list((model.state_dict() | dict(merged)).items())
+            # While another engine trains the adapter, PEFT keeps its LoRA and each layer inside a layer of its own.
+            kept = {n.replace(".base_layer.", "."): w for n, w in model.state_dict().items() if ".lora_" not in n}
+            weights = list((kept | dict(merged)).items())
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
             return
         pristine = ((f"{name}.weight", dense_weight(model.get_submodule(name)).to(dtype)) for name in before - now)

@@ -117,3 +117,15 @@ def is_sharded(model: nn.Module) -> bool:
 def whole(tensor: Tensor) -> Tensor:
     """A weight with all of its shards together; all processes call this together."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """Of a tensor that every process holds whole, this process's shard where the parameter is sharded."""
+    if not hasattr(parameter, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import DTensor, Replicate
+
+    assert isinstance(parameter, DTensor)
+    mesh = parameter.device_mesh
+    replicated = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return replicated.redistribute(mesh, parameter.placements)

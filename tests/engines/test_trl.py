@@ -1,13 +1,14 @@
-"""TRL with an adapter: the steps of our loop, checkpoints of v alone, and a TRL that is too old is named."""
+"""TRL with our optimizer: the steps of our loop, checkpoints that resume, and a TRL that is too old is named."""
 
 import copy
 import importlib
-import inspect
+import json
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import tinylora_lite as tl
 from tinylora_lite import GRPOSettings, TinyLoraConfig, attach, nano
@@ -18,11 +19,12 @@ from tinylora_lite.utils import distributed
 
 pytest.importorskip("trl")
 
-from transformers.trainer_callback import TrainerCallback
-from trl import GRPOConfig
+from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer
 
-from tinylora_lite.training.trl import ADAPTER_FILE, TinyLoraGRPOTrainer, train_trl
-from tinylora_lite.training.trl_config import trl_config
+from tinylora_lite.engines import TinyLoraAdamW, as_lora
+from tinylora_lite.engines.trl import train_trl
+from tinylora_lite.engines.trl_config import trl_config
 
 CONFIG = TinyLoraConfig(rank=4, u=3, n_tie=7)
 SMALL = GRPOSettings(steps=3, prompts_per_step=4, group_size=4, max_new_tokens=6, learning_rate=0.05, micro_batch=8)
@@ -104,12 +106,12 @@ class TestSteps:
         assert not seen[0].any()
         assert not torch.equal(seen[1], seen[2])
 
-    def test_the_learning_rate_is_ours(self, policy, tokenizer, task):
+    def test_the_learning_rate_is_ours(self, policy, tokenizer, task, tmp_path):
         model, adapter = policy()
         settings = replace(SMALL, schedule="linear", warmup=1, steps=4, epochs_per_step=2)
-        trainer = TinyLoraGRPOTrainer(model, tokenizer, adapter, task, settings, logging_steps=1)
-        trainer.train()
-        logged = [row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row]
+        train_trl(model, tokenizer, adapter, task, replace(settings, save_every=4), folder=tmp_path, logging_steps=1)
+        history = json.loads((tmp_path / "checkpoint-8" / "trainer_state.json").read_text())["log_history"]
+        logged = [row["learning_rate"] for row in history if "learning_rate" in row]
         assert logged == pytest.approx([settings.learning_rate_at(step // 2) for step in range(8)])
 
     def test_where_all_agree_nothing_moves(self, policy, tokenizer, task):
@@ -127,16 +129,20 @@ class TestSteps:
 
 
 class TestSampling:
-    def test_prompts_and_their_order_are_ours(self, policy, tokenizer, task):
+    def test_prompts_and_their_order_are_ours(self, policy, tokenizer, task, monkeypatch):
+        batches, generate = [], GRPOTrainer._generate
+
+        def recorded(trainer, prompts, *args, **kwargs):
+            batches.append(trainer._tokenize_prompts(prompts)[0])
+            return generate(trainer, prompts, *args, **kwargs)
+
+        monkeypatch.setattr(GRPOTrainer, "_generate", recorded)
         model, adapter = policy()
-        trainer = TinyLoraGRPOTrainer(model, tokenizer, adapter, task, SMALL)
-        batches = [[row["prompt"] for row in batch] for batch in trainer.get_train_dataloader()]
-        # Every batch is handed out once for each of its two micro-batches.
-        for step, conversations in enumerate(batches[::2]):
+        train_trl(model, tokenizer, adapter, task, SMALL)
+        assert len(batches) == SMALL.steps
+        for step, prompts in enumerate(batches):
             ids, mask = encode_prompts(tokenizer, task, draw_prompts(task.train, SMALL, step))
-            expected = [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True) for _ in range(4)]
-            assert trainer._tokenize_prompts(conversations)[0] == expected
-        assert len(batches) == 2 * SMALL.steps
+            assert prompts == [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True) for _ in range(4)]
 
     def test_trls_own_generation_learns(self):
         model, tokenizer = nano.load()
@@ -200,18 +206,18 @@ class TestCheckpoints:
         assert torch.equal(done.vectors, whole.vectors)
         assert again.steps == found.steps
 
-    def test_they_hold_the_numbers_and_no_weights(self, policy, make_model, tokenizer, task, tmp_path):
+    def test_they_hold_a_lora_and_v(self, policy, tokenizer, task, tmp_path):
         model, adapter = policy()
         train_trl(model, tokenizer, adapter, task, replace(SMALL, save_every=3), folder=tmp_path)
-        (folder,) = tmp_path.glob("checkpoint-*")
-        files = {ADAPTER_FILE, "run.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
-        assert {path.name for path in folder.iterdir()} == files
-        assert {path.name for path in tmp_path.iterdir()} == {ADAPTER_FILE, "run.json", folder.name}
-        weights = torch.load(folder / "optimizer.pt")["state"][0]
-        assert {value.numel() for value in weights.values()} == {1, adapter.num_parameters}
-        for path in (tmp_path, folder):
-            assert torch.equal(tl.load(make_model(), path / ADAPTER_FILE).vectors, adapter.vectors)
-        assert tl.Run.load(tmp_path / "run.json").steps == tl.Run.load(folder / "run.json").steps
+        checkpoint = tmp_path / "checkpoint-3"
+        assert {path.name for path in tmp_path.iterdir()} == {"README.md", "run.json", checkpoint.name}
+        assert not list(checkpoint.glob("model*"))
+        state = torch.load(checkpoint / "optimizer.pt")["state"][0]
+        assert torch.equal(state["vectors"], adapter.vectors)
+        before = tl.export_lora(adapter, tmp_path / "expected")
+        lora = load_file(checkpoint / "adapter_model.safetensors")
+        for name, expected in load_file(before / "adapter_model.safetensors").items():
+            assert torch.allclose(lora[name], expected, atol=1e-6), name
 
     def test_of_another_run_they_are_refused(self, policy, tokenizer, task, tmp_path):
         model, adapter = policy()
@@ -222,35 +228,29 @@ class TestCheckpoints:
         assert not adapter.vectors.any()
 
 
-class TestArguments:
-    def test_they_are_the_trainer_s(self):
-        ours, theirs = inspect.signature(train_trl).parameters, inspect.signature(TinyLoraGRPOTrainer).parameters
-        assert list(ours.values()) == list(theirs.values())
-
-    def test_callbacks_are_called(self, policy, tokenizer, task):
-        class Steps(TrainerCallback):
-            seen = 0
-
-            def on_step_end(self, *args, **kwargs):
-                self.seen += 1
-
-        (model, adapter), steps = policy(), Steps()
-        settings = replace(SMALL, steps=2, evaluate_every=1, evaluate_problems=2)
-        run = train_trl(model, tokenizer, adapter, task, settings, callbacks=[steps])
-        assert steps.seen == len(run.evaluations) == 2
-
-
 class TestModel:
     def test_afterwards_it_is_as_it_was(self, policy, make_model, tokenizer, task):
         model, adapter = policy()
         train_trl(model, tokenizer, adapter, task, replace(SMALL, steps=1))
         assert "forward" not in vars(model)  # a copy would call the original's
-        assert not model.training
+        assert not hasattr(model, "peft_config")
+        model.eval()
         twin = copy.deepcopy(model)
         adapter.detach()
         ids = torch.arange(6)[None]
         assert torch.equal(model(ids).logits, make_model()(ids).logits)
         assert not torch.equal(twin(ids).logits, model(ids).logits)
+
+    def test_a_bfloat16_base_stays_as_it_was(self, make_model, tokenizer, task):
+        model = make_model().bfloat16()
+        before = {name: weight.clone() for name, weight in model.state_dict().items()}
+        adapter = attach(model, CONFIG)
+        train_trl(model, tokenizer, adapter, task, replace(SMALL, truncated="score", tis_cap=None))
+        assert adapter.vectors.dtype == torch.float32
+        assert adapter.vectors.abs().max() > 0.01
+        after = model.state_dict()
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name], weight) for name, weight in before.items())
 
     @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
     def test_recomputing_changes_nothing(self, policy, tokenizer, task):
@@ -276,15 +276,46 @@ class TestModel:
     def test_an_adapter_on_the_head_is_refused(self, model, tokenizer, task):
         adapter = attach(model, TinyLoraConfig(rank=2, target_modules=["lm_head", "q_proj"]))
         with pytest.raises(ValueError, match="an adapter on it would not train"):
-            TinyLoraGRPOTrainer(model, tokenizer, adapter, task, SMALL)
+            train_trl(model, tokenizer, adapter, task, SMALL)
 
     def test_a_gradient_that_is_not_finite_stops_it(self, policy, tokenizer, task):
         model, adapter = policy()
-        trainer = TinyLoraGRPOTrainer(model, tokenizer, adapter, task, SMALL)
         adapter.vectors.register_hook(lambda gradient: gradient * torch.inf)
         with pytest.raises(FloatingPointError, match="the gradient is not finite"):
-            trainer.train()
+            train_trl(model, tokenizer, adapter, task, SMALL)
         assert not adapter.vectors.any()
+
+
+def test_a_trainer_of_ones_own_takes_the_optimizer(policy, tokenizer, task, tmp_path):
+    """The recipe of the page; TRL's default schedule brings the rate down to 0."""
+    _model, adapter = policy()
+    rows = [{"prompt": task.messages(example), "gold": example.gold} for example in task.train]
+    with as_lora(adapter) as lora:
+        optimizer = TinyLoraAdamW(lora.parameters(), lr=0.05, adapter=adapter, max_grad_norm=1.0)
+        trainer = GRPOTrainer(
+            model=lora,
+            reward_funcs=lambda completion_ids, **_: [float(len(set(ids))) for ids in completion_ids],
+            args=GRPOConfig(
+                str(tmp_path),
+                max_grad_norm=0.0,
+                max_steps=3,
+                per_device_train_batch_size=4,
+                num_generations=4,
+                max_completion_length=6,
+                logging_steps=1,
+                report_to="none",
+                bf16=False,
+            ),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            optimizers=(optimizer, None),
+        )
+        trainer.train()
+    rates = [row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row]
+    assert rates == pytest.approx([0.05, 0.05 * 2 / 3, 0.05 / 3])
+    assert adapter.vectors.abs().max() > 0.03
+    saved = torch.load(tmp_path / "checkpoint-3" / "optimizer.pt")["state"][0]["vectors"]
+    assert torch.equal(saved, adapter.vectors)
 
 
 class TestConfig:
@@ -313,39 +344,33 @@ class TestConfig:
         model, adapter = policy()
         monkeypatch.setattr(distributed, "world_size", lambda: 3)
         with pytest.raises(ValueError, match="prompts_per_step=4 cannot be shared by 3 processes"):
-            TinyLoraGRPOTrainer(model, tokenizer, adapter, task, SMALL)
+            train_trl(model, tokenizer, adapter, task, SMALL)
 
 
 class TestDrift:
     def test_an_older_one_is_refused(self, monkeypatch):
         monkeypatch.setattr("importlib.metadata.version", lambda _: "1.13.2")
-        monkeypatch.delitem(sys.modules, "tinylora_lite.training.trl")
+        monkeypatch.delitem(sys.modules, "tinylora_lite.engines.trl")
         with pytest.raises(ImportError, match=r'trl 1.14 or newer: pip install "tinylora_lite\[train\]"'):
-            importlib.import_module("tinylora_lite.training.trl")
+            importlib.import_module("tinylora_lite.engines.trl")
 
     def test_without_trl_the_error_says_what_brings_it(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "trl", None)
-        monkeypatch.delitem(sys.modules, "tinylora_lite.training.trl")
+        monkeypatch.delitem(sys.modules, "tinylora_lite.engines.trl")
         with pytest.raises(ImportError, match=r'pip install "tinylora_lite\[train\]"'):
-            importlib.import_module("tinylora_lite.training.trl")
+            importlib.import_module("tinylora_lite.engines.trl")
 
-    def test_a_correction_that_is_left_out_is_noticed(self, policy, tokenizer, task):
+    def test_a_correction_that_is_left_out_is_noticed(self, policy, tokenizer, task, monkeypatch):
         model, adapter = policy()
-        trainer = TinyLoraGRPOTrainer(model, tokenizer, adapter, task, SMALL, sampler=ModelSampler(model, tokenizer))
-        trainer.vllm_importance_sampling_correction = False
+        step = GRPOTrainer.training_step
+
+        def without(trainer, *args, **kwargs):
+            trainer.vllm_importance_sampling_correction = False
+            return step(trainer, *args, **kwargs)
+
+        monkeypatch.setattr(GRPOTrainer, "training_step", without)
         with pytest.raises(RuntimeError, match="does not correct for the sampler"):
-            trainer.train()
-
-    def test_a_second_copy_of_the_model_is_never_made(self, policy, tokenizer, task):
-        model, adapter = policy()
-        trainer = TinyLoraGRPOTrainer(model, tokenizer, adapter, task, replace(SMALL, kl=0.1))
-        adapter.vectors.data.fill_(0.5)
-        ids = torch.arange(6)[None]
-        with adapter.disabled():
-            base = model(ids).logits
-        assert not isinstance(trainer.ref_model, torch.nn.Module)
-        assert torch.equal(trainer.ref_model(input_ids=ids).logits, base)
-        assert not torch.equal(model(ids).logits, base)
+            train_trl(model, tokenizer, adapter, task, SMALL, sampler=ModelSampler(model, tokenizer))
 
 
 @pytest.mark.slow

@@ -1,18 +1,15 @@
-"""What TRL is given: settings as a ``GRPOConfig``, and an optimizer."""
+"""What TRL is given: settings as a ``GRPOConfig``."""
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from trl import GRPOConfig
 
 from tinylora_lite.training.loop import RECORDED_PARAMETERS
 from tinylora_lite.training.settings import GRPOSettings
-from tinylora_lite.utils import distributed
 
 FIELDS = {
     "num_iterations": "epochs_per_step",
@@ -57,7 +54,7 @@ def trl_config(settings: GRPOSettings, folder: str | Path | None, **config: Any)
         "steps_per_generation": rows // micro_batch,
         "loss_type": LOSSES[settings.normalise],
         "mask_truncated_completions": settings.truncated == "mask",
-        "beta": 0.0,  # otherwise TRL loads a second model as the reference
+        "beta": settings.kl,
     }
     # The sampler is corrected for; without a cap too, since that logs the difference.
     decided |= {"vllm_importance_sampling_correction": True, "vllm_importance_sampling_mode": "token_truncate"}
@@ -85,24 +82,3 @@ def trl_config(settings: GRPOSettings, folder: str | Path | None, **config: Any)
     name = "activation_checkpointing" if hasattr(GRPOConfig, "activation_checkpointing") else "gradient_checkpointing"
     chosen |= {name: False, f"{name}_kwargs": {"use_reentrant": False}}
     return GRPOConfig(**chosen | config | decided)
-
-
-class AdamOnV(torch.optim.Adam):
-    """Adam on one tensor that every process holds.
-
-    The processes' gradients are averaged and shortened to ``max_norm``. A gradient of zero, because in every group all
-    rewards are equal, moves nothing. Trainer clears the gradients of the model's parameters only, so this clears v's.
-    """
-
-    max_norm = math.inf
-    gradient_norm = 0.0  # of the last step, before it was shortened
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        (v,) = self.param_groups[0]["params"]
-        distributed.all_reduce_gradients([v], distributed.world_size())
-        self.gradient_norm = torch.nn.utils.clip_grad_norm_([v], self.max_norm).item()
-        if not math.isfinite(self.gradient_norm):
-            raise FloatingPointError("the gradient is not finite; lower the learning rate, or load a wider dtype")
-        if self.gradient_norm > 0:
-            super().step(closure)
-        self.zero_grad()

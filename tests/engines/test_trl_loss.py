@@ -12,7 +12,7 @@ pytest.importorskip("trl")
 
 from trl import GRPOTrainer
 
-from tinylora_lite.training.trl_config import LOSSES
+from tinylora_lite.engines.trl_config import LOSSES
 
 LIMIT, GROUP = 12, 3
 LENGTHS = torch.tensor([9, 1, 4, 9, 7, 2])
