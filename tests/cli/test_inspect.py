@@ -100,7 +100,13 @@ def test_what_stands_in_a_file(capsys, base, file):
         "seed": 0,
     }
     fingerprint = base_fingerprint(loaded(base))
-    assert found["base"] == {"name": "my-base", "revision": None, "dtype": "float32", "sha256": fingerprint}
+    assert found["base"] == {
+        "name": "my-base",
+        "revision": None,
+        "dtype": "float32",
+        "gguf": None,
+        "sha256": fingerprint,
+    }
     assert (found["modules"], found["stored_factors"], found["basis"]) == (14, [], None)
     assert "merge" not in found
 

@@ -51,11 +51,11 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.dtype and to == "peft":
         raise ValueError("--dtype is of lora and merged; PEFT's TinyLoRA is float32")
     _check_out(out, to)
-    base = shared.base_folder(arguments.base)
+    base = shared.base_folder(arguments.base, shared.trained_with(arguments.file)[0])
     is_nano = base.resolve().is_relative_to(nano.CHECKPOINTS.resolve())
     merge = serve = None
     with shared.command_progress() as progress, shared.told_warnings():
-        model, adapter = shared.load_adapted(arguments.file, base, arguments.basis, progress)
+        model, adapter = shared.load_adapted(arguments.file, arguments.base, arguments.basis, progress)
         if to == "merged":
             merge = _write_merged(model, adapter, base, out, arguments.dtype, progress)
         else:

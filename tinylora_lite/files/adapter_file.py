@@ -21,7 +21,7 @@ from tinylora_lite.adapter.basis import Basis
 from tinylora_lite.adapter.config import TinyLoraConfig
 from tinylora_lite.adapter.layer import Factors
 from tinylora_lite.adapter.tying import find_target_modules
-from tinylora_lite.adapter.weights import base_fingerprint
+from tinylora_lite.adapter.weights import base_fingerprint, base_gguf
 from tinylora_lite.files.basis import find_basis
 from tinylora_lite.files.file_format import (
     FACTORS,
@@ -86,6 +86,8 @@ def save(
         "base_sha256": base_sha256 or base_fingerprint(model),
         "base_dtype": base_dtype(model),
     }
+    if gguf := base_gguf(model):
+        header["base_gguf"] = gguf
     header["checksum"] = checksum(header, tensors)
     return write_safetensors(path, header, tensors)
 

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from tinylora_lite.adapter.adapter import TinyLoraAdapter, adapter_of, carries_updates
 from tinylora_lite.adapter.batched import Population
 from tinylora_lite.adapter.config import TinyLoraConfig
-from tinylora_lite.adapter.weights import base_fingerprint
+from tinylora_lite.adapter.weights import base_fingerprint, base_gguf
 from tinylora_lite.evaluation.evaluate import evaluate, evaluate_population
 from tinylora_lite.sampling.logprobs import completion_logprobs, recomputes
 from tinylora_lite.sampling.rollouts import Sampler
@@ -120,10 +120,19 @@ def fit(
 
     Arguments and errors are those of :func:`~tinylora_lite.train_grpo`.
     """
-    model, shared, base = objective.model, objective.shared, base_fingerprint(objective.model)
+    model, shared = objective.model, objective.shared
+    base, gguf = base_fingerprint(model), base_gguf(model)
     optimizer = torch.optim.Adam([{"params": own} for own in objective.parameters])
     runs = [
-        Run(objective.method, asdict(settings), known_as, sum(p.numel() for p in own), objective.task.name, base)
+        Run(
+            objective.method,
+            asdict(settings),
+            known_as,
+            sum(p.numel() for p in own),
+            objective.task.name,
+            base,
+            base_gguf=gguf,
+        )
         for own, settings, known_as in zip(objective.parameters, objective.settings, objective.identities, strict=True)
     ]
     # Of the weights before training, and so before a checkpoint is read.

@@ -25,7 +25,7 @@ from unittest.mock import patch
 import torch
 
 from tinylora_lite.adapter.adapter import TinyLoraAdapter
-from tinylora_lite.adapter.weights import base_fingerprint
+from tinylora_lite.adapter.weights import base_fingerprint, base_gguf
 from tinylora_lite.files.adapter_file import save
 from tinylora_lite.files.file_format import read_file
 from tinylora_lite.sampling.rollouts import Sampler
@@ -125,6 +125,7 @@ class TinyLoraGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         self.policy, self.tokenizer, self._on_step = model, tokenizer, on_step
         known_as, parameters = adapter.identity(), adapter.num_parameters
         self.run = Run("grpo", asdict(settings), known_as, parameters, task.name, base_fingerprint(model))
+        self.run.base_gguf = base_gguf(model)
         self.run.environment["trl"] = __version__
         config.setdefault("disable_tqdm", not sys.stderr.isatty())
         # The prompts of all steps, in the order in which our loop draws them.
