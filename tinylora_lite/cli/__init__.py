@@ -20,6 +20,7 @@ COMMANDS = {
     "demo": ("demo", "train 13 parameters on a small model and see what they change"),
     "count": ("count", "count the parameters that a method trains on a model"),
     "plan": ("plan", "find the settings that spend a budget of parameters"),
+    "models": ("models", "list the bases that have a name here"),
     "preset": ("preset", "list the presets, or print one as a settings file"),
     "plan-run": ("plan_run", "estimate the memory and time of a run"),
     "calibrate": ("calibrate", "make a basis of directions from policy gradients"),
