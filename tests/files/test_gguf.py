@@ -187,6 +187,7 @@ def test_training_and_scoring_by_the_command_line(file, task, tmp_path, monkeypa
     assert main([*words, "--folder", str(tmp_path / "score")]) == 0
     record = json.loads(next((tmp_path / "score").rglob("evaluation.json")).read_text())
     assert record["settings"]["base_gguf"] == gguf_sha256(file)
+    assert json.loads((tmp_path / "score" / "result.json").read_text())["base_gguf"] == gguf_sha256(file)
 
 
 @pytest.mark.parametrize(

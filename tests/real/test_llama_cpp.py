@@ -61,6 +61,16 @@ def unpacked(file, out):
     return out
 
 
+def computed(folder, runs, texts=()):
+    """llama.cpp's answer to a request; see ``run_llama_cpp.py``."""
+    (folder / "request.json").write_text(json.dumps({"runs": runs, "texts": texts}), encoding="utf-8")
+    script = Path(__file__).with_name("run_llama_cpp.py")
+    command = [os.environ["LLAMA_CPP_PYTHON"], str(script), folder / "request.json", folder / "answer.npz"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return dict(np.load(folder / "answer.npz"))
+
+
 @pytest.fixture(scope="module")
 def compared(file, smollm2, smollm2_tokenizer, tmp_path_factory):
     """Ours and theirs: of "base" and "adapter" token ids and logits, in float32 and as the file has them; and texts."""
@@ -83,13 +93,7 @@ def compared(file, smollm2, smollm2_tokenizer, tmp_path_factory):
     adapter.detach()
     draw = random.Random(0)
     texts = ["".join(draw.choices(PIECES, k=draw.randint(1, 14))) for _ in range(500)]
-    (folder / "request.json").write_text(json.dumps({"runs": runs, "texts": texts}), encoding="utf-8")
-    script = Path(__file__).with_name("run_llama_cpp.py")
-    command = [os.environ["LLAMA_CPP_PYTHON"], str(script), folder / "request.json", folder / "answer.npz"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    theirs = dict(np.load(folder / "answer.npz"))
-    return ours, theirs, texts
+    return ours, computed(folder, runs, texts), texts
 
 
 def apart(theirs, ours):
@@ -128,3 +132,22 @@ def test_texts_have_the_same_tokens(compared, smollm2_tokenizer):
     ours = [smollm2_tokenizer(text)["input_ids"] for text in texts]
     assert ours == [theirs[f"tokens.{index}"].tolist() for index in range(len(texts))]
     assert [smollm2_tokenizer.decode(ids) for ids in ours] == texts
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_tiny_models_of_each_architecture(write_gguf, tmp_path, architecture):
+    model = write_gguf(tmp_path / "tiny.gguf", architecture, "F32")
+    adapter = tl.attach(model, tl.TinyLoraConfig(rank=3, u=3, n_tie=4))
+    with torch.no_grad():
+        adapter.vectors.copy_(torch.randn(adapter.vectors.shape, generator=torch.Generator().manual_seed(1)))
+    lora = str(tl.export_gguf(adapter, tmp_path / "lora") / "adapter.gguf")
+    ids = torch.arange(4, 52)
+    run = {"model": str(tmp_path / "tiny.gguf"), "ids": ids.tolist(), "prompt": len(ids)}
+    theirs = computed(tmp_path, [run | {"lora": None}, run | {"lora": lora}])
+    with torch.no_grad():
+        adapted = model(ids[None]).logits[0].numpy()
+        adapter.enabled = False
+        base = model(ids[None]).logits[0].numpy()
+    assert apart(adapted, base) > 0.1
+    assert apart(theirs["logits.0"], base) < 1e-5
+    assert apart(theirs["logits.1"], adapted) < 1e-5

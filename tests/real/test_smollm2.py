@@ -26,7 +26,8 @@ def logits(model, tokenizer):
 
 
 def apart(a, b):
-    return float((a.double() - b.double()).norm() / b.double().norm())
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).norm() / b.norm())
 
 
 def restored(rows, heads):

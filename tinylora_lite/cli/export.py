@@ -53,8 +53,10 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError("--dtype is of lora, gguf-lora and merged; PEFT's TinyLoRA is float32")
     _check_out(out, to)
     base = shared.base_folder(arguments.base, shared.trained_with(arguments.file)[0])
-    is_nano = base.resolve().is_relative_to(nano.CHECKPOINTS.resolve())
-    merge = serve = None
+    file, is_nano = gguf_file(arguments.base), base.resolve().is_relative_to(nano.CHECKPOINTS.resolve())
+    merge = serve = note = None
+    if is_nano and to in ("lora", "merged"):
+        note = NANO_NOTE.format(" and send vLLM token ids" * (to == "lora"))
     with shared.command_progress() as progress, shared.told_warnings():
         model, adapter = shared.load_adapted(arguments.file, arguments.base, arguments.basis, progress)
         if to == "merged":
@@ -65,16 +67,16 @@ def run(arguments: argparse.Namespace) -> None:
                 tl.export_lora(adapter, out, arguments.dtype or "fp32")
                 serve = _serve(base, out, arguments.file.stem, adapter.config.rank, is_nano)
             elif to == "gguf-lora":
-                file = str((gguf_file(arguments.base) or base).resolve())
-                tl.export_gguf(adapter, out, arguments.dtype or "fp32", base=file)
-                if file.endswith(".gguf"):
-                    serve = shlex.join(["llama-server", "-m", file, "--lora", str(out.resolve() / "adapter.gguf")])
+                tl.export_gguf(adapter, out, arguments.dtype or "fp32", base=str((file or base).resolve()))
+                if file is not None:
+                    lora = str(out.resolve() / "adapter.gguf")
+                    serve = shlex.join(["llama-server", "-m", str(file.resolve()), "--lora", lora])
             else:
                 tl.export_peft(adapter, out)
     files = {path.name: path.stat().st_size for path in sorted(out.rglob("*")) if path.is_file()}
     result = {
         "file": arguments.file,
-        "base": base,
+        "base": file or base,
         "to": to,
         "folder": out,
         "parameters": adapter.num_parameters,
@@ -82,16 +84,14 @@ def run(arguments: argparse.Namespace) -> None:
         "rank": adapter.config.rank,
         "merge": merge,
         "serve": serve,
-        "note": NANO_NOTE.format(" and send vLLM token ids" * (to == "lora"))
-        if is_nano and to in ("lora", "merged")
-        else None,
+        "note": note,
         "bytes": sum(files.values()),
         "files": files,
     }
     alone = ("serve", "note")  # a command is copied from one line
     words = shared.described({name: value for name, value in result.items() if name not in alone})
     lines = [f"serve it: {serve}"] if serve else []
-    lines += [result["note"]] if result["note"] else []
+    lines += [note] if note else []
     shared.show(arguments, result, words, *lines)
 
 
