@@ -142,7 +142,7 @@ def test_a_base_that_is_a_package(file, tmp_path, monkeypatch, capsys):
 
 
 def test_its_hash_is_in_every_record(file, task, tmp_path):
-    model, tokenizer = load_model(str(file), dtype="float32", device="cpu"), load_tokenizer(str(file))
+    model, tokenizer = load_model(str(tmp_path), dtype="float32", device="cpu"), load_tokenizer(str(tmp_path))
     adapter, wanted = tl.attach(model, tl.TinyLoraConfig(u=13, n_tie="all")), gguf_sha256(file)
     settings = tl.GRPOSettings(steps=1, prompts_per_step=2, group_size=2, max_new_tokens=2)
     assert tl.train_grpo(model, tokenizer, adapter, task, settings, folder=tmp_path / "run").base_gguf == wanted

@@ -142,7 +142,8 @@ def load_model(
     if quantize is None:
         torch.nn.Module.to(model, device)
     if file is not None:
-        vars(model).update(name_or_path=name, gguf_sha256=gguf_sha256(file))
+        known_as = str(file) if Path(name).exists() else name  # the cached checkpoint's name means nothing elsewhere
+        vars(model).update(name_or_path=known_as, gguf_sha256=gguf_sha256(file))
     model.eval()
     return model
 
