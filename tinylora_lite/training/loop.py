@@ -120,21 +120,14 @@ def fit(
 
     Arguments and errors are those of :func:`~tinylora_lite.train_grpo`.
     """
-    model, shared = objective.model, objective.shared
-    base, gguf = base_fingerprint(model), base_gguf(model)
+    model, shared, base = objective.model, objective.shared, base_fingerprint(objective.model)
     optimizer = torch.optim.Adam([{"params": own} for own in objective.parameters])
     runs = [
-        Run(
-            objective.method,
-            asdict(settings),
-            known_as,
-            sum(p.numel() for p in own),
-            objective.task.name,
-            base,
-            base_gguf=gguf,
-        )
+        Run(objective.method, asdict(settings), known_as, sum(p.numel() for p in own), objective.task.name, base)
         for own, settings, known_as in zip(objective.parameters, objective.settings, objective.identities, strict=True)
     ]
+    for run in runs:
+        run.base_gguf = base_gguf(model)
     # Of the weights before training, and so before a checkpoint is read.
     reference = copy.deepcopy(model) if objective.adapter is None and objective.loss.kl > 0 else None
     if folder is not None:
