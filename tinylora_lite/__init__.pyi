@@ -18,6 +18,7 @@ from .files.adapter_file import save as save
 from .files.basis import load_basis as load_basis
 from .files.basis import save_basis as save_basis
 from .files.file_format import AdapterFileError as AdapterFileError
+from .files.gguf_lora import export_gguf as export_gguf
 from .files.lora import export_lora as export_lora
 from .files.merge import merge_report as merge_report
 from .files.merge import merged_weights as merged_weights

@@ -337,7 +337,7 @@ def test_a_quantized_base_is_not_merged(capsys, monkeypatch, base, file, tmp_pat
 
 def test_mistakes_take_one_line(capsys, make_model, base, file, tmp_path):
     out = ("--out", tmp_path / "out")
-    assert "--dtype is of lora and merged" in refused(
+    assert "--dtype is of lora, gguf-lora and merged" in refused(
         capsys, file, "--base", base, "--to", "peft", *out, "--dtype", "bf16"
     )
     assert "no folder at nowhere" in refused(capsys, file, "--base", "nowhere", "--to", "lora", *out)

@@ -100,7 +100,13 @@ def test_what_stands_in_a_file(capsys, base, file):
         "seed": 0,
     }
     fingerprint = base_fingerprint(loaded(base))
-    assert found["base"] == {"name": "my-base", "revision": None, "dtype": "float32", "sha256": fingerprint}
+    assert found["base"] == {
+        "name": "my-base",
+        "revision": None,
+        "dtype": "float32",
+        "gguf": None,
+        "sha256": fingerprint,
+    }
     assert (found["modules"], found["stored_factors"], found["basis"]) == (14, [], None)
     assert "merge" not in found
 
@@ -372,7 +378,9 @@ def test_folders_and_bases_that_cannot_be_read(capsys, base, file, tmp_path):
     assert "holds no adapter_config.json" in refused(capsys, tmp_path / "empty")
     (tmp_path / "empty" / "adapter_config.json").write_text('{"peft_type": 3}', encoding="utf-8")
     assert "damaged: peft_type is 3" in refused(capsys, tmp_path / "empty")
-    assert "no folder at nowhere; a base is nano or the folder" in refused(capsys, file, "--base", "nowhere")
+    assert "no folder at nowhere; a base is nano, a GGUF file or the folder" in refused(
+        capsys, file, "--base", "nowhere"
+    )
     assert f"{tmp_path} holds no config.json; give the folder" in refused(capsys, file, "--base", tmp_path)
     assert "--dtype is of a merge" in refused(capsys, file, "--dtype", "fp16")
     (base / "model.safetensors").write_bytes(b"notes")

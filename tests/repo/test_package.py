@@ -36,7 +36,7 @@ def test_lower_bounds_only(project):
 
 def test_the_lock_holds_all_that_book_and_tests_need(lock, project):
     extras = project["optional-dependencies"]
-    wanted = sum((extras[name] for name in ("book", "dev", "lab", "peft", "train")), project["dependencies"])
+    wanted = sum((extras[name] for name in ("book", "dev", "gguf", "lab", "peft", "train")), project["dependencies"])
     assert {requirement_name(each) for each in wanted} <= set(lock)
 
 

@@ -19,7 +19,7 @@ SEED_HELP = "of the choice of problems and of the sampling"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``tinylora calibrate``."""
     add = parser.add_argument
-    add("model", metavar="MODEL", help="a folder, a name on the hub, or nano")
+    add("model", metavar="MODEL", help="a folder, a GGUF file, a name on the hub, or nano")
     add("--task", required=True, help="whose training problems are used: gsm8k, math, nano, ...")
     add("--data", help="folder to read the task from (default: the hub)")
     add("--rank", type=int, default=8, help="r of the adapters that will use it (default: 8)")

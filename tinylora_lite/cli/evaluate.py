@@ -26,7 +26,11 @@ MAX_NEW_TOKENS = 2048
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``tinylora eval``."""
     add, one_or_more = parser.add_argument, shared.at_least(1)
-    add("model", metavar="MODEL", help="nano, the folder of a transformers checkpoint, or its name on the hub")
+    add(
+        "model",
+        metavar="MODEL",
+        help="nano, the folder of a transformers checkpoint, a GGUF file, or a name on the hub",
+    )
     add("--task", nargs="+", required=True, metavar="NAME", help="nano, gsm8k, math500 and others; several are allowed")
     add("--adapter", type=Path, metavar="FILE", help="an adapter file, or a folder with PEFT's TinyLoRA")
     add("--basis", type=Path, help=shared.BASIS_HELP)
@@ -52,9 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Shows a table of the scores and the comparisons in words; or JSON."""
-    from tinylora_lite.experiment.models import load_tokenizer
+    from tinylora_lite.experiment.models import gguf_file, load_tokenizer
     from tinylora_lite.experiment.run import task_named
     from tinylora_lite.experiment.runner import Runner
+    from tinylora_lite.files.gguf import gguf_sha256
     from tinylora_lite.utils.record import atomic_write, environment
 
     a = arguments
@@ -85,10 +90,13 @@ def run(arguments: argparse.Namespace) -> None:
                 progress.begin(f"attaching {a.adapter}")
                 adapter = shared.attach_file(runner.base, a.adapter, a.basis)
 
+        file = gguf_file(a.model, a.revision)
+        read_from = {} if file is None else {"base_gguf": gguf_sha256(file)}
+
         def score(name: str, which: str) -> tl.Score:
             task, settings = tasks[name], runs[name].evaluation
             folder = None if a.folder is None else a.folder / name / which
-            subject = None if runner.model is not None else {"model": a.model, "revision": a.revision or ""}
+            subject = None if runner.model is not None else {"model": a.model, "revision": a.revision or ""} | read_from
             return runner.evaluate(
                 f"{name}, {which}", task, settings, split=a.split, seed=a.seed, folder=folder, subject=subject
             )
@@ -115,6 +123,7 @@ def run(arguments: argparse.Namespace) -> None:
             words += [f"{name}, lenient: {compared.lenient}"] if compared.lenient is not None else []
     named = ("model", "revision", "engine", "split", "samples", "seed", "folder", "adapter", "temperature")
     record = {name: getattr(a, name) for name in named} | {"results": results, "environment": environment()}
+    record |= read_from
     if a.folder is not None:
         atomic_write(a.folder / "result.json", json.dumps(record, indent=1, default=str) + "\n")
         words.append(f"completions: {a.folder}")

@@ -1,4 +1,4 @@
-"""Write an adapter in another form: a PEFT LoRA of the same function, PEFT's TinyLoRA, or a merged checkpoint."""
+"""Write an adapter in another form: a LoRA of the same function, PEFT's TinyLoRA, or a merged checkpoint."""
 
 from __future__ import annotations
 
@@ -36,26 +36,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_file_arguments(parser)
     add = parser.add_argument
     add("--base", required=True, help=shared.BASE_HELP)
-    forms = "a PEFT LoRA (for PEFT, vLLM and llama.cpp), PEFT's TinyLoRA, or a checkpoint with the update inside"
-    add("--to", required=True, choices=("lora", "peft", "merged"), help=forms)
+    forms = "a LoRA for PEFT and vLLM or for llama.cpp and Ollama, PEFT's TinyLoRA, a checkpoint with the update inside"
+    add("--to", required=True, choices=("lora", "gguf-lora", "peft", "merged"), help=forms)
     add("--out", required=True, type=Path, metavar="FOLDER", help="where it goes")
-    precisions = "of lora (default: fp32) or merged (default: that of the training)"
+    precisions = "of lora and gguf-lora (default: fp32) or merged (default: that of the training)"
     add("--dtype", choices=shared.PRECISIONS, help=precisions)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Prints what was written and, of a LoRA, how vLLM serves it; or JSON."""
+    """Prints what was written and, of a LoRA, how vLLM or llama.cpp serves it; or JSON."""
     from tinylora_lite import nano
+    from tinylora_lite.experiment.models import gguf_file
 
     to, out = arguments.to, arguments.out
     if arguments.dtype and to == "peft":
-        raise ValueError("--dtype is of lora and merged; PEFT's TinyLoRA is float32")
+        raise ValueError("--dtype is of lora, gguf-lora and merged; PEFT's TinyLoRA is float32")
     _check_out(out, to)
-    base = shared.base_folder(arguments.base)
-    is_nano = base.resolve().is_relative_to(nano.CHECKPOINTS.resolve())
-    merge = serve = None
+    base = shared.base_folder(arguments.base, shared.trained_with(arguments.file)[0])
+    file, is_nano = gguf_file(arguments.base), base.resolve().is_relative_to(nano.CHECKPOINTS.resolve())
+    merge = serve = note = None
+    if is_nano and to in ("lora", "merged"):
+        note = NANO_NOTE.format(" and send vLLM token ids" * (to == "lora"))
     with shared.command_progress() as progress, shared.told_warnings():
-        model, adapter = shared.load_adapted(arguments.file, base, arguments.basis, progress)
+        model, adapter = shared.load_adapted(arguments.file, arguments.base, arguments.basis, progress)
         if to == "merged":
             merge = _write_merged(model, adapter, base, out, arguments.dtype, progress)
         else:
@@ -63,12 +66,17 @@ def run(arguments: argparse.Namespace) -> None:
             if to == "lora":
                 tl.export_lora(adapter, out, arguments.dtype or "fp32")
                 serve = _serve(base, out, arguments.file.stem, adapter.config.rank, is_nano)
+            elif to == "gguf-lora":
+                tl.export_gguf(adapter, out, arguments.dtype or "fp32", base=str((file or base).resolve()))
+                if file is not None:
+                    lora = str(out.resolve() / "adapter.gguf")
+                    serve = shlex.join(["llama-server", "-m", str(file.resolve()), "--lora", lora])
             else:
                 tl.export_peft(adapter, out)
     files = {path.name: path.stat().st_size for path in sorted(out.rglob("*")) if path.is_file()}
     result = {
         "file": arguments.file,
-        "base": base,
+        "base": file or base,
         "to": to,
         "folder": out,
         "parameters": adapter.num_parameters,
@@ -76,14 +84,14 @@ def run(arguments: argparse.Namespace) -> None:
         "rank": adapter.config.rank,
         "merge": merge,
         "serve": serve,
-        "note": NANO_NOTE.format(" and send vLLM token ids" * (to == "lora")) if is_nano and to != "peft" else None,
+        "note": note,
         "bytes": sum(files.values()),
         "files": files,
     }
     alone = ("serve", "note")  # a command is copied from one line
     words = shared.described({name: value for name, value in result.items() if name not in alone})
     lines = [f"serve it: {serve}"] if serve else []
-    lines += [result["note"]] if result["note"] else []
+    lines += [note] if note else []
     shared.show(arguments, result, words, *lines)
 
 
@@ -130,10 +138,13 @@ def _write_merged(
 
 def _check_out(out: Path, to: str) -> None:
     """Raises ``FileExistsError`` before the base is loaded, where the export itself would do so in the end."""
+    from tinylora_lite.files import gguf_lora
     from tinylora_lite.files.lora import SETTINGS
     from tinylora_lite.files.peft_format import check_free
 
-    if to != "merged":
+    if to == "gguf-lora":
+        gguf_lora.check_free(out)
+    elif to != "merged":
         check_free(out, SETTINGS if to == "lora" else {"peft_type": "TINYLORA"})
     elif out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise FileExistsError(f"{out} exists and is not empty; name a new folder, or move that one")

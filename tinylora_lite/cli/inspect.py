@@ -93,6 +93,7 @@ def _file(path: Path, basis: Path | None) -> dict[str, Any]:
             "revision": header.get("base_revision"),
             "dtype": header.get("base_dtype"),
             "sha256": header["base_sha256"],
+            "gguf": header.get("base_gguf"),
         },
     }
 
@@ -150,9 +151,9 @@ def _on_base(arguments: argparse.Namespace, precision: Precision) -> dict[str, A
     """What a merge into the base would keep."""
     from tinylora_lite.files.file_format import DTYPES
 
-    folder = shared.base_folder(arguments.base)
+    folder = shared.base_folder(arguments.base, shared.trained_with(arguments.file)[0])
     with shared.command_progress() as progress:
-        _model, adapter = shared.load_adapted(arguments.file, folder, arguments.basis, progress)
+        _model, adapter = shared.load_adapted(arguments.file, arguments.base, arguments.basis, progress)
         progress.begin(f"merging {len(adapter.names)} modules")
         report = tl.merge_report(adapter, DTYPES[precision])
     modules = {name: _effect(effect) for name, effect in report.modules.items()}

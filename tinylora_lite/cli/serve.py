@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
     settings = shared.read_settings(arguments.settings, arguments.gpu, arguments.overrides)
     longest = max(settings.training_settings(1).max_new_tokens, settings.evaluation.max_new_tokens)
     command = serve_command(
-        checkpoint(settings.model),
+        checkpoint(settings.model, settings.dtype, settings.revision),
         settings.adapter.rank,
         python=arguments.python,
         host=arguments.host,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tinylora_lite.experiment.settings import RunSettings
     from tinylora_lite.view.progress import Progress
 
-BASE_HELP = "the base: the folder of a transformers checkpoint, or nano for the one that comes with the library"
+BASE_HELP = "the base: the folder of a transformers checkpoint, a GGUF file, or nano for the one in the library"
 BASIS_HELP = "of a calibrated adapter: its basis, or a folder with it (default: beside the file, or in the package)"
 PRECISIONS = ("fp32", "fp16", "bf16")
 
@@ -65,14 +65,14 @@ def read_settings(name: str, gpu: str | None, overrides: list[str], seed: int = 
     return load_settings(name, overrides)
 
 
-def base_folder(name: str) -> Path:
-    """The folder of a base that the command line names."""
+def base_folder(name: str, dtype: str) -> Path:
+    """The folder of a base that the command line names, and of a GGUF file its checkpoint in ``dtype``."""
     from tinylora_lite.experiment.models import checkpoint
 
-    folder = Path(checkpoint(name))
+    folder = Path(checkpoint(name, dtype))
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"no folder at {name}; a base is nano or the folder of a transformers checkpoint, "
+            f"no folder at {name}; a base is nano, a GGUF file or the folder of a transformers checkpoint, "
             "such as `hf download` prints"
         )
     return folder
@@ -97,14 +97,14 @@ def attach_file(model: PreTrainedModel, file: Path, basis: Path | None) -> tl.Ti
 
 
 def load_adapted(
-    file: Path, folder: Path, basis: Path | None, progress: Progress
+    file: Path, base: str, basis: Path | None, progress: Progress
 ) -> tuple[PreTrainedModel, tl.TinyLoraAdapter]:
     """The base on the CPU, in the dtype of the adapter's training, and the adapter, which does not keep it alive."""
     from tinylora_lite.experiment.models import load_model
 
     dtype, _ = trained_with(file)  # before the base, which may take minutes
     progress.begin("loading the base")
-    model = load_model(str(folder), dtype=dtype, device="cpu")
+    model = load_model(base, dtype=dtype, device="cpu")
     progress.begin("attaching the adapter")
     return model, attach_file(model, file, basis)
 

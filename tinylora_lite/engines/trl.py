@@ -22,7 +22,7 @@ from unittest.mock import patch
 import torch
 
 from tinylora_lite.adapter.adapter import TinyLoraAdapter
-from tinylora_lite.adapter.weights import base_fingerprint
+from tinylora_lite.adapter.weights import base_fingerprint, base_gguf
 from tinylora_lite.engines.optimizer import TinyLoraAdamW, as_lora
 from tinylora_lite.sampling.rollouts import Sampler
 from tinylora_lite.sampling.sampler import ModelSampler
@@ -84,6 +84,7 @@ def train_trl(
     distributed.shard(settings.prompts_per_step, "prompts_per_step")
     known_as, parameters = adapter.identity(), adapter.num_parameters
     run = Run("grpo", asdict(settings), known_as, parameters, task.name, base_fingerprint(model))
+    run.base_gguf = base_gguf(model)
     run.environment["trl"] = __version__
     if folder is not None and (saved := Path(folder) / RUN_FILE).exists():
         check_same_run(folder, Run.load(saved), run, DEFAULTS)

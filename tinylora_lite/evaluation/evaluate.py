@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from tinylora_lite.adapter.adapter import TinyLoraAdapter
-from tinylora_lite.adapter.weights import adapter_of, base_fingerprint
+from tinylora_lite.adapter.weights import adapter_of, base_fingerprint, base_gguf
 from tinylora_lite.evaluation.score import FILE, PART, RECORD, Completion, Score, judge, read_completions
 from tinylora_lite.sampling.policy import check_tokenizer
 from tinylora_lite.sampling.rollouts import Rollouts, Sampler, encode_prompts
@@ -239,6 +239,8 @@ def _open(folder: Path, settings: dict[str, Any]) -> Sequence[Completion]:
 def _subject(model: nn.Module, adapter: TinyLoraAdapter | None) -> dict[str, str]:
     """The fingerprint of the weights, and the adapter's settings and the hash of its v."""
     base = {"base": base_fingerprint(model)}
+    if gguf := base_gguf(model):
+        base["base_gguf"] = gguf
     if adapter is None:
         return base | {"adapter": "none"}
     v = hashlib.sha256(adapter.vectors.detach().cpu().numpy().tobytes()).hexdigest()

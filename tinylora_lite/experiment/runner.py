@@ -15,7 +15,7 @@ from tinylora_lite.adapter.basis import Basis
 from tinylora_lite.adapter.config import TinyLoraConfig
 from tinylora_lite.evaluation.evaluate import evaluate
 from tinylora_lite.evaluation.score import Score
-from tinylora_lite.experiment.models import checkpoint, is_nano, load_model
+from tinylora_lite.experiment.models import checkpoint, gguf_file, is_nano, load_model, own_dtype
 from tinylora_lite.experiment.settings import EvaluationSettings, RunSettings
 from tinylora_lite.files.basis import save_basis
 from tinylora_lite.sampling.rollouts import Rollouts, Sampler
@@ -66,8 +66,7 @@ class Runner:
         completion together, for vLLM. ``lora_folder`` is where a server reads LoRAs; by default a temporary one.
         """
         s, options, dtype = settings, settings.sampler, dtype or settings.dtype
-        if dtype == "auto" and is_nano(s.model):
-            dtype = "float32"  # of its training; the checkpoint is in float16
+        dtype = own_dtype(s.model, dtype, s.revision)
         progress.begin(f"loading {s.model}")
         model = None
         if weights:
@@ -82,7 +81,8 @@ class Runner:
         elif options.engine == "vllm-server":
             from tinylora_lite.sampling.vllm_server import VllmServerSampler
 
-            served = None if is_nano(s.model) else s.model  # the shipped folder's path depends on the machine
+            # The path of a folder of ours depends on the machine.
+            served = None if is_nano(s.model) or gguf_file(s.model, s.revision) else s.model
             sampler = VllmServerSampler(str(options.url), tokenizer, model=served, folder=lora_folder)
         else:
             from tinylora_lite.sampling.vllm import VllmSampler
@@ -90,7 +90,7 @@ class Runner:
             engine: dict[str, Any] = {} if s.revision is None else {"revision": s.revision}
             engine |= {"gpu_memory_utilization": options.gpu_memory, "tensor_parallel_size": options.tensor_parallel}
             engine |= {"max_model_len": max_model_len, "dtype": dtype, "max_lora_rank": s.adapter.rank}
-            sampler = VllmSampler(checkpoint(s.model), tokenizer, sync=options.sync, **engine)
+            sampler = VllmSampler(checkpoint(s.model, dtype, s.revision), tokenizer, sync=options.sync, **engine)
         batch_size = options.batch_size or (256 if options.engine == "transformers" else 1024)
         return cls(model, tokenizer, sampler, progress, batch_size)
 

@@ -133,7 +133,7 @@ class RunSettings(Settings):
         ValueError: a setting is of the wrong type or out of its range, or two do not go together.
     """
 
-    model: Name = Field(description="name on the hub, or a folder")
+    model: Name = Field(description="name on the hub, a folder, or a GGUF file")
     revision: str | None = Field(None, description="commit of the hub; null takes the newest")
     dtype: Literal["bfloat16", "float32", "float16"] = Field(
         "bfloat16", description="of the frozen base: bfloat16, float16 or float32"

@@ -21,7 +21,7 @@ from tinylora_lite.adapter.basis import Basis
 from tinylora_lite.adapter.config import TinyLoraConfig
 from tinylora_lite.adapter.layer import Factors
 from tinylora_lite.adapter.tying import find_target_modules
-from tinylora_lite.adapter.weights import base_fingerprint
+from tinylora_lite.adapter.weights import base_fingerprint, base_gguf
 from tinylora_lite.files.basis import find_basis
 from tinylora_lite.files.file_format import (
     FACTORS,
@@ -90,6 +90,8 @@ def save(
     if factors:  # for engines.TinyLoraAdamW, which has no model to ask
         place_of = {name: place for place, (name, _) in enumerate(model.named_modules())}
         header["layout"] = [[*of, place_of[of[0]]] for of in zip(adapter.names, adapter.groups, strict=True)]
+    if gguf := base_gguf(model):
+        header["base_gguf"] = gguf
     header["checksum"] = checksum(header, tensors)
     return write_safetensors(path, header, tensors)
 

@@ -1,4 +1,4 @@
-"""An adapter as an ordinary LoRA, for everything that serves one: PEFT, vLLM, llama.cpp.
+"""An adapter as an ordinary LoRA, for everything that serves one: PEFT, vLLM and others.
 
 ``(U Σ) R Vᵀ`` is a product of two thin matrices, so nothing is approximated: ``B = (U Σ) R`` and ``A = Vᵀ``, of rank r.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from tinylora_lite.adapter.adapter import TinyLoraAdapter
 from tinylora_lite.files.file_format import Precision, model_of, storable
@@ -33,8 +35,8 @@ def export_lora(adapter: TinyLoraAdapter, folder: str | Path, dtype: Precision =
 
     PEFT reads it with ``PeftModel.from_pretrained(model, folder)``; vLLM with ``LLM(..., enable_lora=True,
     max_lora_rank=8)`` and ``LoRARequest("name", 1, folder)``, if only linear layers inside the blocks are adapted;
-    llama.cpp with ``convert_lora_to_gguf.py --base BASE --outfile FILE folder``. A base that was loaded from a
-    local folder is named by that folder's name alone.
+    llama.cpp reads what :func:`~tinylora_lite.export_gguf` writes. A base that was loaded from a local folder is named
+    by that folder's name alone.
 
     Args:
         adapter: attached or detached; its model must still exist.
@@ -50,11 +52,16 @@ def export_lora(adapter: TinyLoraAdapter, folder: str | Path, dtype: Precision =
     check_free(folder, SETTINGS)
     tensors = {}
     for name in adapter.names:
-        factors = adapter.factors(name)
-        B = factors.left.cpu().double() @ adapter.mixing(name).cpu().double()
-        for letter, matrix in (("A", factors.right), ("B", B)):
-            stored = storable(matrix, dtype, f"{name}: the LoRA")
-            tensors[f"base_model.model.{name}.lora_{letter}.weight"] = stored
+        for letter, matrix in zip("AB", lora_matrices(adapter, name, dtype), strict=True):
+            tensors[f"base_model.model.{name}.lora_{letter}.weight"] = matrix
     rank = adapter.config.rank
     settings = SETTINGS | {"lora_alpha": rank, "r": rank} | settings_of_base(model, adapter.names)
     return write_folder(folder, settings, tensors)
+
+
+def lora_matrices(adapter: TinyLoraAdapter, name: str, dtype: Precision) -> tuple[Tensor, Tensor]:
+    """A ``[r, in]`` and B ``[out, r]`` of a module's update ``B A``, each rounded once to ``dtype``, on the CPU."""
+    factors = adapter.factors(name)
+    B = factors.left.cpu().double() @ adapter.mixing(name).cpu().double()
+    A, B = (storable(matrix, dtype, f"{name}: the LoRA") for matrix in (factors.right, B))
+    return A, B

@@ -17,7 +17,7 @@ SHAPES: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("models.
 """What ``AutoConfig.for_model`` takes, by the name of a model."""
 
 NAMES = ("nano", *SHAPES)
-HELP = f"a config.json, a folder that holds one, a model of the hub, or one of: {', '.join(NAMES)}"
+HELP = f"a config.json, a folder that holds one, a GGUF file, a model of the hub, or one of: {', '.join(NAMES)}"
 
 
 def model_config(name: str, revision: str | None = None) -> PretrainedConfig:
@@ -25,21 +25,26 @@ def model_config(name: str, revision: str | None = None) -> PretrainedConfig:
 
     Args:
         name: one of ``NAMES``, as such or as the hub has it (``Qwen/Qwen2.5-7B-Instruct``), the path of a
-            ``config.json`` or of a folder that holds one, or another model of the hub.
+            ``config.json`` or of a folder that holds one, a GGUF file or what names one
+            (:mod:`tinylora_lite.experiment.models`), or another model of the hub.
         revision: of the hub's model.
 
     Raises:
         ValueError: no such model, or the file is no transformers configuration.
+        OSError, ImportError: of a GGUF file, as :func:`~tinylora_lite.experiment.models.load_model` raises them.
     """
     from transformers import AutoConfig
 
     known = name.lower().rsplit("/", 1)[-1].removesuffix("-instruct")
     if not Path(name).exists() and known in SHAPES:
         return AutoConfig.for_model(**SHAPES[known])
-    if not Path(name).exists() and known == "nano":
-        from tinylora_lite.experiment.models import checkpoint  # imports torch
+    from tinylora_lite.experiment.models import checkpoint, gguf_file  # imports torch
+    from tinylora_lite.files.gguf import tokenizer_folder
 
+    if not Path(name).exists() and known == "nano":
         name = checkpoint(known)
+    elif file := gguf_file(name, revision):
+        name = str(tokenizer_folder(file))
     try:
         found: PretrainedConfig = AutoConfig.from_pretrained(name, revision=revision)
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:

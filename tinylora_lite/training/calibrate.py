@@ -22,7 +22,7 @@ from torch import Tensor
 from tinylora_lite.adapter.adapter import TinyLoraAdapter, attach
 from tinylora_lite.adapter.basis import Basis
 from tinylora_lite.adapter.config import Sigma, TinyLoraConfig
-from tinylora_lite.adapter.weights import base_fingerprint
+from tinylora_lite.adapter.weights import base_fingerprint, base_gguf
 from tinylora_lite.sampling.logprobs import completion_logprobs
 from tinylora_lite.sampling.policy import check_tokenizer, ready_to_train
 from tinylora_lite.sampling.rollouts import Rollouts, Sampler
@@ -123,6 +123,8 @@ def calibrate(
         "step_size": step_size,
         "seed": seed,
     }
+    if gguf := base_gguf(model):
+        provenance["base_gguf"] = gguf
     return leading_directions(gradients, directions, adapter, provenance)
 
 

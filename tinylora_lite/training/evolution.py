@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from tinylora_lite.adapter.batched import attach_population
 from tinylora_lite.adapter.config import TinyLoraConfig
-from tinylora_lite.adapter.weights import base_fingerprint
+from tinylora_lite.adapter.weights import base_fingerprint, base_gguf
 from tinylora_lite.sampling.policy import check_tokenizer
 from tinylora_lite.tasks.task import Task
 from tinylora_lite.training.batches import draw_prompts, rollout, score
@@ -98,6 +98,7 @@ def train_es(
     try:
         strategy = _strategy(shape.numel(), settings)
         run = Run("es", asdict(own), population.identity(0), shape.numel(), task.name, base_fingerprint(model))
+        run.base_gguf = base_gguf(model)
         tokens, started = 0, time.perf_counter()
         for step in (bar := tqdm(range(settings.generations), "ES", disable=hide_progress(progress))):
             candidates = strategy.ask()

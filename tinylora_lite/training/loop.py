@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from tinylora_lite.adapter.adapter import TinyLoraAdapter
 from tinylora_lite.adapter.batched import Population
 from tinylora_lite.adapter.config import TinyLoraConfig
-from tinylora_lite.adapter.weights import adapter_of, base_fingerprint
+from tinylora_lite.adapter.weights import adapter_of, base_fingerprint, base_gguf
 from tinylora_lite.evaluation.evaluate import evaluate, evaluate_population
 from tinylora_lite.sampling.logprobs import completion_logprobs
 from tinylora_lite.sampling.policy import check_tokenizer, ready_to_train
@@ -122,6 +122,8 @@ def fit(
         Run(objective.method, asdict(settings), known_as, sum(p.numel() for p in own), objective.task.name, base)
         for own, settings, known_as in zip(objective.parameters, objective.settings, objective.identities, strict=True)
     ]
+    for run in runs:
+        run.base_gguf = base_gguf(model)
     # Of the weights before training, and so before a checkpoint is read.
     reference = copy.deepcopy(model) if objective.adapter is None and objective.loss.kl > 0 else None
     if folder is not None:

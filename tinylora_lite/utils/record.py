@@ -27,7 +27,7 @@ RENAMED = {
 }
 """The names that metrics had before, and TRL's."""
 CACHE_LIMIT = 4 << 30
-"""Bytes of the user's cache."""
+"""Bytes of each folder of the user's cache."""
 
 
 def atomic_write(path: str | Path, content: str | bytes | Callable[[BinaryIO], None]) -> Path:
@@ -161,6 +161,7 @@ class Run:
         parameters: how many parameters train.
         task: the task's name.
         base: SHA-256 of the base before training (:mod:`tinylora_lite.adapter.weights`).
+        base_gguf: SHA-256 of the GGUF file that the base was read from; empty for other bases.
         steps: one row for each step: reward, length, entropy, gradient norm and more, and seconds since the start.
         evaluations: one row for each evaluation: the step it follows, accuracy, low, high, n, samples.
         seconds: of training and evaluating, interruptions left out.
@@ -177,6 +178,7 @@ class Run:
     evaluations: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
     environment: dict[str, str] = field(default_factory=environment)
+    base_gguf: str = ""
 
     @property
     def seed(self) -> int:

@@ -1,0 +1,211 @@
+"""GGUF, the files of llama.cpp and Ollama: a base is read from one, and an adapter is written as one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from itertools import accumulate
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+from filelock import FileLock
+
+from tinylora_lite.utils.record import CACHE_LIMIT, cache_folder
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+    from tokenizers import Tokenizer
+
+SPLITS = {"gpt-2": "", "smollm": "digits", "qwen2": "words", "deepseek-r1-qwen": "words"}
+"""How byte-level tokenizers split a text before they merge its bytes, by ``tokenizer.ggml.pre``."""
+
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CONTROL, USER_DEFINED = 3, 4
+"""Of ``tokenizer.ggml.token_type``: tokens that mean something, and words that are never cut."""
+CHAT_TEMPLATE = "tokenizer.chat_template"
+SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+ENDS = ("<|endoftext|>", "<|im_end|>", "<|end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>")
+"""Tokens that end a completion in llama.cpp, whichever of them the file calls its end."""
+
+
+def gguf_sha256(file: Path) -> str:
+    """SHA-256 of a file in hexadecimal; 5 GB take about 5 seconds, once in a process."""
+    return _sha256(file, file.stat().st_size, file.stat().st_mtime_ns)
+
+
+@cache
+def _sha256(file: Path, _size: int, _changed: int) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def tokenizer_folder(file: Path) -> Path:
+    """A folder with what transformers needs of a GGUF file beside its weights: configuration, tokenizer, end tokens.
+
+    It is made once, and kept as :func:`checkpoint_folder` says.
+
+    Raises:
+        OSError: the file is no GGUF, damaged, cut short, or of a kind of model or tokenizer that is not read here.
+        ImportError: gguf or accelerate is missing.
+    """
+    return _kept(gguf_sha256(file)[:16], lambda folder: _write_tokenizer(file, folder))
+
+
+def checkpoint_folder(file: Path, dtype: str) -> Path:
+    """The transformers checkpoint of a GGUF file, its weights dequantized and rounded once to ``dtype``.
+
+    It is made once, and kept in ``gguf`` in the user's cache, which loses what was not used for longest above
+    ``CACHE_LIMIT``; without such a cache it lasts as long as this process. Errors are those of
+    :func:`tokenizer_folder`.
+
+    Args:
+        file: its weights may be quantized in any way that gguf knows.
+        dtype: ``"float32"``, which holds every value exactly, ``"bfloat16"`` or ``"float16"``.
+    """
+    return _kept(f"{gguf_sha256(file)[:16]}-{dtype}", lambda folder: _write_weights(file, folder, dtype))
+
+
+def _write_tokenizer(file: Path, folder: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+
+    reader = _read(file)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    architecture, kind = fields["general.architecture"], fields.get("tokenizer.ggml.model")
+    split, scaled = str(fields.get("tokenizer.ggml.pre")), fields.get(f"{architecture}.rope.scaling.type", "none")
+    if kind == "gpt2" and split not in SPLITS:
+        raise _unread(file, f"its tokenizer splits texts as {split} does, which is not known here")
+    if scaled != "none":
+        raise _unread(file, f"its positions are scaled ({scaled}), which transformers does not read from a GGUF file")
+    with _reasons(file):
+        config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+        with torch.device("meta"):
+            wanted = len(list(AutoModelForCausalLM.from_config(config).parameters()))
+        if kind == "gpt2":
+            backend = _byte_level_tokenizer(fields, SPLITS[split])
+        else:
+            backend = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).backend_tokenizer
+    if len(reader.tensors) != wanted:  # transformers passes over a tensor that it does not know
+        raise _unread(file, f"it holds {len(reader.tensors)} tensors, and transformers has a place for {wanted}")
+    ids = {name: fields.get(f"tokenizer.ggml.{key}_token_id") for name, key in SPECIAL_TOKENS.items()}
+    tokens = {name: fields["tokenizer.ggml.tokens"][index] for name, index in ids.items() if index is not None}
+    settings = {"model_max_length": config.max_position_embeddings, "chat_template": fields.get(CHAT_TEMPLATE)}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **tokens, **settings).save_pretrained(folder)
+    ends = {ids["eos_token"], *(backend.token_to_id(token) for token in ENDS)}
+    GenerationConfig(
+        eos_token_id=sorted(end for end in ends if end is not None), pad_token_id=ids["pad_token"]
+    ).save_pretrained(folder)
+    config.save_pretrained(folder)
+
+
+def _byte_level_tokenizer(fields: dict[str, Any], split: str) -> Tokenizer:
+    """The tokenizer that a file describes; transformers would split texts for it in fewer ways than there are."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders
+    from tokenizers.models import BPE
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
+
+    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(BPE({token: index for index, token in enumerate(tokens)}, merges))
+    first: dict[str, Any] = {"words": Split(Regex(WORDS), "isolated"), "digits": Digits(individual_digits=True)}
+    then = ByteLevel(add_prefix_space=False, use_regex=split != "words")
+    tokenizer.pre_tokenizer = Sequence([first[split], then]) if split in first else then
+    tokenizer.decoder = decoders.ByteLevel()
+    for kind, add in {CONTROL: tokenizer.add_special_tokens, USER_DEFINED: tokenizer.add_tokens}.items():
+        add([AddedToken(token, normalized=False) for token, own in zip(tokens, types, strict=True) if own == kind])
+    return tokenizer
+
+
+def _write_weights(file: Path, folder: Path, dtype: str) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers.utils import logging
+
+    shutil.copytree(tokenizer_folder(file), folder)
+    config, level = AutoConfig.from_pretrained(folder, dtype=getattr(torch, dtype)), logging.get_verbosity()
+    options: dict[str, Any] = {
+        "output_loading_info": True,
+        "gguf_file": file.name,
+        "config": config,
+        "dtype": config.dtype,
+    }
+    logging.set_verbosity_error()  # transformers warns of packed weights, even where it unpacks them
+    try:
+        with _reasons(file):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(file.parent, **options)
+    finally:
+        logging.set_verbosity(level)
+    found, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise _unread(file, f"it lacks {len(missing)} tensors, such as {missing[0]}")
+    # transformers refuses to save what it read from a GGUF file, so the weights move to a model that it made itself.
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=config.dtype)
+    model.load_state_dict(found.state_dict(), assign=True)
+    model.tie_weights()
+    model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.save_pretrained(folder)
+
+
+def _read(file: Path) -> GGUFReader:
+    try:
+        import accelerate  # noqa: F401
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise ImportError(
+            f'{file.name} needs gguf and accelerate; pip install "tinylora_lite[gguf]" brings them'
+        ) from error
+    with file.open("rb") as opened:
+        if opened.read(4) != b"GGUF":
+            raise OSError(f"{file} is no GGUF file; give one, or the folder of a transformers checkpoint")
+    try:
+        return GGUFReader(file)
+    except (ArithmeticError, LookupError, MemoryError, ValueError) as error:
+        raise OSError(f"{file} is damaged or was cut short ({error}); get it again") from error
+
+
+def _unread(file: Path, reason: str) -> OSError:
+    return OSError(f"{file} cannot be read: {reason}; give the folder of that model's transformers checkpoint")
+
+
+@contextmanager
+def _reasons(file: Path) -> Iterator[None]:
+    """Errors of transformers, as of a kind of model that it does not know, with the file's name."""
+    try:
+        yield
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise _unread(file, str(error)) from error
+
+
+def _kept(name: str, write: Callable[[Path], None]) -> Path:
+    """The folder of that name in the cache; ``write`` makes it, whole or not at all, where it is not there yet."""
+    where = cache_folder("gguf") or Path(_temporary().name)
+    try:
+        where.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        where = Path(_temporary().name)
+    folder = where / name
+    with FileLock(where / f".{name}.lock"):  # several processes of one run ask for it at once
+        if not folder.is_dir():
+            with TemporaryDirectory(dir=where, prefix=f".{name}.") as beside:
+                write(new := Path(beside) / "new")
+                new.rename(folder)
+        os.utime(folder)
+    kept = sorted(where.glob("[!.]*"), key=lambda entry: entry.stat().st_mtime, reverse=True)
+    sizes = accumulate(sum(file.stat().st_size for file in entry.iterdir()) for entry in kept)
+    for entry, total in zip(kept, sizes, strict=True):
+        if total > CACHE_LIMIT and entry != folder:
+            shutil.rmtree(entry, ignore_errors=True)
+    return folder
+
+
+@cache
+def _temporary() -> TemporaryDirectory[str]:
+    """A folder that lasts as long as this process."""
+    return TemporaryDirectory(prefix="tinylora_lite-gguf-")
