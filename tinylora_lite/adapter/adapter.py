@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tinylora_lite.adapter.config import TinyLoraConfig
-from tinylora_lite.adapter.layer import AddUpdate, Factors, factors_of
+from tinylora_lite.adapter.layer import AddUpdate, Factors, drawn_at, factors_of
+from tinylora_lite.adapter.projection import random_projection
 from tinylora_lite.adapter.tying import find_target_modules, groups_of
 from tinylora_lite.adapter.weights import Attached, adapter_of, cached_decompose, check_weight, dense_weight
 from tinylora_lite.utils.distributed import hide_progress
@@ -31,8 +32,9 @@ class TinyLoraAdapter(Attached):
 
     Attributes:
         vectors: v, ``[groups, u]`` float32 whatever the model's dtype, the only trainable parameter; zero at the
-            start, so that the adapted model starts equal to the base. Where the model moves to another device, the
-            frozen factors follow at the next forward pass, and v when ``adapter.to(device)`` is called.
+            start, so that the adapted model starts equal to the base, unless ``init_std`` says otherwise. Where the
+            model moves to another device, the frozen factors follow at the next forward pass, and v when
+            ``adapter.to(device)`` is called.
         config: the settings.
         names: the adapted modules, by their names in ``model.named_modules()``, in tying order.
         groups: for each of them, the row of ``vectors`` that drives it.
@@ -50,7 +52,7 @@ class TinyLoraAdapter(Attached):
         self.names, self.groups, modules = check_modules(model, config)
         self._adapted = _all_factors(modules, self.names, config, given, cache)
         device = modules[self.names[0]].get_parameter("weight").device
-        self.vectors = nn.Parameter(torch.zeros(max(self.groups) + 1, config.u, dtype=torch.float32, device=device))
+        self.vectors = nn.Parameter(first_vectors(config, max(self.groups) + 1).to(device))
         float32 = config.arithmetic == "float32"
         self.freeze(model)
         self._hooks += [
@@ -142,6 +144,13 @@ def check_modules(
     return names, tuple(groups), modules
 
 
+def first_vectors(config: TinyLoraConfig, groups: int) -> Tensor:
+    """The v of the start, ``[groups, u]`` float32: N(0, init_std²), drawn like the P of a place that no module has."""
+    if config.init_std == 0:
+        return torch.zeros(groups, config.u)
+    return random_projection(config.seed, 2**64 - 1, groups * config.u, 1).view(groups, config.u) * config.init_std
+
+
 def _all_factors(
     modules: Mapping[str, nn.Module],
     names: Sequence[str],
@@ -151,12 +160,12 @@ def _all_factors(
 ) -> dict[str, Factors]:
     weights = {name: modules[name].get_parameter("weight") for name in names}
     large = sum(weight.numel() for name, weight in weights.items() if name not in given) > LARGE
-    found = {}
+    found, places = {}, drawn_at(config, [modules[name] for name in names])
     if unknown := given.keys() - set(names):
         raise ValueError(f"factors were given for {min(unknown)}, which is not among the modules to adapt")
     for name in given:
         given[name].check(name, modules[name], config)
-    for index, (name, weight) in enumerate(tqdm(weights.items(), "SVD", disable=hide_progress(large))):
+    for place, (name, weight) in zip(places, tqdm(weights.items(), "SVD", disable=hide_progress(large)), strict=True):
         if name in given:
             found[name] = Factors(*given[name].parts).to(weight.device)
             continue
@@ -164,5 +173,5 @@ def _all_factors(
             triplets = cached_decompose(dense_weight(modules[name]), config.rank, config.seed, cache)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        found[name] = factors_of(triplets, config, index, name)
+        found[name] = factors_of(triplets, config, place, name)
     return found

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tinylora_lite.adapter.adapter import TinyLoraAdapter, attach, check_modules
+from tinylora_lite.adapter.adapter import TinyLoraAdapter, attach, check_modules, first_vectors
 from tinylora_lite.adapter.config import TinyLoraConfig
-from tinylora_lite.adapter.layer import Factors, projection_of
+from tinylora_lite.adapter.layer import Factors, drawn_at, projection_of
 from tinylora_lite.adapter.weights import Attached, Hook
 
-SHARED = ("rank", "u", "sigma", "target_modules", "arithmetic")
+SHARED = ("rank", "u", "sigma", "target_modules", "arithmetic", "scale")
 """The settings that all adapters of a population have in common."""
 OWN = ("seed", "learning_rate")
 """The settings of training that may differ between them."""
@@ -33,7 +33,7 @@ class Population(Attached):
     Attributes:
         configs: the settings of each adapter. They share rank, u, Σ's place and modules; seed, projection and tying
             are an adapter's own.
-        vectors: v of each adapter, ``[groups, u]`` float32, zero at the start.
+        vectors: v of each adapter, ``[groups, u]`` float32, at the start as :func:`~tinylora_lite.attach` has it.
         names: the adapted modules, in tying order.
         mixings: R of every module and adapter, ``[modules, adapters, r, r]`` float32, computed once for each pass of
             the model.
@@ -50,13 +50,18 @@ class Population(Attached):
         self.names, _, modules = found[0]
         groups = torch.tensor([of_adapter for _, of_adapter, _ in found])  # [adapters, modules]
         sizes = groups.amax(dim=1) + 1
-        self.vectors = nn.ParameterList(torch.zeros(int(size), configs[0].u, dtype=torch.float32) for size in sizes)
+        starts = (first_vectors(config, int(size)) for config, size in zip(configs, sizes, strict=True))
+        self.vectors = nn.ParameterList(starts)
         self._place = groups.T + sizes.cumsum(dim=0) - sizes  # [modules, adapters], into all v one after the other
         # Where every v is R itself, no P need be multiplied by: it has u · r² entries for each module.
         self._projection: Tensor | None = None  # [modules, adapters, u, r, r]
         if any(config.projection != "identity" for config in configs):
-            of_modules = [[projection_of(config, *at) for config in configs] for at in enumerate(self.names)]
-            self._projection = torch.stack([torch.stack(of_adapters) for of_adapters in of_modules])
+            targets = [modules[name] for name in self.names]
+            drawn = [zip(drawn_at(config, targets), self.names, strict=True) for config in configs]
+            of_adapters = [
+                [projection_of(config, *at) for at in places] for config, places in zip(configs, drawn, strict=True)
+            ]
+            self._projection = torch.stack([torch.stack(of_modules) for of_modules in of_adapters], dim=1)
         self.freeze(model)
         self._hooks += [model.register_forward_pre_hook(self._mix)] + [
             modules[name].register_forward_hook(AddUpdates(self, i, first.factors(name)), with_kwargs=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence, Set
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard, get_args
 
 from tinylora_lite.adapter.tying import Tying
+from tinylora_lite.utils.record import NAMED_PROJECTIONS
 
 if TYPE_CHECKING:
     from tinylora_lite.adapter.basis import Basis
@@ -28,12 +30,16 @@ class TinyLoraConfig:
         sigma: where Σ is: ``"left"`` beside U (the paper), ``"split"`` as √Σ on both sides (PEFT),
             ``"right"`` beside Vᵀ (the code of LoRA-XS).
         target_modules: module names, or their last parts; ``None`` takes the seven linear layers of every block.
-        projection: ``"random"`` (the paper); ``"identity"``, where v is R itself (LoRA-XS, needs ``u = rank²``); or a
-            calibrated :class:`~tinylora_lite.Basis` (this project's own).
+        projection: ``"random"`` (the paper); ``"shared"``, one P with entries N(0, 1/u) for all modules whose smaller
+            sides are equal (the first author's fork, github.com/jxmorris12/verl-lora at c5b65fc2); ``"identity"``,
+            where v is R itself (LoRA-XS, needs ``u = rank²``); or a calibrated :class:`~tinylora_lite.Basis` (this
+            project's own).
         groups: for each module in tying order, the vector that drives it, numbered from 0 without gaps, where ``n_tie``
             and ``tying`` cannot express it.
         arithmetic: ``"model"`` multiplies by the long factors in the model's dtype and by R in float32; ``"float32"``
             does all of it in float32 and adds it there, as PEFT does.
+        scale: multiplies the update, as LoRA's ``lora_alpha / r`` does: ``W' = W + scale · (U Σ) R Vᵀ``.
+        init_std: v starts as N(0, init_std²) of the seed's; 0 starts from the base itself.
 
     Raises:
         ValueError: a setting is outside its range, or does not fit another or the basis.
@@ -46,9 +52,11 @@ class TinyLoraConfig:
     seed: int = 0
     sigma: Sigma = "left"
     target_modules: Sequence[str] | None = None
-    projection: Literal["random", "identity"] | Basis = "random"
+    projection: Literal["random", "shared", "identity"] | Basis = "random"
     groups: Sequence[int] | None = None
     arithmetic: Arithmetic = "model"
+    scale: float = 1.0
+    init_std: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value in (("rank", self.rank), ("u", self.u), ("n_tie", self.n_tie)):
@@ -68,9 +76,15 @@ class TinyLoraConfig:
             object.__setattr__(self, "target_modules", _checked_names(self.target_modules))
         if self.projection == "identity" and self.u != self.rank**2:
             raise ValueError(f"projection='identity' needs u = rank² = {self.rank**2}, not u={self.u}")
-        if self.projection not in ("random", "identity"):
+        for name, number, least in (("scale", self.scale, "above 0"), ("init_std", self.init_std, "of at least 0")):
+            right = isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
+            if not right or number < 0 or (number == 0 and name == "scale"):
+                raise ValueError(f"{name} must be a number {least}, not {number!r}")
+        if self.projection not in NAMED_PROJECTIONS:
             if isinstance(self.projection, str) or not hasattr(self.projection, "directions"):
-                raise ValueError(f'projection must be "random", "identity" or a basis, not {self.projection!r}')
+                raise ValueError(
+                    f"projection must be {', '.join(NAMED_PROJECTIONS)} or a basis, not {self.projection!r}"
+                )
             self.projection.check(rank=self.rank, u=self.u, sigma=self.sigma)
 
     def as_dict(self) -> dict[str, Any]:

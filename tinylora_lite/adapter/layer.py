@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ class Factors:
     """The frozen part of one module's update ``left @ R @ right``, float32.
 
     Attributes:
-        left: ``[out, r]``, U with its share of Σ.
+        left: ``[out, r]``, U with its share of Σ, times the scale.
         right: ``[r, in]``, Vᵀ with its share of Σ.
         projection: P, ``[u, r, r]``.
         spectrum: ``[2]`` the last singular value kept and the first one left out; zeros where the factors were given.
@@ -67,25 +68,32 @@ class Factors:
                 raise ValueError(f"{name}: the given factor {what} is {found}, not of shape {of} and {numbers}")
 
 
-def factors_of(triplets: Decomposition, config: TinyLoraConfig, index: int, name: str) -> Factors:
-    """The factors of one module from its weight's truncated SVD; ``index`` and ``name`` as :func:`projection_of`."""
+def factors_of(triplets: Decomposition, config: TinyLoraConfig, place: int, name: str) -> Factors:
+    """The factors of one module from its weight's truncated SVD; ``place`` and ``name`` as :func:`projection_of`."""
     S, power = triplets.S, LEFT_POWER[config.sigma]
     return Factors(
-        left=triplets.U * S**power,
+        left=triplets.U * S**power * config.scale,
         right=S[:, None] ** (1 - power) * triplets.Vh,
-        projection=projection_of(config, index, name).to(S.device),
+        projection=projection_of(config, place, name).to(S.device),
         spectrum=torch.stack([S[-1], triplets.beyond]).cpu(),
         portable=triplets.portable,
     )
 
 
-def projection_of(config: TinyLoraConfig, index: int, name: str) -> Tensor:
-    """P of a module, ``[u, r, r]`` float32, by its place in tying order and, in a calibrated basis, by its name."""
+def drawn_at(config: TinyLoraConfig, modules: Sequence[nn.Module]) -> list[int]:
+    """The place in tying order that each module's P is drawn at: its own, or the first with a side as short as its."""
+    sides = [min(weight_shape(module)) for module in modules]
+    return [sides.index(side) if config.projection == "shared" else i for i, side in enumerate(sides)]
+
+
+def projection_of(config: TinyLoraConfig, place: int, name: str) -> Tensor:
+    """P of a module, ``[u, r, r]`` float32, by the place it is drawn at and, in a calibrated basis, by its name."""
     if not isinstance(config.projection, str):
         return config.projection.projection(name, config.u)
     if config.projection == "identity":
         return torch.eye(config.u).reshape(config.u, config.rank, config.rank)
-    return random_projection(config.seed, index, config.u, config.rank)
+    drawn = random_projection(config.seed, place, config.u, config.rank)
+    return drawn * (config.rank / config.u) ** 0.5 if config.projection == "shared" else drawn
 
 
 class AddUpdate(Hook):

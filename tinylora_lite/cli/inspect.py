@@ -67,10 +67,11 @@ def _file(path: Path, basis: Path | None) -> dict[str, Any]:
     from tinylora_lite.adapter.config import TinyLoraConfig
     from tinylora_lite.files.basis import find_basis
     from tinylora_lite.files.file_format import read_file
+    from tinylora_lite.utils.record import NAMED_PROJECTIONS
 
     header, tensors = read_file(path)
     settings, vectors, calibrated = TinyLoraConfig().as_dict() | header["settings"], tensors["vectors"], None
-    if settings["projection"] not in ("random", "identity"):
+    if settings["projection"] not in NAMED_PROJECTIONS:
         calibrated = {"fingerprint": settings["projection"], "found": True}
         try:
             find_basis(settings["projection"], basis, path)

@@ -37,6 +37,7 @@ from tinylora_lite.files.file_format import (
     storable,
     write_safetensors,
 )
+from tinylora_lite.utils.record import NAMED_PROJECTIONS
 
 
 def save(
@@ -123,7 +124,7 @@ def load(
             raise ValueError(f"it sets {', '.join(unknown)}, unknown to this version of tinylora_lite; upgrade it")
         names = tuple(target.name for target in find_target_modules(model, settings.get("target_modules")))
         _check_base(path, model, names, header)
-        if settings.get("projection", "random") not in ("random", "identity"):
+        if settings.get("projection", "random") not in NAMED_PROJECTIONS:
             settings["projection"] = find_basis(settings["projection"], basis, path)
         adapter = attach(model, TinyLoraConfig(**settings), factors=stored_factors(tensors, names), cache=cache)
     except AdapterFileError:

@@ -31,6 +31,7 @@ class Batch:
         advantages: ``[batch]`` float32; 1 in imitation.
         denominators: ``[batch]`` float32, what the sum over a row's tokens is divided by in its adapter's loss.
         counted: ``[batch]`` bool, the rows that take part in the loss.
+        mini_batch: ``[batch]`` int64, the update that a row takes part in, counted from 0.
         tokens: ``[adapters]`` int64, tokens of the rows that take part, in all processes.
         metrics: what the record of each adapter's run says of the batch.
     """
@@ -39,6 +40,7 @@ class Batch:
     advantages: Tensor
     denominators: Tensor
     counted: Tensor
+    mini_batch: Tensor
     tokens: Tensor
     metrics: list[dict[str, float]]
 

@@ -44,7 +44,7 @@ class GRPO(Objective[GRPOSettings]):
     def batch(self, step: int) -> Batch:
         """``prompts_per_step · group_size`` completions for each adapter; in each process, its share of them."""
         s, K = self.shared, len(self.settings)
-        mine = distributed.shard(s.prompts_per_step, "prompts_per_step")
+        mine = distributed.shard(s.prompts_per_step, "prompts_per_step", s.mini_batches)
         examples = [e for own in self.settings for e in draw_prompts(self.task.train, own, step)[mine]]
         started = time.perf_counter()
         if self.sampler is not None:
@@ -67,22 +67,26 @@ class GRPO(Objective[GRPOSettings]):
 
     def weighed(self, rollouts: Rollouts, advantages: Tensor) -> Batch:
         """Completions with what their tokens count in the loss; ``advantages [batch]``."""
-        s, K = self.shared, len(self.settings)
+        s, K, M = self.shared, len(self.settings), self.shared.mini_batches
         lengths, cut, rows = rollouts.lengths, rollouts.truncated, len(rollouts) // K
         counted = ~cut if s.truncated == "mask" else torch.ones_like(cut)
+        # The prompts of a mini-batch are M apart, so that they are the same however many processes share the prompts.
+        mini_batch = (torch.arange(rows, device=lengths.device) // s.group_size % M).repeat(K)
         sums = torch.stack([lengths * counted, lengths, cut, rollouts.entropies.sum(dim=1)]).view(4, K, rows).sum(dim=2)
         sums, completions = distributed.all_reduce(sums), rows * distributed.world_size()
         tokens = sums[0].clamp(min=1)
+        shares = [(lengths * counted * (mini_batch == m)).view(K, rows).sum(dim=1) for m in range(M)]
+        of_update = distributed.all_reduce(torch.stack(shares, dim=1)).clamp(min=1)  # tokens, [adapters, mini-batches]
         denominators = {
-            "token": tokens.repeat_interleave(rows),
-            "sequence": completions * lengths.clamp(min=1).float(),
-            "constant": torch.full_like(advantages, completions * s.max_new_tokens),
+            "token": of_update.repeat_interleave(rows, dim=0).gather(1, mini_batch[:, None])[:, 0],
+            "sequence": completions / M * lengths.clamp(min=1).float(),
+            "constant": torch.full_like(advantages, completions / M * s.max_new_tokens),
         }[s.normalise]
         metrics = [
             {"length": length / completions, "truncated": truncated / completions, "entropy": entropy / length}
             for _, length, truncated, entropy in sums.T.tolist()
         ]
-        return Batch(rollouts, advantages, denominators, counted, tokens, metrics)
+        return Batch(rollouts, advantages, denominators, counted, mini_batch, tokens, metrics)
 
     def validate(self) -> list[dict[str, float]]:
         """Accuracy, low, high, n, samples."""

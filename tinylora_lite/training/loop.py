@@ -7,10 +7,11 @@ a population of one.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from tinylora_lite.adapter.weights import adapter_of, base_fingerprint, base_ggu
 from tinylora_lite.evaluation.evaluate import evaluate, evaluate_population
 from tinylora_lite.sampling.logprobs import completion_logprobs
 from tinylora_lite.sampling.policy import check_tokenizer, ready_to_train
-from tinylora_lite.sampling.rollouts import Sampler
+from tinylora_lite.sampling.rollouts import Rollouts, Sampler
 from tinylora_lite.training.batches import Batch, micro_batches
 from tinylora_lite.training.losses import grpo_loss
 from tinylora_lite.training.settings import GRPOSettings, S, SFTSettings, checked
@@ -117,7 +118,10 @@ def fit(
     Arguments and errors are those of :func:`~tinylora_lite.train_grpo`.
     """
     model, shared, base = objective.model, objective.shared, base_fingerprint(objective.model)
-    optimizer = torch.optim.Adam([{"params": own} for own in objective.parameters])
+    optimizer = torch.optim.AdamW(
+        {"params": own, "weight_decay": settings.weight_decay}
+        for own, settings in zip(objective.parameters, objective.settings, strict=True)
+    )
     runs = [
         Run(objective.method, asdict(settings), known_as, sum(p.numel() for p in own), objective.task.name, base)
         for own, settings, known_as in zip(objective.parameters, objective.settings, objective.identities, strict=True)
@@ -169,7 +173,7 @@ def fit(
 def update(
     objective: Objective[S], optimizer: torch.optim.Optimizer, batch: Batch, reference: PreTrainedModel | None = None
 ) -> list[dict[str, float]]:
-    """``epochs_per_step`` updates of every adapter from one batch, and what happened, for the record of each.
+    """``epochs_per_step · mini_batches`` updates of every adapter from one batch, and what happened, for their records.
 
     Rows without advantage have no gradient unless there is a KL penalty, and are not computed. Where several processes
     train, each has rows of its own, as many as the others', and all of them make the same update.
@@ -189,28 +193,37 @@ def update(
     half = model.dtype == torch.float16
     scale = min(distributed.all_gather_object(float(batch.denominators.min()))) if half else 1.0
     live = batch.counted & (batch.advantages != 0) if s.kl == 0 else batch.counted
-    chunks = list(micro_batches(batch.rollouts.lengths, live, objective.shared.micro_batch))
-    parts = [(batch.rollouts.rows(i), batch.advantages[i], batch.denominators[i]) for i in chunks]
-    if distributed.is_sharded(model):  # every process makes as many passes as the one with the most rows
-        nothing = batch.rollouts.rows(torch.zeros(1, dtype=torch.long, device=device))
-        nothing = replace(nothing, completion_mask=torch.zeros_like(nothing.completion_mask))
-        missing = max(distributed.all_gather_object(len(parts))) - len(parts)
-        parts += [(nothing, batch.advantages[:1], batch.denominators[:1])] * missing
+    updates: list[list[tuple[Rollouts, Tensor, Tensor]]] = []  # of each mini-batch, its micro-batches
+    for mini_batch in range(s.mini_batches):
+        chunks = micro_batches(
+            batch.rollouts.lengths, live & (batch.mini_batch == mini_batch), objective.shared.micro_batch
+        )
+        parts = [(batch.rollouts.rows(i), batch.advantages[i], batch.denominators[i]) for i in chunks]
+        if distributed.is_sharded(model):  # every process makes as many passes as the one with the most rows
+            nothing = batch.rollouts.rows(torch.zeros(1, dtype=torch.long, device=device))
+            nothing = replace(nothing, completion_mask=torch.zeros_like(nothing.completion_mask))
+            missing = max(distributed.all_gather_object(len(parts))) - len(parts)
+            parts += [(nothing, batch.advantages[:1], batch.denominators[:1])] * missing
+        updates.append(parts)
 
-    def logprobs_of(policy: PreTrainedModel) -> list[Tensor]:
+    def logprobs_of(policy: PreTrainedModel | None) -> list[list[Tensor | None]]:
+        if policy is None:
+            return [[None] * len(parts) for parts in updates]
         with torch.no_grad():
-            return [completion_logprobs(policy, rows, s.temperature) for rows, *_ in parts]
+            return [[completion_logprobs(policy, rows, s.temperature) for rows, *_ in parts] for parts in updates]
 
-    olds: Iterable[Tensor | None] = logprobs_of(model) if s.epochs_per_step > 1 else [None] * len(parts)
+    several = s.epochs_per_step * s.mini_batches > 1
+    olds = logprobs_of(model if several else None)
     with objective.adapter.disabled() if isinstance(objective.adapter, TinyLoraAdapter) else nullcontext():
-        references: Iterable[Tensor | None] = logprobs_of(reference or model) if s.kl > 0 else [None] * len(parts)
+        references = logprobs_of((reference or model) if s.kl > 0 else None)
 
     norms = [0.0] * K
     seen = torch.zeros(K, 5)  # of each adapter: tokens clipped; in the first epoch: loss, tokens, differences, capped
     largest = torch.zeros(K)
-    for epoch in range(s.epochs_per_step):
+    for epoch, mini_batch in itertools.product(range(s.epochs_per_step), range(s.mini_batches)):
         optimizer.zero_grad()
-        for (rows, advantages, denominators), old, ref in zip(parts, olds, references, strict=True):
+        known = zip(updates[mini_batch], olds[mini_batch], references[mini_batch], strict=True)
+        for (rows, advantages, denominators), old, ref in known:
             logprobs = completion_logprobs(model, rows, s.temperature)
             old = logprobs.detach() if old is None else old
             loss = grpo_loss(
@@ -253,7 +266,7 @@ def update(
     clipped, loss_sums, compared, differences, capped_tokens = seen.T.tolist()
     return [
         {
-            "loss": loss_sums[k],
+            "loss": loss_sums[k] / s.mini_batches,
             "gradient_norm": norms[k],
             "clipped": clipped[k] / max(1, int(batch.tokens[k])) / s.epochs_per_step,
             "logprob_diff_mean": differences[k] / max(1, compared[k]),

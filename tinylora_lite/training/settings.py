@@ -25,6 +25,7 @@ class TrainingSettings:
         learning_rate: of Adam, after ``warmup`` steps.
         warmup: steps over which the learning rate rises linearly.
         schedule: ``"constant"``, or ``"linear"``: from ``learning_rate`` at the first step down to zero after the last.
+        weight_decay: of AdamW, decoupled from the gradient; 0 makes it Adam.
         max_grad_norm: gradients longer than this are shortened to it.
         micro_batch: rows in one forward and backward pass; changes memory and speed, the result by rounding.
         evaluate_every: steps between evaluations on the validation split; 0 never evaluates.
@@ -43,6 +44,7 @@ class TrainingSettings:
     learning_rate: float = 1e-2
     warmup: int = 0
     schedule: Schedule = "constant"
+    weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     micro_batch: int = 64
     evaluate_every: int = 0
@@ -54,6 +56,7 @@ class TrainingSettings:
         at_least_one = ("steps", "prompts_per_step", "max_new_tokens", "micro_batch", "evaluate_problems", "save_every")
         check_integers(vars(self), dict.fromkeys(at_least_one, 1) | {"warmup": 0, "evaluate_every": 0, "seed": 0})
         check_numbers(vars(self), "learning_rate", "max_grad_norm")
+        check_numbers(vars(self), "weight_decay", bounds="of at least 0", within=lambda x: x >= 0)
         _check_choices(vars(self), schedule=Schedule)
 
     def learning_rate_at(self, step: int) -> float:
@@ -68,7 +71,9 @@ class GRPOSettings(TrainingSettings):
 
     Attributes:
         group_size: G, completions sampled for one prompt.
-        epochs_per_step: updates from the same samples; above 1 the clipping of the ratio matters.
+        epochs_per_step: how often all samples of a step are trained on; above 1 the clipping of the ratio matters.
+        mini_batches: updates of an epoch, each from its share of the prompts; above 1 the clipping matters too (verl's
+            ``train_batch_size / ppo_mini_batch_size``).
         scale, normalise, clip_low, clip_high, tis_cap, kl: see :mod:`tinylora_lite.training.losses`; ``tis_cap=None``
             leaves the correction for the sampler out.
         truncated: what a completion cut off at the limit is worth: ``"zero"`` reward; ``"mask"``, zero reward in its
@@ -82,6 +87,7 @@ class GRPOSettings(TrainingSettings):
 
     group_size: int = 8
     epochs_per_step: int = 1
+    mini_batches: int = 1
     scale: Scale = "group"
     normalise: Normalise = "token"
     clip_low: float = 0.2
@@ -92,7 +98,10 @@ class GRPOSettings(TrainingSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_integers(vars(self), {"group_size": 2, "epochs_per_step": 1})
+        check_integers(vars(self), {"group_size": 2, "epochs_per_step": 1, "mini_batches": 1})
+        if self.prompts_per_step % self.mini_batches:
+            counts = f"prompts_per_step={self.prompts_per_step} and mini_batches={self.mini_batches}"
+            raise ValueError(f"{counts}: the prompts cannot be shared equally; make the first a multiple of the second")
         check_numbers(vars(self), "temperature", *(["tis_cap"] if self.tis_cap is not None else []))
         check_numbers(vars(self), "clip_low", bounds="from 0 to 1", within=lambda x: 0 <= x <= 1)
         check_numbers(vars(self), "clip_high", "kl", bounds="of at least 0", within=lambda x: x >= 0)

@@ -56,7 +56,7 @@ class SFT(Objective[SFTSettings]):
             answers = replace(answers, adapters=torch.arange(K).repeat_interleave(rows))
         tokens = distributed.all_reduce(answers.lengths.view(K, rows).sum(dim=1))
         ones, metrics = torch.ones_like(answers.logprobs[:, 0]), [{"length": count / n} for count in tokens.tolist()]
-        return Batch(answers, ones, tokens.repeat_interleave(rows), ones.bool(), tokens, metrics)
+        return Batch(answers, ones, tokens.repeat_interleave(rows), ones.bool(), 0 * ones, tokens, metrics)
 
     def validate(self) -> list[dict[str, float]]:
         """The loss on worked answers, and with ``evaluate_accuracy`` the accuracy of sampled ones."""

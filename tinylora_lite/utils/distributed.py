@@ -45,11 +45,15 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def shard(total: int, what: str) -> slice:
-    """The places of ``total`` that are this process's own, as many as any other's, or else ``ValueError``."""
+def shard(total: int, what: str, of: int = 1) -> slice:
+    """The places of ``total`` that are this process's own, as many as any other's: a multiple of ``of``.
+
+    Raises:
+        ValueError: it cannot be.
+    """
     n = world_size()
-    if total % n:
-        raise ValueError(f"{what}={total} cannot be shared by {n} processes; make it a multiple of {n}")
+    if total % (n * of):
+        raise ValueError(f"{what}={total} cannot be shared by {n} processes; make it a multiple of {n * of}")
     return slice(rank() * total // n, (rank() + 1) * total // n)
 
 

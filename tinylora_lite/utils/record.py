@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+NAMED_PROJECTIONS = ("random", "shared", "identity")
+"""The projections that have a name; a calibrated basis has a fingerprint."""
 RENAMED = {
     "silent_groups": "frac_reward_zero_std",
     "gap": "logprob_diff_mean",
@@ -213,13 +215,18 @@ def describe(of: Mapping[str, Any], parameters: int) -> str:
     if of["kind"] != "tinylora":
         return str(of["kind"])
     P = of["projection"]
-    projection = P if P in ("random", "identity") else f"calibrated {P[:12]}"
+    projection = P if P in NAMED_PROJECTIONS else f"calibrated {P[:12]}"
+    later = {
+        name: of[name]
+        for name, usual in (("arithmetic", "model"), ("scale", 1.0), ("init_std", 0.0))
+        if of[name] != usual
+    }
     tying = f"n_tie={of['n_tie']}, tying={of['tying']}"
     return (
         f"{parameters} numbers on {of['modules']} modules ({of['modules_hash']}), rank={of['rank']}, u={of['u']}, "
         f"{tying if of['groups'] is None else 'groups=' + short_hash(of['groups'])}, seed={of['seed']}, "
         f"sigma={of['sigma']}, projection={projection}"
-        + (f", arithmetic={of['arithmetic']}" if of["arithmetic"] != "model" else "")
+        + "".join(f", {name}={value}" for name, value in later.items())
         + (f", given factors {of['given_factors']}" if "given_factors" in of else "")
     )
 
