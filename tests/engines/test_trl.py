@@ -278,6 +278,11 @@ class TestModel:
         with pytest.raises(ValueError, match="an adapter on it would not train"):
             train_trl(model, tokenizer, adapter, task, SMALL)
 
+    def test_several_updates_from_a_batch_are_refused(self, policy, tokenizer, task):
+        model, adapter = policy()
+        with pytest.raises(ValueError, match="under TRL a step is one update of all its samples; set mini_batches=1"):
+            train_trl(model, tokenizer, adapter, task, replace(SMALL, mini_batches=2))
+
     def test_a_gradient_that_is_not_finite_stops_it(self, policy, tokenizer, task):
         model, adapter = policy()
         adapter.vectors.register_hook(lambda gradient: gradient * torch.inf)

@@ -67,6 +67,21 @@ def test_methods():
     assert "arXiv" not in describe("nano")
 
 
+def test_the_first_authors_fork():
+    settings = preset("qwen2.5-7b/gsm8k/fork")
+    config, training = settings.adapter.config(), settings.training_settings(7473)
+    assert (config.scale, config.init_std, config.projection, config.sigma) == (16.0, 1e-5, "shared", "right")
+    assert (config.rank, config.u, config.n_tie) == (2, 1, 16), "the paper's otherwise"
+    assert (training.mini_batches, training.clip_low, training.clip_high, training.weight_decay) == (2, 0.2, 0.4, 0.01)
+    assert training.warmup == pytest.approx(0.05 * training.steps, abs=0.6)
+    on_t4 = preset("qwen2.5-7b/gsm8k/fork", "t4").training_settings(7473)
+    assert on_t4.warmup == pytest.approx(0.05 * on_t4.steps, abs=0.6)
+    lengths = [preset(f"{base}/gsm8k/fork").training["max_new_tokens"] for base in ("qwen2.5-0.5b", "qwen2.5-7b")]
+    assert lengths == [1024, 4096]
+    assert "need\nnot be what made the figures" in describe("qwen2.5-7b/gsm8k/fork")
+    assert "qwen2.5-3b/gsm8k/fork" not in preset_names()
+
+
 def test_names_that_are_not_there():
     with pytest.raises(ValueError, match="no preset named qwen"):
         preset("qwen")

@@ -78,6 +78,8 @@ def train_trl(
         FloatingPointError: the gradient is not finite; the parameters stay those of the last update.
     """
     settings = settings or GRPOSettings()
+    if settings.mini_batches > 1:
+        raise ValueError("under TRL a step is one update of all its samples; set mini_batches=1, or train without TRL")
     objective = GRPO(model, tokenizer, adapter, task, [settings], sampler)
     if model.get_output_embeddings() in map(model.get_submodule, adapter.names):
         raise ValueError("TRL computes with the output layer's weight alone, so an adapter on it would not train")
@@ -93,8 +95,8 @@ def train_trl(
     config.setdefault("disable_tqdm", not sys.stderr.isatty())
     args = trl_config(settings, folder, **config)
     with as_lora(adapter) as lora, patch.object(model, "forward", model.forward):  # TRL puts its own there
-        rate, limit = settings.learning_rate, settings.max_grad_norm
-        optimizer = TinyLoraAdamW(lora.parameters(), rate, adapter=adapter, max_grad_norm=limit)
+        rate, decay, limit = settings.learning_rate, settings.weight_decay, settings.max_grad_norm
+        optimizer = TinyLoraAdamW(lora.parameters(), rate, weight_decay=decay, adapter=adapter, max_grad_norm=limit)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: settings.learning_rate_at(step // settings.epochs_per_step) / rate
         )

@@ -20,6 +20,9 @@ BASES = TABLE["bases"]
 GPUS = ("t4", "a100-80gb", "h100")
 """The GPUs that a preset comes for; ``tinylora plan-run`` takes others."""
 
+FORK = ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-7b")
+"""The models that the first author's fork has scripts for, on GSM8K."""
+
 NANO = ("nano", "nano/sft", "nano/calibrated")
 
 
@@ -27,7 +30,8 @@ def preset_names() -> tuple[str, ...]:
     """All presets, ``qwen2.5-7b/gsm8k`` and so on; those without a method's name train by GRPO."""
     # The hard MATH problems come with answers and without worked solutions, so there is nothing to imitate.
     recipes = ("gsm8k", "gsm8k/sft", "gsm8k/calibrated", "math", "math/calibrated")
-    return (*NANO, *(f"{base}/{recipe}" for base in BASES for recipe in recipes))
+    forks = (f"{base}/gsm8k/fork" for base in FORK)
+    return (*NANO, *(f"{base}/{recipe}" for base in BASES for recipe in recipes), *forks)
 
 
 def preset(name: str, gpu: str | None = None) -> RunSettings:

@@ -30,8 +30,10 @@ TRAINING = {
     "learning_rate": "of Adam, after warmup",
     "warmup": "steps over which the learning rate rises",
     "schedule": "of the learning rate: constant or linear (to zero)",
+    "weight_decay": "of AdamW; 0 is Adam",
     "max_grad_norm": "longer gradients are shortened to it",
-    "epochs_per_step": "updates from the same samples",
+    "epochs_per_step": "how often the samples of a step are trained on",
+    "mini_batches": "updates of an epoch, each from its share of the prompts",
     "scale": "what advantages are divided by: group, batch or none",
     "normalise": "what a loss is divided by: token, sequence or constant",
     "clip_low": "how far the ratio may fall",
@@ -70,13 +72,15 @@ class AdapterSettings(Settings):
     )
     sigma: Literal["left", "split", "right"] = Field("left", description="of singular values: left, split or right")
     seed: int = Field(0, ge=0, lt=2**64, description="of the random projections P")
-    projection: str = Field("random", description="random (the paper), calibrated, or the path of a basis file")
+    projection: str = Field("random", description="random (the paper), shared, calibrated, or a basis file's path")
+    scale: float = Field(1.0, gt=0, allow_inf_nan=False, description="multiplies the update, as LoRA's alpha / r does")
+    init_std: float = Field(0.0, ge=0, allow_inf_nan=False, description="v starts as N(0, init_std²)")
     calibration: CalibrationSettings = Field(CalibrationSettings(), description="how a calibrated basis is made")
 
     @property
     def calibrated(self) -> bool:
         """Whether the projections come from a basis, made or still to be made."""
-        return self.kind == "tinylora" and self.projection != "random"
+        return self.kind == "tinylora" and self.projection not in ("random", "shared")
 
     def config(self, basis: Basis | None = None) -> TinyLoraConfig | None:
         """The adapter's configuration; ``None`` where every weight trains.
@@ -89,12 +93,12 @@ class AdapterSettings(Settings):
         if self.kind == "all":
             return None
         if self.kind == "lora_xs":
-            return lora_xs(self.rank, sigma=self.sigma)
+            return dataclasses.replace(lora_xs(self.rank, sigma=self.sigma), scale=self.scale, init_std=self.init_std)
         if self.calibrated and basis is None:
             raise SettingsError("adapter.projection", f"projection={self.projection!r} needs its basis")
-        return TinyLoraConfig(
-            self.rank, self.u, self.n_tie, self.tying, self.seed, self.sigma, projection=basis or "random"
-        )
+        own = ("rank", "u", "n_tie", "tying", "seed", "sigma", "scale", "init_std")
+        P: Any = basis or self.projection
+        return TinyLoraConfig(**{name: getattr(self, name) for name in own}, projection=P)
 
 
 class SamplerSettings(Settings):

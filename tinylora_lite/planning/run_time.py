@@ -89,7 +89,9 @@ def run_time(
     if isinstance(training, GRPOSettings):
         rows *= training.group_size
         sampling = speed.sampling(math.ceil(rows / processes), limit)
-        several = training.epochs_per_step > 1  # then the old log-probabilities are computed first
+        several = (
+            training.epochs_per_step * training.mini_batches > 1
+        )  # then the old log-probabilities are computed first
         flops = speed.step * training.epochs_per_step + speed.forward * ((training.kl > 0) + several)
     if adapter.calibrated and adapter.projection == "calibrated":
         c = adapter.calibration
