@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
-from tinylora_lite.adapter.projection import random_projection
+from tinylora_lite.adapter.layer import random_projection
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def served(command: list[str], folder: Path):
         raise
     finally:
         server.terminate()
-        server.wait(timeout=60)
+        server.wait(timeout=300)
 
 
 def free_port() -> int:
@@ -81,7 +81,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def sampler(world, tmp_path):
-    sampler = VllmServerSampler(world.url, world.tokenizer, model=NANO, folder=tmp_path, wait=120)
+    sampler = VllmServerSampler(world.url, world.tokenizer, model=NANO, folder=tmp_path, wait=600)
     yield sampler
     sampler.sync(None)
 

@@ -1,4 +1,4 @@
-"""What an adapted layer computes: its own output, and three thin products beside it."""
+"""What an adapted layer computes: its own output, and three thin products beside it; and P, the frozen directions."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from tinylora_lite.adapter.config import TinyLoraConfig
-from tinylora_lite.adapter.projection import random_projection
 from tinylora_lite.adapter.svd import Decomposition
 from tinylora_lite.adapter.weights import Hook, weight_shape
 
@@ -94,6 +94,35 @@ def projection_of(config: TinyLoraConfig, place: int, name: str) -> Tensor:
         return torch.eye(config.u).reshape(config.u, config.rank, config.rank)
     drawn = random_projection(config.seed, place, config.u, config.rank)
     return drawn * (config.rank / config.u) ** 0.5 if config.projection == "shared" else drawn
+
+
+def random_projection(seed: int, module: int, u: int, rank: int) -> Tensor:
+    """P of one module, ``[u, r, r]`` float32, entries N(0, 1/r).
+
+    The paper leaves the distribution open; N(0, 1/r) is PEFT's choice. The stream is Philox-4x64-10 with key ``(seed,
+    module)``, its 64-bit words w taken in pairs as uniforms ``((w >> 11) + 0.5) / 2⁵³``, and Box-Muller in float64,
+    cosine branch first; machines differ by one rounding of float32 at most. The first directions of a longer P are
+    those of a shorter one.
+
+    Args:
+        seed: 0 … 2⁶⁴ - 1.
+        module: the module's position in tying order, counted from 0, so that a module has the same P only where the
+            same modules are adapted.
+        u: the length of v, at least 1.
+        rank: r, at least 1.
+
+    Raises:
+        ValueError: ``seed`` or ``module`` is outside 0 … 2⁶⁴ - 1.
+    """
+    for name, value in (("seed", seed), ("module", module)):
+        if not 0 <= value < 2**64:
+            raise ValueError(f"{name} must be an integer from 0 to 2**64 - 1, not {value!r}")
+    count = u * rank * rank
+    words = np.random.Philox(key=np.array([seed, module], dtype=np.uint64)).random_raw(count + count % 2)
+    uniform = ((words >> np.uint64(11)).astype(np.float64) + 0.5) / 2.0**53
+    radius, angle = np.sqrt(-2.0 * np.log(uniform[0::2])), 2.0 * np.pi * uniform[1::2]
+    normal = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)[:count]
+    return torch.from_numpy(normal / np.sqrt(rank)).float().reshape(u, rank, rank)
 
 
 class AddUpdate(Hook):
