@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tinylora_lite.adapter.config import TinyLoraConfig
-from tinylora_lite.adapter.layer import AddUpdate, Factors, drawn_at, factors_of
-from tinylora_lite.adapter.projection import random_projection
+from tinylora_lite.adapter.layer import AddUpdate, Factors, drawn_at, factors_of, random_projection
 from tinylora_lite.adapter.tying import find_target_modules, groups_of
 from tinylora_lite.adapter.weights import Attached, adapter_of, cached_decompose, check_weight, dense_weight
 from tinylora_lite.utils.distributed import hide_progress
