@@ -9,13 +9,14 @@ import pytest
 import torch
 
 import tinylora_lite as tl
-from tinylora_lite.adapter.weights import base_fingerprint, base_gguf
+from tinylora_lite.adapter.weights import base_fingerprint
 from tinylora_lite.cli import main
 from tinylora_lite.experiment import models
 from tinylora_lite.experiment.models import checkpoint, load_model, load_tokenizer
 from tinylora_lite.files import gguf as module
 from tinylora_lite.files.file_format import read_file
 from tinylora_lite.files.gguf import gguf_sha256
+from tinylora_lite.utils.record import base_gguf
 
 pytest.importorskip("gguf")
 TOKENS = torch.arange(2, 26).reshape(2, 12)

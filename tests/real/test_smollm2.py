@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import tinylora_lite as tl
-from tinylora_lite.adapter.weights import base_fingerprint, base_gguf
+from tinylora_lite.adapter.weights import base_fingerprint
 from tinylora_lite.files.file_format import DTYPES
 from tinylora_lite.sampling.rollouts import encode_prompts
 from tinylora_lite.sampling.sampler import sample
+from tinylora_lite.utils.record import base_gguf
 
 gguf = pytest.importorskip("gguf")
 pytestmark = pytest.mark.real

@@ -309,11 +309,6 @@ def base_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def base_gguf(model: nn.Module) -> str:
-    """SHA-256 of the GGUF file that a model was read from, in hexadecimal; "" for a model from elsewhere."""
-    return str(getattr(model, "gguf_sha256", ""))
-
-
 @one_thread()
 def weight_fingerprint(weight: Tensor) -> str:
     """SHA-256 of one matrix in hexadecimal: its shape and the exact value of every entry as float32, as above."""

@@ -22,7 +22,7 @@ from unittest.mock import patch
 import torch
 
 from tinylora_lite.adapter.adapter import TinyLoraAdapter
-from tinylora_lite.adapter.weights import base_fingerprint, base_gguf
+from tinylora_lite.adapter.weights import base_fingerprint
 from tinylora_lite.engines.optimizer import TinyLoraAdamW, as_lora
 from tinylora_lite.sampling.rollouts import Sampler
 from tinylora_lite.sampling.sampler import ModelSampler
@@ -32,7 +32,7 @@ from tinylora_lite.training.grpo import GRPO
 from tinylora_lite.training.loop import DEFAULTS, RECORDED_PARAMETERS
 from tinylora_lite.training.settings import GRPOSettings
 from tinylora_lite.utils import distributed
-from tinylora_lite.utils.record import Run, check_same_run
+from tinylora_lite.utils.record import Run, base_gguf, check_same_run
 
 try:
     from datasets import Dataset

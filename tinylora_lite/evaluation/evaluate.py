@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from tinylora_lite.adapter.adapter import TinyLoraAdapter
-from tinylora_lite.adapter.weights import adapter_of, base_fingerprint, base_gguf
+from tinylora_lite.adapter.weights import adapter_of, base_fingerprint
 from tinylora_lite.evaluation.score import FILE, PART, RECORD, Completion, Score, judge, read_completions
 from tinylora_lite.sampling.policy import check_tokenizer
 from tinylora_lite.sampling.rollouts import Rollouts, Sampler, encode_prompts
 from tinylora_lite.sampling.sampler import ModelSampler, sample
 from tinylora_lite.utils import distributed
-from tinylora_lite.utils.record import atomic_write, check_same, environment, seed_of
+from tinylora_lite.utils.record import atomic_write, base_gguf, check_same, environment, seed_of
 
 if TYPE_CHECKING:
     from torch import nn

@@ -21,7 +21,7 @@ from tinylora_lite.adapter.basis import Basis
 from tinylora_lite.adapter.config import TinyLoraConfig
 from tinylora_lite.adapter.layer import Factors
 from tinylora_lite.adapter.tying import find_target_modules
-from tinylora_lite.adapter.weights import base_fingerprint, base_gguf
+from tinylora_lite.adapter.weights import base_fingerprint
 from tinylora_lite.files.basis import find_basis
 from tinylora_lite.files.file_format import (
     FACTORS,
@@ -37,7 +37,7 @@ from tinylora_lite.files.file_format import (
     storable,
     write_safetensors,
 )
-from tinylora_lite.utils.record import NAMED_PROJECTIONS
+from tinylora_lite.utils.record import NAMED_PROJECTIONS, base_gguf
 
 
 def save(

@@ -22,7 +22,7 @@ from torch import Tensor
 from tinylora_lite.adapter.adapter import TinyLoraAdapter, attach
 from tinylora_lite.adapter.basis import Basis
 from tinylora_lite.adapter.config import Sigma, TinyLoraConfig
-from tinylora_lite.adapter.weights import base_fingerprint, base_gguf
+from tinylora_lite.adapter.weights import base_fingerprint
 from tinylora_lite.sampling.logprobs import completion_logprobs
 from tinylora_lite.sampling.policy import check_tokenizer, ready_to_train
 from tinylora_lite.sampling.rollouts import Rollouts, Sampler
@@ -31,6 +31,7 @@ from tinylora_lite.tasks.task import Example, Task
 from tinylora_lite.training.batches import draw_prompts, rollout, score
 from tinylora_lite.training.losses import grpo_advantages, grpo_loss
 from tinylora_lite.training.settings import GRPOSettings, check_integers
+from tinylora_lite.utils.record import base_gguf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -18,14 +18,14 @@ from tqdm.auto import tqdm
 
 from tinylora_lite.adapter.batched import attach_population
 from tinylora_lite.adapter.config import TinyLoraConfig
-from tinylora_lite.adapter.weights import base_fingerprint, base_gguf
+from tinylora_lite.adapter.weights import base_fingerprint
 from tinylora_lite.sampling.policy import check_tokenizer
 from tinylora_lite.tasks.task import Task
 from tinylora_lite.training.batches import draw_prompts, rollout, score
 from tinylora_lite.training.loop import RECORDED_PARAMETERS
 from tinylora_lite.training.settings import check_integers, check_numbers
 from tinylora_lite.utils.distributed import hide_progress
-from tinylora_lite.utils.record import Run, seed_of
+from tinylora_lite.utils.record import Run, base_gguf, seed_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from tinylora_lite.adapter.adapter import TinyLoraAdapter
 from tinylora_lite.adapter.batched import Population
 from tinylora_lite.adapter.config import TinyLoraConfig
-from tinylora_lite.adapter.weights import adapter_of, base_fingerprint, base_gguf
+from tinylora_lite.adapter.weights import adapter_of, base_fingerprint
 from tinylora_lite.evaluation.evaluate import evaluate, evaluate_population
 from tinylora_lite.sampling.logprobs import completion_logprobs
 from tinylora_lite.sampling.policy import check_tokenizer, ready_to_train
@@ -33,7 +33,7 @@ from tinylora_lite.training.batches import Batch, micro_batches
 from tinylora_lite.training.losses import grpo_loss
 from tinylora_lite.training.settings import GRPOSettings, S, SFTSettings, checked
 from tinylora_lite.utils import distributed
-from tinylora_lite.utils.record import Run, resume, save_checkpoint
+from tinylora_lite.utils.record import Run, base_gguf, resume, save_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -210,6 +210,11 @@ class Run:
         return cls(**values | {"steps": rows})
 
 
+def base_gguf(model: object) -> str:
+    """SHA-256 of the GGUF file that a model was read from, in hexadecimal; "" for a model from elsewhere."""
+    return str(getattr(model, "gguf_sha256", ""))
+
+
 def describe(of: Mapping[str, Any], parameters: int) -> str:
     """An identity in words; runs that were saved by version 0.1.0 know their adapter by this sentence."""
     if of["kind"] != "tinylora":
