@@ -130,12 +130,14 @@ class TestSteps:
         assert torch.allclose(adapter.vectors, own.vectors, atol=2e-6)
         assert torch.allclose(loss_of(model), trained, rtol=1e-5)
 
-    def test_what_trained_before_trains_again(self, make_model):
+    def test_mode_and_flags_are_as_before(self, make_model):
         adapter = tl.attach(model := make_model(), CONFIGS["tied"])
         adapter.detach()
         with as_lora(adapter) as lora:
             TinyLoraAdamW(lora.parameters(), adapter=adapter)
+            lora.train()
         assert all(p.requires_grad for p in model.parameters())
+        assert not any(module.training for module in model.modules())
 
     def test_the_model_is_as_before_and_carries_v(self, make_model, tmp_path):
         model = make_model()

@@ -24,6 +24,7 @@ from tinylora_lite.adapter.weights import adapter_of
 from tinylora_lite.files.adapter_file import stored_factors
 from tinylora_lite.files.file_format import AdapterFileError, model_of, read_file
 from tinylora_lite.files.lora import export_lora
+from tinylora_lite.sampling.policy import modes_kept
 from tinylora_lite.utils.distributed import shard_like, whole
 
 if TYPE_CHECKING:
@@ -194,7 +195,7 @@ def as_lora(adapter: TinyLoraAdapter) -> Iterator[PeftModel]:
     except ImportError as error:
         raise ImportError('a LoRA in place of the adapter needs PEFT: pip install "tinylora_lite[peft]"') from error
     flags = [(parameter, parameter.requires_grad) for parameter in model_of(adapter).parameters()]
-    with adapter.disabled():
+    with adapter.disabled(), modes_kept(model_of(adapter)):
         with tempfile.TemporaryDirectory() as folder:
             export_lora(adapter, Path(folder) / "lora")
             lora = PeftModel.from_pretrained(model_of(adapter), Path(folder) / "lora", is_trainable=True)

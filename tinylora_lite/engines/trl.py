@@ -24,7 +24,6 @@ import torch
 from tinylora_lite.adapter.adapter import TinyLoraAdapter
 from tinylora_lite.adapter.weights import base_fingerprint, base_gguf
 from tinylora_lite.engines.optimizer import TinyLoraAdamW, as_lora
-from tinylora_lite.sampling.policy import modes_kept
 from tinylora_lite.sampling.rollouts import Sampler
 from tinylora_lite.sampling.sampler import ModelSampler
 from tinylora_lite.tasks.task import Example, Task
@@ -93,8 +92,7 @@ def train_trl(
     drawn = draw_prompts(task.train, replace(settings, prompts_per_step=settings.steps * settings.prompts_per_step), 0)
     config.setdefault("disable_tqdm", not sys.stderr.isatty())
     args = trl_config(settings, folder, **config)
-    # TRL puts a forward pass of its own there.
-    with as_lora(adapter) as lora, modes_kept(model), patch.object(model, "forward", model.forward):
+    with as_lora(adapter) as lora, patch.object(model, "forward", model.forward):  # TRL puts its own there
         rate, limit = settings.learning_rate, settings.max_grad_norm
         optimizer = TinyLoraAdamW(lora.parameters(), rate, adapter=adapter, max_grad_norm=limit)
         schedule = torch.optim.lr_scheduler.LambdaLR(
