@@ -130,6 +130,15 @@ class TestSteps:
         assert torch.allclose(adapter.vectors, own.vectors, atol=2e-6)
         assert torch.allclose(loss_of(model), trained, rtol=1e-5)
 
+    def test_mode_and_flags_are_as_before(self, make_model):
+        adapter = tl.attach(model := make_model(), CONFIGS["tied"])
+        adapter.detach()
+        with as_lora(adapter) as lora:
+            TinyLoraAdamW(lora.parameters(), adapter=adapter)
+            lora.train()
+        assert all(p.requires_grad for p in model.parameters())
+        assert not any(module.training for module in model.modules())
+
     def test_the_model_is_as_before_and_carries_v(self, make_model, tmp_path):
         model = make_model()
         adapter = tl.attach(model, CONFIGS["tied"])
@@ -327,6 +336,46 @@ class TestParameters:
             TinyLoraAdamW(lora.parameters(), adapter=adapter)
         adapter.detach()
         assert torch.equal(TinyLoraAdamW(lora.parameters(), adapter=adapter).vectors, adapter.vectors)
+
+    @pytest.mark.parametrize("inside", [False, True], ids=["file", "as_lora"])
+    def test_in_another_order_they_are_refused(self, make_model, start, inside):
+        _, _, lora, adapter = start
+        model = make_model()
+        if inside:
+            adapter = tl.attach(model, CONFIGS["structured"])
+        with as_lora(adapter) if inside else nullcontext(lora) as lora:
+            params = [p for p in lora.parameters() if p.requires_grad]
+            half = len(params) // 2  # layer 1 before layer 0, of the same shapes
+            with pytest.raises(ValueError, match=r"parameters at model.layers.0.self_attn.q_proj are not those"):
+                TinyLoraAdamW(params[half:] + params[:half], adapter=adapter)
+
+    def test_options_that_v_cannot_have_are_refused(self, start):
+        _, _, lora, file = start
+        params = [p for p in lora.parameters() if p.requires_grad]
+        groups = [{"params": params[:14], "lr": 0.1}, {"params": params[14:], "lr": 0.2}]
+        with pytest.raises(ValueError, match="the parameter groups have options that differ"):
+            TinyLoraAdamW(groups, adapter=file)
+        with pytest.raises(ValueError, match="max_grad_norm must be above 0"):
+            TinyLoraAdamW(params, adapter=file, max_grad_norm=0.0)
+
+    def test_later_ones_are_refused(self, start):
+        _, _, lora, file = start
+        optimizer = TinyLoraAdamW(lora.parameters(), adapter=file)
+        with pytest.raises(ValueError, match="the optimizer trains v alone"):
+            optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(3))]})
+        assert len(optimizer.param_groups) == 1
+
+    def test_gradients_of_the_frozen_ones_do_not_add_up(self, start):
+        """verl never clears the model's gradients, only the optimizer's, and one of NaN would stop it for good."""
+        _, _, lora, file = start
+        optimizer = TinyLoraAdamW(lora.parameters(), adapter=file)
+        with lora.disable_adapter():  # the reference of a KL penalty
+            lora(IDS)
+        loss_of(lora).backward()
+        assert any(p.grad is not None for name, p in lora.named_parameters() if ".lora_A." in name)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert all(p.grad is None for p in lora.parameters())
 
     def test_of_an_adapter_of_another_rank(self, make_model, start, tmp_path):
         _, _, lora, _ = start

@@ -20,6 +20,7 @@ from tinylora_lite.utils import distributed
 pytest.importorskip("trl")
 
 from datasets import Dataset
+from transformers.trainer_callback import DefaultFlowCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from tinylora_lite.engines import TinyLoraAdamW, as_lora
@@ -106,6 +107,18 @@ class TestSteps:
         assert not seen[0].any()
         assert not torch.equal(seen[1], seen[2])
 
+    def test_the_reference_is_the_base(self, policy, tokenizer, task):
+        """Also where the adapter starts elsewhere: TRL would take its start."""
+        settings = replace(SMALL, kl=0.5, truncated="score")
+        vectors = []
+        for train in (tl.train_grpo, train_trl):
+            model, adapter = policy()
+            with torch.no_grad():
+                adapter.vectors.fill_(0.05)
+            train(model, tokenizer, adapter, task, settings, sampler=ModelSampler(model, tokenizer))
+            vectors.append(adapter.vectors)
+        assert torch.allclose(*vectors, atol=2e-5)
+
     def test_the_learning_rate_is_ours(self, policy, tokenizer, task, tmp_path):
         model, adapter = policy()
         settings = replace(SMALL, schedule="linear", warmup=1, steps=4, epochs_per_step=2)
@@ -169,6 +182,19 @@ class TestSampling:
         assert found.curve("strict") == pytest.approx(found.curve())
         last = [found.steps[-1][f"v{i}"] for i in range(adapter.num_parameters)]
         assert last == adapter.vectors.flatten().tolist()
+
+    def test_trackers_are_told_v(self, policy, tokenizer, task, monkeypatch):
+        told = []
+
+        class Tracker(TrainerCallback):
+            def on_log(self, args, state, control, logs, **kwargs):
+                told.append(dict(logs))
+
+        monkeypatch.setattr("transformers.trainer.DEFAULT_CALLBACKS", [DefaultFlowCallback, Tracker])
+        model, adapter = policy()
+        found = train_trl(model, tokenizer, adapter, task, SMALL)
+        for key in ("v0", "norm", "gradient_norm"):
+            assert [logs[key] for logs in told if "reward" in logs] == found.curve(key)
 
     def test_validation_is_that_of_our_loop(self, policy, tokenizer, task):
         settings = replace(SMALL, evaluate_every=2, evaluate_problems=4, steps=2)
@@ -234,7 +260,7 @@ class TestModel:
         train_trl(model, tokenizer, adapter, task, replace(SMALL, steps=1))
         assert "forward" not in vars(model)  # a copy would call the original's
         assert not hasattr(model, "peft_config")
-        model.eval()
+        assert not model.training
         twin = copy.deepcopy(model)
         adapter.detach()
         ids = torch.arange(6)[None]

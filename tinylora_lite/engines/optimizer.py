@@ -24,6 +24,7 @@ from tinylora_lite.adapter.weights import adapter_of
 from tinylora_lite.files.adapter_file import stored_factors
 from tinylora_lite.files.file_format import AdapterFileError, model_of, read_file
 from tinylora_lite.files.lora import export_lora
+from tinylora_lite.sampling.policy import modes_kept
 from tinylora_lite.utils.distributed import shard_like, whole
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ class TinyLoraAdamW(torch.optim.Optimizer):
 
         Args:
             params: of the model in the order of ``model.parameters()``, or parameter groups, whose options must be
-                equal. Of those that take gradients, each module has B, or A and then B, and there are no others.
+                equal. Of those that take gradients, each module has B, or A and then B, and there are no others. A
+                shows whose they are; without it the order is taken on trust.
             lr: of v; this and the next three as ``torch.optim.AdamW`` takes them, but ``weight_decay`` is off.
             betas: of its moments.
             eps: added to the root of the second moment.
@@ -71,14 +73,20 @@ class TinyLoraAdamW(torch.optim.Optimizer):
             max_grad_norm: a longer gradient of v is shortened to it.
 
         Raises:
-            ValueError: the parameters are not those of the adapter's LoRA, or the adapter acts beside it.
+            ValueError: the parameters are not those of the adapter's LoRA, or their options differ; the adapter acts
+                beside the LoRA; or an option is out of its range.
             AdapterFileError: the file is damaged or was saved without ``factors=True``.
         """
+        if not max_grad_norm > 0:  # 0 switches an engine's own clipping off
+            raise ValueError(f"max_grad_norm must be above 0, not {max_grad_norm}; leave it out to clip nothing")
         self.vectors, self._modules = _frozen(adapter)
         self.max_grad_norm, self.gradient_norm = max_grad_norm, 0.0
         given = list(params)
-        groups = given if given and isinstance(given[0], dict) else [{"params": given}]
-        matrices = _matrices([p for group in groups for p in group["params"] if p.requires_grad], self._modules)
+        groups = [group for group in given if isinstance(group, dict) and group["params"]] or [{"params": given}]
+        if any(group | {"params": []} != groups[0] | {"params": []} for group in groups):
+            raise ValueError("the parameter groups have options that differ, and v has one of each; give one group")
+        trainable = [p for group in groups for p in group["params"] if p.requires_grad]
+        self._right, matrices = _matrices(trainable, self._modules)
         defaults: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         self._adam = torch.optim.AdamW([self.vectors], **defaults)
         moments = {name: torch.zeros_like(self.vectors, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
@@ -86,6 +94,18 @@ class TinyLoraAdamW(torch.optim.Optimizer):
         super().__init__([groups[0] | {"params": matrices}], defaults)
         self._show()
         self._write()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Raises ``ValueError``: no other parameters train."""
+        if self.param_groups:
+            raise ValueError("the optimizer trains v alone; give other parameters an optimizer of their own")
+        super().add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Also of every A, which PEFT makes trainable whenever it switches the LoRA off and on (for a KL penalty)."""
+        super().zero_grad(set_to_none)
+        for A in self._right:
+            A.grad = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -156,7 +176,7 @@ class TinyLoraAdamW(torch.optim.Optimizer):
 
 @contextmanager
 def as_lora(adapter: TinyLoraAdapter) -> Iterator[PeftModel]:
-    """Inside, the adapter's model is a PEFT model that carries it as an ordinary LoRA, of which B alone trains.
+    """Inside, the adapter's model is a PEFT model that carries it as an ordinary LoRA.
 
     Afterwards the model is as before, and carries the adapter with the v that :class:`TinyLoraAdamW` reached::
 
@@ -174,17 +194,17 @@ def as_lora(adapter: TinyLoraAdapter) -> Iterator[PeftModel]:
         from peft import PeftModel
     except ImportError as error:
         raise ImportError('a LoRA in place of the adapter needs PEFT: pip install "tinylora_lite[peft]"') from error
-    with adapter.disabled():
+    flags = [(parameter, parameter.requires_grad) for parameter in model_of(adapter).parameters()]
+    with adapter.disabled(), modes_kept(model_of(adapter)):
         with tempfile.TemporaryDirectory() as folder:
             export_lora(adapter, Path(folder) / "lora")
             lora = PeftModel.from_pretrained(model_of(adapter), Path(folder) / "lora", is_trainable=True)
-        for name, parameter in lora.named_parameters():
-            if ".lora_A." in name:
-                parameter.requires_grad_(False)
         try:
             yield lora
         finally:
             lora.unload()
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
 
 
 def _frozen(adapter: TinyLoraAdapter | str | Path) -> tuple[nn.Parameter, list[tuple[str, int, Factors]]]:
@@ -203,22 +223,24 @@ def _frozen(adapter: TinyLoraAdapter | str | Path) -> tuple[nn.Parameter, list[t
     return nn.Parameter(tensors["vectors"].float()), [(name, group, factors[name]) for name, group, _ in layout]
 
 
-def _matrices(trainable: list[Tensor], modules: list[tuple[str, int, Factors]]) -> list[Tensor]:
-    """The B of every module; every A is compared with ``right``, and frozen."""
+def _matrices(trainable: list[Tensor], modules: list[tuple[str, int, Factors]]) -> tuple[list[Tensor], list[Tensor]]:
+    """Every A, which is compared with ``right`` and frozen, and the B of every module."""
     if len(trainable) not in (len(modules), 2 * len(modules)):
         raise ValueError(
             f"{len(trainable)} parameters take gradients, and not the {len(modules)} matrices B of the adapter's LoRA "
             f"(or its {2 * len(modules)} of A and B); load the LoRA that export_lora wrote, and train nothing else"
         )
     every = len(trainable) // len(modules)
+    frozen = []
     for place, (name, _, factors) in enumerate(modules):
         *A, B = trainable[place * every : (place + 1) * every]
         same = all(a.shape == factors.right.shape and _close(whole(a.detach()), factors.right) for a in A)
         if B.shape != factors.left.shape or not same:
             raise ValueError(f"the parameters at {name} are not those of the adapter's LoRA; load the one it exported")
-        for a in A:
-            a.requires_grad_(False)
-    return trainable[every - 1 :: every]
+        frozen += A
+    for a in frozen:
+        a.requires_grad_(False)
+    return frozen, trainable[every - 1 :: every]
 
 
 def _close(A: Tensor, right: Tensor) -> bool:

@@ -109,11 +109,13 @@ def train_trl(
                 args=args,
                 train_dataset=Dataset.from_list([{"prompt": task.messages(e), "gold": e.gold} for e in drawn]),
                 processing_class=tokenizer,
-                callbacks=[bridge],
                 rollout_func=None if sampler is None else bridge.answers,
             )
         trainer.optimizer, trainer.lr_scheduler = optimizer, schedule  # Trainer(optimizers=...) refuses them under FSDP
         trainer.remove_callback(PrinterCallback)
+        trainer.callback_handler.callbacks.insert(0, bridge)  # trackers come after it, and get v
+        if "ref" in lora.peft_config:  # a copy of the adapter as it starts; the reference is the base, as in our loop
+            lora.delete_adapter("ref")
         bridge.ends = trainer.eos_token_ids
         if sampler is not None:  # TRL corrects for it as for its own vLLM; bridge.answers keeps it in step
             trainer.use_vllm, trainer._last_loaded_step = True, -1
@@ -194,7 +196,9 @@ class _Bridge(TrainerCallback):
         v = self.optimizer.vectors.detach().flatten()
         row = {"norm": v.norm().item(), "gradient_norm": self.optimizer.gradient_norm}
         row |= {f"v{i}": value for i, value in enumerate(v.tolist())} if len(v) <= RECORDED_PARAMETERS else {}
-        state.log_history[-1] |= row | {"seconds": time.perf_counter() - self.started}
+        row["seconds"] = time.perf_counter() - self.started
+        logs.update(row)
+        state.log_history[-1] |= row
         if self.on_step is not None:
             self.on_step(self.record(state))
 
