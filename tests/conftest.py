@@ -98,6 +98,8 @@ def write_gguf(make_model) -> Callable[..., PreTrainedModel]:
         for key, value in ({"tokenizer.chat_template": CHAT_TEMPLATE} | extra).items():
             if isinstance(value, np.ndarray):
                 writer.add_tensor(key, value)
+            elif isinstance(value, int):
+                writer.add_uint16(key, value)
             elif value is not None:
                 writer.add_string(key, value)
         names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture.upper()), config.num_hidden_layers)

@@ -8,7 +8,7 @@ import torch
 
 import tinylora_lite as tl
 from tinylora_lite.cli import main
-from tinylora_lite.experiment.models import load_model
+from tinylora_lite.experiment.models import checkpoint, load_model
 
 gguf = pytest.importorskip("gguf")
 
@@ -72,7 +72,7 @@ def test_what_it_refuses(make_model, tmp_path):
             tl.export_gguf(adapter, taken)
 
 
-def test_by_the_command_line(write_gguf, tmp_path, capsys):
+def test_by_the_command_line(write_gguf, tmp_path, monkeypatch, capsys):
     file = tmp_path / "tiny.gguf"
     write_gguf(file)
     model = load_model(str(file), dtype="float32", device="cpu")
@@ -86,6 +86,12 @@ def test_by_the_command_line(write_gguf, tmp_path, capsys):
     written = tl.export_gguf(adapter, tmp_path / "library") / "adapter.gguf"
     assert (out / "adapter.gguf").read_bytes() == written.read_bytes()
     assert (out / "Modelfile").read_text().splitlines()[0] == f"FROM {file}"
+    monkeypatch.setenv("TINYLORA_CACHE", str(tmp_path / "cache"))
+    assert main([*words[:-3], "lora", "--out", str(tmp_path / "peft"), "--json"]) == 0
+    assert str(checkpoint(str(file))) in json.loads(capsys.readouterr().out)["serve"]
+    monkeypatch.setenv("TINYLORA_CACHE", "off")
+    assert main([*words[:-3], "lora", "--out", str(tmp_path / "peft"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["serve"] is None, "its base is gone when the command ends"
     (out / "mine").write_text("notes")
     assert main(words) == 1
     assert "is no GGUF LoRA that may be replaced" in capsys.readouterr().err

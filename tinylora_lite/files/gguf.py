@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -62,8 +62,9 @@ def tokenizer_folder(file: Path) -> Path:
 def checkpoint_folder(file: Path, dtype: str) -> Path:
     """The transformers checkpoint of a GGUF file, its weights dequantized and rounded once to ``dtype``.
 
-    It is made once, and kept in ``gguf`` in the user's cache, which loses what was not used for longest above
-    ``CACHE_LIMIT``; without such a cache it lasts as long as this process. Errors are those of
+    It is made once, and kept in ``gguf`` in the user's cache. When something is added to that, it loses what was not
+    used for longest above ``CACHE_LIMIT``, other files' checkpoints only; without a cache that can be written it lasts
+    as long as this process. Errors are those of
     :func:`tokenizer_folder`.
 
     Args:
@@ -78,7 +79,11 @@ def _write_tokenizer(file: Path, folder: Path) -> None:
 
     reader = _read(file)
     fields = {name: field.contents() for name, field in reader.fields.items()}
-    architecture, kind = fields["general.architecture"], fields.get("tokenizer.ggml.model")
+    if (purpose := fields.get("general.type", "model")) != "model":
+        raise _unread(file, f"it is of type {purpose}, not a model")
+    if (parts := fields.get("split.count", 1)) > 1:
+        raise OSError(f"{file} is one of {parts} parts; join them, with `llama-gguf-split --merge`")
+    architecture, kind = fields.get("general.architecture"), fields.get("tokenizer.ggml.model")
     split, scaled = str(fields.get("tokenizer.ggml.pre")), fields.get(f"{architecture}.rope.scaling.type", "none")
     if kind == "gpt2" and split not in SPLITS:
         raise _unread(file, f"its tokenizer splits texts as {split} does, which is not known here")
@@ -124,10 +129,14 @@ def _byte_level_tokenizer(fields: dict[str, Any], split: str) -> Tokenizer:
 
 
 def _write_weights(file: Path, folder: Path, dtype: str) -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, modeling_gguf_pytorch_utils
     from transformers.utils import logging
 
-    shutil.copytree(tokenizer_folder(file), folder)
+    # Of the bars of transformers, this alone is not switched off by disable_progress_bar().
+    vars(modeling_gguf_pytorch_utils)["tqdm"] = logging.tqdm
+    folder.mkdir()
+    for part in tokenizer_folder(file).iterdir():
+        shutil.copyfile(part, folder / part.name)  # its contents alone: the cache may be one that may only be read
     config, level = AutoConfig.from_pretrained(folder, dtype=getattr(torch, dtype)), logging.get_verbosity()
     options: dict[str, Any] = {
         "output_loading_info": True,
@@ -186,23 +195,34 @@ def _reasons(file: Path) -> Iterator[None]:
 def _kept(name: str, write: Callable[[Path], None]) -> Path:
     """The folder of that name in the cache; ``write`` makes it, whole or not at all, where it is not there yet."""
     where = cache_folder("gguf") or Path(_temporary().name)
+    if not (where / name).is_dir():
+        try:
+            where.mkdir(parents=True, exist_ok=True)
+            (where / f".{name}.lock").touch()
+        except OSError:
+            where = Path(_temporary().name)
+        with FileLock(where / f".{name}.lock"):  # several processes of one run ask for it at once
+            if not (where / name).is_dir():
+                _write(where, name, write)
+    with suppress(OSError):  # in a cache that may only be read
+        os.utime(where / name)
+    return where / name
+
+
+def _write(where: Path, name: str, write: Callable[[Path], None]) -> None:
+    new = where / f".{name}.new"
+    shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
     try:
-        where.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        where = Path(_temporary().name)
-    folder = where / name
-    with FileLock(where / f".{name}.lock"):  # several processes of one run ask for it at once
-        if not folder.is_dir():
-            with TemporaryDirectory(dir=where, prefix=f".{name}.") as beside:
-                write(new := Path(beside) / "new")
-                new.rename(folder)
-        os.utime(folder)
-    kept = sorted(where.glob("[!.]*"), key=lambda entry: entry.stat().st_mtime, reverse=True)
-    sizes = accumulate(sum(file.stat().st_size for file in entry.iterdir()) for entry in kept)
-    for entry, total in zip(kept, sizes, strict=True):
-        if total > CACHE_LIMIT and entry != folder:
-            shutil.rmtree(entry, ignore_errors=True)
-    return folder
+        write(new)
+        new.rename(where / name)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    with suppress(FileNotFoundError):  # another process may clear up too
+        kept = sorted(where.glob("[!.]*"), key=lambda entry: entry.stat().st_mtime, reverse=True)
+        sizes = accumulate(sum(file.stat().st_size for file in entry.iterdir()) for entry in kept)
+        for entry, total in zip(kept, sizes, strict=True):
+            if total > CACHE_LIMIT and entry.name[:16] != name[:16]:  # what is in use may be larger than the limit
+                shutil.rmtree(entry, ignore_errors=True)
 
 
 @cache
