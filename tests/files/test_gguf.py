@@ -219,6 +219,7 @@ def test_training_and_scoring_by_the_command_line(file, task, tmp_path, monkeypa
     ("written", "reason"),
     [
         ({"general.type": "adapter"}, "it is of type adapter, not a model"),
+        ({"tokenizer.ggml.model": "llama"}, "its tokenizer is of the kind llama, and only byte-level ones"),
         ({"split": "gpt-5"}, "its tokenizer splits texts as gpt-5 does"),
         ({"llama.rope.scaling.type": "yarn"}, r"its positions are scaled \(yarn\)"),
         ({"rope_freqs.weight": np.ones(4, np.float32)}, "it holds 21 tensors, and transformers has a place for 20"),

@@ -64,8 +64,7 @@ def checkpoint_folder(file: Path, dtype: str) -> Path:
 
     It is made once, and kept in ``gguf`` in the user's cache. When something is added to that, it loses what was not
     used for longest above ``CACHE_LIMIT``, other files' checkpoints only; without a cache that can be written it lasts
-    as long as this process. Errors are those of
-    :func:`tokenizer_folder`.
+    as long as this process. Errors are those of :func:`tokenizer_folder`.
 
     Args:
         file: its weights may be quantized in any way that gguf knows.
@@ -75,7 +74,7 @@ def checkpoint_folder(file: Path, dtype: str) -> Path:
 
 
 def _write_tokenizer(file: Path, folder: Path) -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
     reader = _read(file)
     fields = {name: field.contents() for name, field in reader.fields.items()}
@@ -85,7 +84,9 @@ def _write_tokenizer(file: Path, folder: Path) -> None:
         raise OSError(f"{file} is one of {parts} parts; join them, with `llama-gguf-split --merge`")
     architecture, kind = fields.get("general.architecture"), fields.get("tokenizer.ggml.model")
     split, scaled = str(fields.get("tokenizer.ggml.pre")), fields.get(f"{architecture}.rope.scaling.type", "none")
-    if kind == "gpt2" and split not in SPLITS:
+    if kind != "gpt2":  # of SentencePiece's, transformers makes one that cuts texts otherwise than llama.cpp
+        raise _unread(file, f"its tokenizer is of the kind {kind}, and only byte-level ones (gpt2) are known here")
+    if split not in SPLITS:
         raise _unread(file, f"its tokenizer splits texts as {split} does, which is not known here")
     if scaled != "none":
         raise _unread(file, f"its positions are scaled ({scaled}), which transformers does not read from a GGUF file")
@@ -93,10 +94,7 @@ def _write_tokenizer(file: Path, folder: Path) -> None:
         config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
         with torch.device("meta"):
             wanted = len(list(AutoModelForCausalLM.from_config(config).parameters()))
-        if kind == "gpt2":
-            backend = _byte_level_tokenizer(fields, SPLITS[split])
-        else:
-            backend = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).backend_tokenizer
+        backend = _byte_level_tokenizer(fields, SPLITS[split])
     if len(reader.tensors) != wanted:  # transformers passes over a tensor that it does not know
         raise _unread(file, f"it holds {len(reader.tensors)} tensors, and transformers has a place for {wanted}")
     ids = {name: fields.get(f"tokenizer.ggml.{key}_token_id") for name, key in SPECIAL_TOKENS.items()}
