@@ -72,6 +72,18 @@ def test_what_it_refuses(make_model, tmp_path):
             tl.export_gguf(adapter, taken)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_output_layer(make_model, tmp_path, tied):
+    model = make_model(tie_word_embeddings=tied)
+    adapter = adapted(model, tl.TinyLoraConfig(target_modules=["lm_head", "v_proj"]))
+    if tied:
+        with pytest.raises(ValueError, match="llama.cpp has no place for lm_head; leave it out of target_modules"):
+            tl.export_gguf(adapter, tmp_path / "lora")
+    else:
+        reader = gguf.GGUFReader(tl.export_gguf(adapter, tmp_path / "lora") / "adapter.gguf")
+        assert "output.weight.lora_a" in {tensor.name for tensor in reader.tensors}
+
+
 def test_by_the_command_line(write_gguf, tmp_path, monkeypatch, capsys):
     file = tmp_path / "tiny.gguf"
     write_gguf(file)
