@@ -77,7 +77,7 @@ def test_an_output_layer(make_model, tmp_path, tied):
     model = make_model(tie_word_embeddings=tied)
     adapter = adapted(model, tl.TinyLoraConfig(target_modules=["lm_head", "v_proj"]))
     if tied:
-        with pytest.raises(ValueError, match="llama.cpp has no place for lm_head; leave it out of target_modules"):
+        with pytest.raises(ValueError, match=r"llama.cpp has no place for lm_head; leave it out of target_modules"):
             tl.export_gguf(adapter, tmp_path / "lora")
     else:
         reader = gguf.GGUFReader(tl.export_gguf(adapter, tmp_path / "lora") / "adapter.gguf")
