@@ -263,6 +263,12 @@ def test_a_file_that_was_cut_short(file, load, part):
         load(str(file))
 
 
+def test_a_file_with_a_damaged_text(file):
+    file.write_bytes(file.read_bytes().replace(b"<|im_end|>", b"\xff" * 10))
+    with pytest.raises(OSError, match=r"tiny.gguf is damaged or was cut short \('utf-8' codec"):
+        load_tokenizer(str(file))
+
+
 def test_no_gguf_at_all(tmp_path):
     (tmp_path / "tiny.gguf").write_bytes(b"notes")
     with pytest.raises(OSError, match="is no GGUF file; give one, or the folder of a transformers checkpoint"):

@@ -19,7 +19,6 @@ from filelock import FileLock
 from tinylora_lite.utils.record import CACHE_LIMIT, cache_folder
 
 if TYPE_CHECKING:
-    from gguf import GGUFReader
     from tokenizers import Tokenizer
 
 SPLITS = {"gpt-2": "", "smollm": "digits", "qwen2": "words", "deepseek-r1-qwen": "words"}
@@ -76,8 +75,7 @@ def checkpoint_folder(file: Path, dtype: str) -> Path:
 def _write_tokenizer(file: Path, folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
-    reader = _read(file)
-    fields = {name: field.contents() for name, field in reader.fields.items()}
+    fields, tensors = _read(file)
     if (purpose := fields.get("general.type", "model")) != "model":
         raise _unread(file, f"it is of type {purpose}, not a model")
     if (parts := fields.get("split.count", 1)) > 1:
@@ -95,8 +93,8 @@ def _write_tokenizer(file: Path, folder: Path) -> None:
         with torch.device("meta"):
             wanted = len(list(AutoModelForCausalLM.from_config(config).parameters()))
         backend = _byte_level_tokenizer(fields, SPLITS[split])
-    if len(reader.tensors) != wanted:  # transformers passes over a tensor that it does not know
-        raise _unread(file, f"it holds {len(reader.tensors)} tensors, and transformers has a place for {wanted}")
+    if tensors != wanted:  # transformers passes over a tensor that it does not know
+        raise _unread(file, f"it holds {tensors} tensors, and transformers has a place for {wanted}")
     ids = {name: fields.get(f"tokenizer.ggml.{key}_token_id") for name, key in SPECIAL_TOKENS.items()}
     tokens = {name: fields["tokenizer.ggml.tokens"][index] for name, index in ids.items() if index is not None}
     settings = {"model_max_length": config.max_position_embeddings, "chat_template": fields.get(CHAT_TEMPLATE)}
@@ -160,7 +158,8 @@ def _write_weights(file: Path, folder: Path, dtype: str) -> None:
     model.save_pretrained(folder)
 
 
-def _read(file: Path) -> GGUFReader:
+def _read(file: Path) -> tuple[dict[str, Any], int]:
+    """What a file says of itself, and how many tensors it holds."""
     try:
         import accelerate  # noqa: F401
         from gguf import GGUFReader
@@ -172,7 +171,8 @@ def _read(file: Path) -> GGUFReader:
         if opened.read(4) != b"GGUF":
             raise OSError(f"{file} is no GGUF file; give one, or the folder of a transformers checkpoint")
     try:
-        return GGUFReader(file)
+        reader = GGUFReader(file)
+        return {name: field.contents() for name, field in reader.fields.items()}, len(reader.tensors)
     except (ArithmeticError, LookupError, MemoryError, ValueError) as error:
         raise OSError(f"{file} is damaged or was cut short ({error}); get it again") from error
 
