@@ -87,7 +87,6 @@ def write_gguf(make_model) -> Callable[..., PreTrainedModel]:
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
         writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
         writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
-        writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(split)
         writer.add_token_list(tokens)
         writer.add_token_types([3, 3, 3, 4, *[1] * (len(tokens) - 4)])
@@ -95,9 +94,11 @@ def write_gguf(make_model) -> Callable[..., PreTrainedModel]:
         writer.add_bos_token_id(tokens.index("<|im_start|>"))
         writer.add_eos_token_id(end)
         writer.add_pad_token_id(end)
-        for key, value in ({"tokenizer.chat_template": CHAT_TEMPLATE} | extra).items():
+        for key, value in ({"tokenizer.ggml.model": "gpt2", "tokenizer.chat_template": CHAT_TEMPLATE} | extra).items():
             if isinstance(value, np.ndarray):
                 writer.add_tensor(key, value)
+            elif isinstance(value, int):
+                writer.add_uint16(key, value)
             elif value is not None:
                 writer.add_string(key, value)
         names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture.upper()), config.num_hidden_layers)

@@ -378,7 +378,7 @@ def test_folders_and_bases_that_cannot_be_read(capsys, base, file, tmp_path):
     assert "holds no adapter_config.json" in refused(capsys, tmp_path / "empty")
     (tmp_path / "empty" / "adapter_config.json").write_text('{"peft_type": 3}', encoding="utf-8")
     assert "damaged: peft_type is 3" in refused(capsys, tmp_path / "empty")
-    assert "no folder at nowhere; a base is nano, a GGUF file or the folder" in refused(
+    assert "no folder at nowhere; a base is a name of `tinylora models`, a GGUF file or the folder" in refused(
         capsys, file, "--base", "nowhere"
     )
     assert f"{tmp_path} holds no config.json; give the folder" in refused(capsys, file, "--base", tmp_path)

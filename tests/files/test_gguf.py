@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from transformers.utils import logging
 
 import tinylora_lite as tl
 from tinylora_lite.adapter.weights import base_fingerprint
@@ -68,16 +69,40 @@ def test_one_file_has_one_fingerprint_in_each_dtype(write_gguf, tmp_path, cache,
 def test_the_cache_is_bounded(write_gguf, tmp_path, cache, monkeypatch):
     write_gguf(tmp_path / "one.gguf", kind="F32")
     write_gguf(tmp_path / "two.gguf", kind="F16")
-    first = checkpoint(str(tmp_path / "one.gguf"))
+    checkpoint(str(tmp_path / "one.gguf"))
+    (cache / f".{gguf_sha256(tmp_path / 'two.gguf')[:16]}.new").mkdir()  # of a process that was killed
     monkeypatch.setattr(module, "CACHE_LIMIT", 1)
-    second = checkpoint(str(tmp_path / "two.gguf"))
-    assert [str(entry) for entry in cache.glob("[!.]*")] == [second] != [first]
+    for load in (load_tokenizer, load_model, load_tokenizer):  # a base above the limit stays while it is in use
+        load(str(tmp_path / "two.gguf"))
+    name = gguf_sha256(tmp_path / "two.gguf")[:16]
+    assert {entry.name for entry in cache.iterdir() if entry.is_dir()} == {name, f"{name}-bfloat16"}
 
 
 def test_a_cache_that_cannot_be_made(file, tmp_path, monkeypatch):
     (tmp_path / "cache").write_text("a file")
     monkeypatch.setenv("TINYLORA_CACHE", str(tmp_path / "cache"))
     assert load_model(str(file), dtype="float32", device="cpu").config.num_hidden_layers == 2
+
+
+def test_a_cache_that_may_only_be_read(file, cache, monkeypatch):
+    there = checkpoint(str(file), "float32")
+
+    def refused(*_, **__):
+        raise PermissionError
+
+    monkeypatch.setattr(module.Path, "touch", refused)  # chmod does not stop root
+    monkeypatch.setattr(module.os, "utime", refused)
+    assert checkpoint(str(file), "float32") == there
+    assert not checkpoint(str(file), "bfloat16").startswith(str(cache))
+
+
+def test_bars_are_off_where_they_are_turned_off(file, cache, capfd):
+    logging.disable_progress_bar()
+    try:
+        load_model(str(file), device="cpu")
+    finally:
+        logging.enable_progress_bar()
+    assert (cache.is_dir(), capfd.readouterr().err) == (True, "")
 
 
 TEXTS = ["Ann has 12 apples.\n\n12 more?", "  é 日本 😀\t\r\n\n3", "<|im_start|>user <think> an<|im_end|>", ""]
@@ -194,6 +219,8 @@ def test_training_and_scoring_by_the_command_line(file, task, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("written", "reason"),
     [
+        ({"general.type": "adapter"}, "it is of type adapter, not a model"),
+        ({"tokenizer.ggml.model": "llama"}, "its tokenizer is of the kind llama, and only byte-level ones"),
         ({"split": "gpt-5"}, "its tokenizer splits texts as gpt-5 does"),
         ({"llama.rope.scaling.type": "yarn"}, r"its positions are scaled \(yarn\)"),
         ({"rope_freqs.weight": np.ones(4, np.float32)}, "it holds 21 tensors, and transformers has a place for 20"),
@@ -216,6 +243,12 @@ def test_a_kind_of_model_that_transformers_does_not_know(file):
         load_model(str(file))
 
 
+def test_a_part_of_a_split_file(write_gguf, tmp_path):
+    write_gguf(tmp_path / "tiny-00001-of-00003.gguf", **{"split.count": 3})
+    with pytest.raises(OSError, match="is one of 3 parts; join them, with `llama-gguf-split --merge`"):
+        load_model(str(tmp_path))
+
+
 def test_a_file_without_a_chat_template(write_gguf, tmp_path):
     write_gguf(tmp_path / "tiny.gguf", **{"tokenizer.chat_template": None})
     with pytest.raises(ValueError, match="holds no chat template, which prompts need; give an instruction-tuned"):
@@ -229,6 +262,12 @@ def test_a_file_that_was_cut_short(file, load, part):
     file.write_bytes(data[: int(part * len(data))])
     with pytest.raises(OSError, match=r"tiny.gguf is damaged or was cut short \(.*\); get it again"):
         load(str(file))
+
+
+def test_a_file_with_a_damaged_text(file):
+    file.write_bytes(file.read_bytes().replace(b"<|im_end|>", b"\xff" * 10))
+    with pytest.raises(OSError, match=r"tiny.gguf is damaged or was cut short \('utf-8' codec"):
+        load_tokenizer(str(file))
 
 
 def test_no_gguf_at_all(tmp_path):

@@ -8,7 +8,7 @@ import torch
 
 import tinylora_lite as tl
 from tinylora_lite.cli import main
-from tinylora_lite.experiment.models import load_model
+from tinylora_lite.experiment.models import checkpoint, load_model
 
 gguf = pytest.importorskip("gguf")
 
@@ -72,7 +72,19 @@ def test_what_it_refuses(make_model, tmp_path):
             tl.export_gguf(adapter, taken)
 
 
-def test_by_the_command_line(write_gguf, tmp_path, capsys):
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_output_layer(make_model, tmp_path, tied):
+    model = make_model(tie_word_embeddings=tied)
+    adapter = adapted(model, tl.TinyLoraConfig(target_modules=["lm_head", "v_proj"]))
+    if tied:
+        with pytest.raises(ValueError, match=r"llama.cpp has no place for lm_head; leave it out of target_modules"):
+            tl.export_gguf(adapter, tmp_path / "lora")
+    else:
+        reader = gguf.GGUFReader(tl.export_gguf(adapter, tmp_path / "lora") / "adapter.gguf")
+        assert "output.weight.lora_a" in {tensor.name for tensor in reader.tensors}
+
+
+def test_by_the_command_line(write_gguf, tmp_path, monkeypatch, capsys):
     file = tmp_path / "tiny.gguf"
     write_gguf(file)
     model = load_model(str(file), dtype="float32", device="cpu")
@@ -86,6 +98,12 @@ def test_by_the_command_line(write_gguf, tmp_path, capsys):
     written = tl.export_gguf(adapter, tmp_path / "library") / "adapter.gguf"
     assert (out / "adapter.gguf").read_bytes() == written.read_bytes()
     assert (out / "Modelfile").read_text().splitlines()[0] == f"FROM {file}"
+    monkeypatch.setenv("TINYLORA_CACHE", str(tmp_path / "cache"))
+    assert main([*words[:-3], "lora", "--out", str(tmp_path / "peft"), "--json"]) == 0
+    assert str(checkpoint(str(file))) in json.loads(capsys.readouterr().out)["serve"]
+    monkeypatch.setenv("TINYLORA_CACHE", "off")
+    assert main([*words[:-3], "lora", "--out", str(tmp_path / "peft"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["serve"] is None, "its base is gone when the command ends"
     (out / "mine").write_text("notes")
     assert main(words) == 1
     assert "is no GGUF LoRA that may be replaced" in capsys.readouterr().err

@@ -27,7 +27,7 @@ COMMANDS = {
     "serve": ("serve", "start the vLLM server that a settings file asks for"),
     "train": ("train", "train by a settings file, and measure what it changed"),
     "eval": ("evaluate", "score a model and an adapter on test problems"),
-    "export": ("export", "write an adapter as a LoRA, as PEFT's TinyLoRA, or as a merged checkpoint"),
+    "export": ("export", "write an adapter as a LoRA, in GGUF too, as PEFT's TinyLoRA, or as a merged checkpoint"),
     "inspect": ("inspect", "describe an adapter file, and what a merge would make of it"),
     "lab": ("lab", "test the paper's claims in miniature: list, run, draw, table"),
 }

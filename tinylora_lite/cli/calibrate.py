@@ -19,7 +19,7 @@ SEED_HELP = "of the choice of problems and of the sampling"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``tinylora calibrate``."""
     add = parser.add_argument
-    add("model", metavar="MODEL", help="a folder, a GGUF file, a name on the hub, or nano")
+    add("model", metavar="MODEL", help=shared.MODEL_HELP)
     add("--task", required=True, help="whose training problems are used: gsm8k, math, nano, ...")
     add("--data", help="folder to read the task from (default: the hub)")
     add("--rank", type=int, default=8, help="r of the adapters that will use it (default: 8)")
@@ -30,21 +30,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-new-tokens", type=int, default=1024, help="of a completion (default: 1024)")
     add("--micro-batch", type=int, default=8, help="completions in one backward pass (default: 8)")
     add("--checkpointing", action="store_true", help="recompute activations: far less memory, slower")
-    add("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    dtypes = "of the model (default: bfloat16, of nano and GGUF files float32)"
+    add("--dtype", choices=("bfloat16", "float16", "float32"), help=dtypes)
     add("--revision", help="commit of the model on the hub")
     add("--out", type=Path, default=Path("basis.safetensors"), help="default: basis.safetensors")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Calibrates and writes the basis; prints where it is and how many problems informed it, or JSON."""
-    from tinylora_lite.experiment.models import is_nano, load_tokenizer
+    from tinylora_lite.experiment.models import load_tokenizer, own_dtype
     from tinylora_lite.experiment.run import task_named
     from tinylora_lite.experiment.runner import Runner
     from tinylora_lite.experiment.settings import RunSettings
 
     a, started = arguments, time.perf_counter()
     values = {name: getattr(a, name) for name in ("model", "task", "data", "revision")}
-    values |= {"dtype": "float32" if is_nano(a.model) else a.dtype, "gradient_checkpointing": a.checkpointing}
+    default = "float32" if own_dtype(a.model, "auto", a.revision) == "float32" else "bfloat16"
+    values |= {"dtype": a.dtype or default, "gradient_checkpointing": a.checkpointing}
     settings = RunSettings.from_dict(values)
     task = task_named(a.task, settings)
     names = ("rank", "directions", "seed", "problems", "group_size", "max_new_tokens", "micro_batch")

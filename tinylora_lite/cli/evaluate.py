@@ -26,11 +26,7 @@ MAX_NEW_TOKENS = 2048
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``tinylora eval``."""
     add, one_or_more = parser.add_argument, shared.at_least(1)
-    add(
-        "model",
-        metavar="MODEL",
-        help="nano, the folder of a transformers checkpoint, a GGUF file, or a name on the hub",
-    )
+    add("model", metavar="MODEL", help=shared.MODEL_HELP)
     add("--task", nargs="+", required=True, metavar="NAME", help="nano, gsm8k, math500 and others; several are allowed")
     add("--adapter", type=Path, metavar="FILE", help="an adapter file, or a folder with PEFT's TinyLoRA")
     add("--basis", type=Path, help=shared.BASIS_HELP)

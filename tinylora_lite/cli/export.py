@@ -47,6 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Prints what was written and, of a LoRA, how vLLM or llama.cpp serves it; or JSON."""
     from tinylora_lite import nano
     from tinylora_lite.experiment.models import gguf_file
+    from tinylora_lite.utils.record import cache_folder
 
     to, out = arguments.to, arguments.out
     if arguments.dtype and to == "peft":
@@ -65,7 +66,8 @@ def run(arguments: argparse.Namespace) -> None:
             progress.begin("writing")
             if to == "lora":
                 tl.export_lora(adapter, out, arguments.dtype or "fp32")
-                serve = _serve(base, out, arguments.file.stem, adapter.config.rank, is_nano)
+                if file is None or base.parent == cache_folder("gguf"):  # else the checkpoint ends with this process
+                    serve = _serve(base, out, arguments.file.stem, adapter.config.rank, is_nano)
             elif to == "gguf-lora":
                 tl.export_gguf(adapter, out, arguments.dtype or "fp32", base=str((file or base).resolve()))
                 if file is not None:

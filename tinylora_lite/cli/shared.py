@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from tinylora_lite.experiment.settings import RunSettings
     from tinylora_lite.view.progress import Progress
 
-BASE_HELP = "the base: the folder of a transformers checkpoint, a GGUF file, or nano for the one in the library"
+MODEL_HELP = "a name of `tinylora models`, the folder of a transformers checkpoint, a GGUF file, or a name on the hub"
+BASE_HELP = "the base: a name of `tinylora models`, the folder of a transformers checkpoint, or a GGUF file"
 BASIS_HELP = "of a calibrated adapter: its basis, or a folder with it (default: beside the file, or in the package)"
 PRECISIONS = ("fp32", "fp16", "bf16")
 
@@ -72,7 +73,7 @@ def base_folder(name: str, dtype: str) -> Path:
     folder = Path(checkpoint(name, dtype))
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"no folder at {name}; a base is nano, a GGUF file or the folder of a transformers checkpoint, "
+            f"no folder at {name}; a base is a name of `tinylora models`, a GGUF file or the folder of a checkpoint, "
             "such as `hf download` prints"
         )
     return folder

@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -19,7 +19,6 @@ from filelock import FileLock
 from tinylora_lite.utils.record import CACHE_LIMIT, cache_folder
 
 if TYPE_CHECKING:
-    from gguf import GGUFReader
     from tokenizers import Tokenizer
 
 SPLITS = {"gpt-2": "", "smollm": "digits", "qwen2": "words", "deepseek-r1-qwen": "words"}
@@ -62,9 +61,9 @@ def tokenizer_folder(file: Path) -> Path:
 def checkpoint_folder(file: Path, dtype: str) -> Path:
     """The transformers checkpoint of a GGUF file, its weights dequantized and rounded once to ``dtype``.
 
-    It is made once, and kept in ``gguf`` in the user's cache, which loses what was not used for longest above
-    ``CACHE_LIMIT``; without such a cache it lasts as long as this process. Errors are those of
-    :func:`tokenizer_folder`.
+    It is made once, and kept in ``gguf`` in the user's cache. When something is added to that, it loses what was not
+    used for longest above ``CACHE_LIMIT``, other files' checkpoints only; without a cache that can be written it lasts
+    as long as this process. Errors are those of :func:`tokenizer_folder`.
 
     Args:
         file: its weights may be quantized in any way that gguf knows.
@@ -74,13 +73,18 @@ def checkpoint_folder(file: Path, dtype: str) -> Path:
 
 
 def _write_tokenizer(file: Path, folder: Path) -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
-    reader = _read(file)
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    architecture, kind = fields["general.architecture"], fields.get("tokenizer.ggml.model")
+    fields, tensors = _read(file)
+    if (purpose := fields.get("general.type", "model")) != "model":
+        raise _unread(file, f"it is of type {purpose}, not a model")
+    if (parts := fields.get("split.count", 1)) > 1:
+        raise OSError(f"{file} is one of {parts} parts; join them, with `llama-gguf-split --merge`")
+    architecture, kind = fields.get("general.architecture"), fields.get("tokenizer.ggml.model")
     split, scaled = str(fields.get("tokenizer.ggml.pre")), fields.get(f"{architecture}.rope.scaling.type", "none")
-    if kind == "gpt2" and split not in SPLITS:
+    if kind != "gpt2":  # of SentencePiece's, transformers makes one that cuts texts otherwise than llama.cpp
+        raise _unread(file, f"its tokenizer is of the kind {kind}, and only byte-level ones (gpt2) are known here")
+    if split not in SPLITS:
         raise _unread(file, f"its tokenizer splits texts as {split} does, which is not known here")
     if scaled != "none":
         raise _unread(file, f"its positions are scaled ({scaled}), which transformers does not read from a GGUF file")
@@ -88,12 +92,9 @@ def _write_tokenizer(file: Path, folder: Path) -> None:
         config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
         with torch.device("meta"):
             wanted = len(list(AutoModelForCausalLM.from_config(config).parameters()))
-        if kind == "gpt2":
-            backend = _byte_level_tokenizer(fields, SPLITS[split])
-        else:
-            backend = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).backend_tokenizer
-    if len(reader.tensors) != wanted:  # transformers passes over a tensor that it does not know
-        raise _unread(file, f"it holds {len(reader.tensors)} tensors, and transformers has a place for {wanted}")
+        backend = _byte_level_tokenizer(fields, SPLITS[split])
+    if tensors != wanted:  # transformers passes over a tensor that it does not know
+        raise _unread(file, f"it holds {tensors} tensors, and transformers has a place for {wanted}")
     ids = {name: fields.get(f"tokenizer.ggml.{key}_token_id") for name, key in SPECIAL_TOKENS.items()}
     tokens = {name: fields["tokenizer.ggml.tokens"][index] for name, index in ids.items() if index is not None}
     settings = {"model_max_length": config.max_position_embeddings, "chat_template": fields.get(CHAT_TEMPLATE)}
@@ -124,10 +125,14 @@ def _byte_level_tokenizer(fields: dict[str, Any], split: str) -> Tokenizer:
 
 
 def _write_weights(file: Path, folder: Path, dtype: str) -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, modeling_gguf_pytorch_utils
     from transformers.utils import logging
 
-    shutil.copytree(tokenizer_folder(file), folder)
+    # Of the bars of transformers, this alone is not switched off by disable_progress_bar().
+    vars(modeling_gguf_pytorch_utils)["tqdm"] = logging.tqdm
+    folder.mkdir()
+    for part in tokenizer_folder(file).iterdir():
+        shutil.copyfile(part, folder / part.name)  # its contents alone: the cache may be one that may only be read
     config, level = AutoConfig.from_pretrained(folder, dtype=getattr(torch, dtype)), logging.get_verbosity()
     options: dict[str, Any] = {
         "output_loading_info": True,
@@ -153,7 +158,8 @@ def _write_weights(file: Path, folder: Path, dtype: str) -> None:
     model.save_pretrained(folder)
 
 
-def _read(file: Path) -> GGUFReader:
+def _read(file: Path) -> tuple[dict[str, Any], int]:
+    """What a file says of itself, and how many tensors it holds."""
     try:
         import accelerate  # noqa: F401
         from gguf import GGUFReader
@@ -165,7 +171,8 @@ def _read(file: Path) -> GGUFReader:
         if opened.read(4) != b"GGUF":
             raise OSError(f"{file} is no GGUF file; give one, or the folder of a transformers checkpoint")
     try:
-        return GGUFReader(file)
+        reader = GGUFReader(file)
+        return {name: field.contents() for name, field in reader.fields.items()}, len(reader.tensors)
     except (ArithmeticError, LookupError, MemoryError, ValueError) as error:
         raise OSError(f"{file} is damaged or was cut short ({error}); get it again") from error
 
@@ -186,23 +193,34 @@ def _reasons(file: Path) -> Iterator[None]:
 def _kept(name: str, write: Callable[[Path], None]) -> Path:
     """The folder of that name in the cache; ``write`` makes it, whole or not at all, where it is not there yet."""
     where = cache_folder("gguf") or Path(_temporary().name)
+    if not (where / name).is_dir():
+        try:
+            where.mkdir(parents=True, exist_ok=True)
+            (where / f".{name}.lock").touch()
+        except OSError:
+            where = Path(_temporary().name)
+        with FileLock(where / f".{name}.lock"):  # several processes of one run ask for it at once
+            if not (where / name).is_dir():
+                _write(where, name, write)
+    with suppress(OSError):  # in a cache that may only be read
+        os.utime(where / name)
+    return where / name
+
+
+def _write(where: Path, name: str, write: Callable[[Path], None]) -> None:
+    new = where / f".{name}.new"
+    shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
     try:
-        where.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        where = Path(_temporary().name)
-    folder = where / name
-    with FileLock(where / f".{name}.lock"):  # several processes of one run ask for it at once
-        if not folder.is_dir():
-            with TemporaryDirectory(dir=where, prefix=f".{name}.") as beside:
-                write(new := Path(beside) / "new")
-                new.rename(folder)
-        os.utime(folder)
-    kept = sorted(where.glob("[!.]*"), key=lambda entry: entry.stat().st_mtime, reverse=True)
-    sizes = accumulate(sum(file.stat().st_size for file in entry.iterdir()) for entry in kept)
-    for entry, total in zip(kept, sizes, strict=True):
-        if total > CACHE_LIMIT and entry != folder:
-            shutil.rmtree(entry, ignore_errors=True)
-    return folder
+        write(new)
+        new.rename(where / name)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    with suppress(FileNotFoundError):  # another process may clear up too
+        kept = sorted(where.glob("[!.]*"), key=lambda entry: entry.stat().st_mtime, reverse=True)
+        sizes = accumulate(sum(file.stat().st_size for file in entry.iterdir()) for entry in kept)
+        for entry, total in zip(kept, sizes, strict=True):
+            if total > CACHE_LIMIT and entry.name[:16] != name[:16]:  # what is in use may be larger than the limit
+                shutil.rmtree(entry, ignore_errors=True)
 
 
 @cache

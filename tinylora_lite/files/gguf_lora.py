@@ -40,7 +40,7 @@ def export_gguf(
 
     Raises:
         FileExistsError: the folder is a file, or holds anything else. It is untouched then.
-        ValueError: another kind of model, a module that llama.cpp has no name for, an unknown dtype, a value that is
+        ValueError: another kind of model, a module that llama.cpp has no place for, an unknown dtype, a value that is
             not finite or that ``dtype`` cannot hold, or the model is gone.
         ImportError: gguf is missing.
     """
@@ -67,8 +67,9 @@ def export_gguf(
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", float(adapter.config.rank))
         for module in adapter.names:
-            if (name := names.get_name(module)) is None:
-                raise ValueError(f"llama.cpp has no name for {module}; leave it out of target_modules")
+            name = names.get_name(module)
+            if name is None or (name == "output" and config.tie_word_embeddings):  # it has the embeddings alone then
+                raise ValueError(f"llama.cpp has no place for {module}; leave it out of target_modules")
             A, B = lora_matrices(adapter, module, dtype)
             if architecture == "llama" and name.endswith(("attn_q", "attn_k")):
                 query = name.endswith("attn_q")
