@@ -82,6 +82,9 @@ def test_a_test_keeps_its_answers_and_what_each_earned_beside_the_record(checkpo
         assert all(earned == "0" or worth for earned, worth in zip(kept["strict"], right, strict=True))
 
 
+FLOOR = Trial(base="smollm2-135m", method="none", task="words-1", learning_rate=0.0, seed=100, split="validation")
+
+
 @pytest.mark.parametrize(
     ("accuracy", "chosen"),
     [
@@ -92,23 +95,32 @@ def test_a_test_keeps_its_answers_and_what_each_earned_beside_the_record(checkpo
     ],
 )
 def test_a_rate_is_not_taken_beside_one_that_diverges(tmp_path, accuracy, chosen):
-    point, store = Cautious("x", Trial(), (0.05, 0.1, 0.2), 2, sweep_seeds=2, reach=1, sweep_from=100), Store(tmp_path)
-    while point.rate(store) is None:
-        for trial in point.sweep(point.swept(store)[0]):
+    trial, store = Trial(base="smollm2-135m", task="words-1"), Store(tmp_path)
+    point = Cautious("x", trial, (0.05, 0.1, 0.2), 2, sweep_seeds=2, reach=1, sweep_from=100)
+    while trials := missing(point, store):
+        for trial in trials:
             assert trial.seed in (100, 101)
-            value = accuracy.get(trial.learning_rate, 0.0)
-            store.add(trial, {"scores": {"sampled": {"accuracy": value}}, "curve": [0.2]})
+            store.add(trial, {"scores": {"sampled": {"accuracy": accuracy.get(trial.learning_rate, 0.0)}}})
+    assert point.rate(store) is None  # until it is known what the untrained model has
+    store.add(FLOOR, {"scores": {"sampled": {"accuracy": 0.2}}})
     assert point.rate(store) == chosen
+
+
+@pytest.mark.parametrize(("name", "base", "task"), [("smollm2", "smollm2-135m", 1), ("qwen", "qwen2.5-coder-0.5b", 2)])
+def test_the_sweep_of_prompts_scores_what_a_rate_is_compared_with(name, base, task):
+    best = {point.label: point for point in claim_of(f"real-{name}").points}["untrained, best of five prompts"]
+    assert replace(FLOOR, base=base, task=f"words-{task}") in best.sweep(best.rates)
 
 
 def filled(claim, tmp_path, digits):
     """A store with the runs of the compared points; ``digits`` says which test problems a point's seed gets right."""
     store, points = Store(tmp_path), {point.label: point for point in claim.points}
+    store.add(FLOOR, {"scores": {"sampled": {"accuracy": 0.2}}})
     for label in ("untrained", "13 random", "LoRA, r = 1"):
         point = points[label]
         while point.rate(store) is None:
             for trial in point.sweep(point.swept(store)[0]):
-                store.add(trial, {"scores": {"sampled": {"accuracy": 0.2}}, "curve": [0.2]})
+                store.add(trial, {"scores": {"sampled": {"accuracy": 0.2}}})
         for trial in point.tests(point.rate(store)):
             right = digits(label, trial.seed)
             scores = {"sampled": {"accuracy": 0.9}, "greedy": {"accuracy": 0.8, "lenient": right.count("1") / 1000}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from tinylora_lite.lab.claim import Claim, Point, Verdict
@@ -22,22 +23,28 @@ STEERING, LOGITS = (0.01, 0.02, 0.04), (0.05, 0.1, 0.2)
 """Learning rates of a steering vector and of biases of logits."""
 
 
-def diverged(record: Record) -> bool:
-    """Whether a sweep run ended in NaN, or below half of what the untrained model earned in its first step."""
-    return bool(record.get("diverged")) or record["scores"]["sampled"]["accuracy"] < record["curve"][0] / 2
+def diverged(record: Record, untrained: Record) -> bool:
+    """Whether a sweep run ended in NaN, or below half of what the untrained model has on the same problems."""
+    ours, floor = (found["scores"]["sampled"]["accuracy"] for found in (record, untrained))
+    return bool(record.get("diverged")) or ours < floor / 2
 
 
 class Cautious(Point):
-    """A point that takes no learning rate at which, or at the next larger of which, a run of the sweep diverged."""
+    """A point that takes no learning rate at which, or at the next larger of which, a run of the sweep diverged.
+
+    What the untrained model has is a record of another point: of the sweep of prompts.
+    """
 
     def rate(self, store: Store) -> Any:
         """The best of the rates that are left; the smallest of all where none is."""
         if self.like is not None or not self.rates:
             return super().rate(store)
         rates, best = self.swept(store)
-        if best is None:
+        floor = Trial(base=self.trial.base, method="none", task=self.trial.task, learning_rate=0.0)
+        untrained = store.get(replace(floor, seed=SWEPT, split="validation"))
+        if best is None or untrained is None:
             return None
-        ended = [any(map(diverged, store.of(self.sweep([rate])))) for rate in rates]
+        ended = [any(diverged(record, untrained) for record in store.of(self.sweep([rate]))) for rate in rates]
         safe = [r for r, own, above in zip(rates, ended, [*ended[1:], False], strict=True) if not own and not above]
         return max(safe or rates[:1], key=lambda rate: self.sweep_accuracy(rate, store) or 0.0)
 
@@ -81,9 +88,9 @@ def registered(name: str, order: int, base: str, task: str, seeds: int, tie: int
     logit = Point("one logit", favoured, (0.5, 1.0, 2.0, 4.0), seeds, sweep_seeds=2, reach=1, **chosen)
     searched = thirteen.varied("13 random, best of 20 draws of v", method="search", rates=NORMS["random"])
     points = (
-        *(untrained, thirteen, each, lora, calibrated),
+        *(untrained, best, thirteen, each, lora, calibrated),
         *(untrained.varied(f"untrained, temperature {t:g}", temperature=t) for t in (0.3, 0.5, 0.7)),
-        *(best, logit),
+        logit,
         *beside(thirteen),
         *beside(each),
         *(fork, untied),
