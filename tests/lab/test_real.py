@@ -15,7 +15,7 @@ from tinylora_lite.lab.claims import claim_of
 from tinylora_lite.lab.estimate import Estimate
 from tinylora_lite.lab.plan import missing
 from tinylora_lite.lab.real import load_base
-from tinylora_lite.lab.registered import Cautious, over_sums, paired
+from tinylora_lite.lab.registered import Cautious, choice_and_sum, over_sums, paired
 from tinylora_lite.lab.store import Store
 from tinylora_lite.lab.tasks import task_of
 from tinylora_lite.lab.trial import LINES, REAL, Trial, settings_of
@@ -183,6 +183,16 @@ def test_over_sums_that_all_differ_the_interval_is_students(tmp_path, monkeypatc
     found = over_sums(thirteen, base, store)
     expected = Estimate.of_differences(found.values)
     assert (found.mean, found.low, found.high) == pytest.approx((expected.mean, expected.low, expected.high))
+
+
+def test_a_gain_is_split_into_the_choice_of_operators_and_the_sums(tmp_path):
+    claim, store = claim_of("real-smollm2"), Store(tmp_path)
+    problems, base = task_of("words-1", "any").test, claim.points[0]
+    texts = [example.solution or "" for example in problems]
+    texts[:200] = ["1 / 2 = 3\n#### 3"] * 200  # another operator, and right for all that
+    record = {"scores": {}, "answers": {"greedy": {"texts": texts, "lenient": "1" * 400 + "0" * 600}}}
+    store.add(base.tests(base.rate(store))[0], record)
+    assert choice_and_sum(base, store) == pytest.approx((0.8, 200 / 800))
 
 
 def test_what_trains_nothing_is_chosen_by_greedy_answers_and_may_be_a_prompt(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -96,7 +97,8 @@ def registered(name: str, order: int, base: str, task: str, seeds: int, tie: int
         *(fork, untied),
         *(untrained.varied(f"untrained, {kind}", task=f"{task}, {kind}") for kind in ("prose", "plain")),
         *(p.varied(f"{p.label}, prose", task=f"{task}, prose", like=p, seeds=3) for p in (thirteen, each)),
-        *(p.varied(f"{p.label}, by imitation", method="sft", like=p, seeds=3) for p in (thirteen, each)),
+        # As many worked answers as GRPO samples, and rates of its own.
+        *(p.varied(f"{p.label}, by imitation", method="sft", prompts=8 * PROMPTS, seeds=3) for p in (thirteen, each)),
         searched,
         shape("steering vector", STEERING, numbers="steering vector"),
         shape("a bias of every logit", LOGITS, 2, numbers="logits"),
@@ -132,6 +134,32 @@ def paired(point: Point, base: Point, store: Store) -> Estimate:
     """The difference of greedy accuracy, read leniently, on the same problems: Student's interval over draws of P."""
     (floor,) = (record["scores"]["greedy"]["lenient"] for record in base.records(store))
     return Estimate.of_differences([r["scores"]["greedy"]["lenient"] - floor for r in point.records(store)])
+
+
+def operators(text: str) -> list[str]:
+    r"""The operators of an answer in their order, those after ``####`` left out.
+
+    >>> operators("24 x 2 = 48 shells\n48 - 3 = 45\n#### 45")
+    ['*', '-']
+    """
+    found = re.findall(r"(?<=\s)[-+*/x\u00d7÷](?=\s)", text.partition("####")[0])
+    return ["*" if sign in "x\u00d7" else sign for sign in found]
+
+
+def choice_and_sum(point: Point, store: Store) -> tuple[float, float]:
+    """Of greedy answers, the share with the worked answer's operators, and of these the share that is right, leniently.
+
+    Over all draws together. Raises ``OSError`` where no answers were kept.
+    """
+    from tinylora_lite.lab.tasks import task_of
+
+    problems = task_of(point.trial.task, point.trial.base).test
+    chosen: list[int] = []
+    trials = [trial for trial in point.tests(point.rate(store)) if trial in store]
+    for kept in (store.answers(trial)["greedy"] for trial in trials):
+        answers = zip(problems, kept["texts"], kept["lenient"], strict=True)
+        chosen += [int(earned) for p, text, earned in answers if operators(text) == operators(p.solution or "")]
+    return len(chosen) / (len(trials) * len(problems)), sum(chosen) / max(1, len(chosen))
 
 
 def over_sums(point: Point, base: Point, store: Store) -> Estimate:
