@@ -20,7 +20,7 @@ SWEPT = 100
 """The first seed of the sweeps, which no reported run has."""
 NORMS = {"random": (0.125, 0.25, 0.5), "LoRA-XS": (1.0, 2.0, 4.0)}
 """Of random v, to be compared with what training ends at. At 1, thirteen random numbers leave no answer right."""
-STEERING, LOGITS = (0.01, 0.02, 0.04), (0.05, 0.1, 0.2)
+STEERING, LOGITS = (0.02, 0.04, 0.08), (0.05, 0.1, 0.2)
 """Learning rates of a steering vector and of biases of logits."""
 
 
