@@ -26,67 +26,70 @@ class Point:
     Attributes:
         label: names it in the figure.
         trial: its settings; learning rate, seed and split are filled in.
-        rates: the learning rates to start from. Empty: the trial's own rate, no sweep.
+        rates: the learning rates to start from, or the values of ``varies``. Empty: the trial's own rate, no sweep.
         seeds: how many the test split sees.
         sweep_seeds: how many the validation split sees for each rate.
         like: another point, whose chosen learning rate this one takes instead of sweeping.
         reach: while the best rate is the smallest or the largest, the next one, a factor of two away, is tried too, up
-            to this many beyond the first and the last of ``rates``.
+            to this many beyond the first and the last of ``rates``; with 0 they need not be numbers.
         sweep_from: the first seed of the sweep; beyond ``seeds``, no reported seed has chosen its own rate.
+        varies: the setting that the sweep chooses.
+        by: the score of the validation records that it is chosen by.
     """
 
     label: str
     trial: Trial
-    rates: tuple[float, ...] = ()
+    rates: tuple[Any, ...] = ()
     seeds: int = 5
     sweep_seeds: int = 1
     like: Point | None = None
     reach: int = 6
     sweep_from: int = 0
+    varies: str = "learning_rate"
+    by: str = "sampled"
 
     def varied(self, label: str, **changes: Any) -> Point:
         """The same point under another label, with other attributes of its own or settings of its trial."""
         own = {name: changes.pop(name) for name in [f.name for f in fields(self)] if name in changes}
         return replace(self, label=label, trial=replace(self.trial, **changes), **own)
 
-    def sweep(self, rates: Iterable[float]) -> list[Trial]:
+    def sweep(self, rates: Iterable[Any]) -> list[Trial]:
         """The runs that compare learning rates, scored on the validation split."""
         return [
-            replace(self.trial, learning_rate=rate, seed=seed, split="validation")
+            replace(self.trial, **{self.varies: rate}, seed=seed, split="validation")
             for rate in rates
             for seed in range(self.sweep_from, self.sweep_from + self.sweep_seeds)
         ]
 
-    def tests(self, rate: float) -> list[Trial]:
+    def tests(self, rate: Any) -> list[Trial]:
         """The runs that are reported, scored on the test split."""
-        return [replace(self.trial, learning_rate=rate, seed=seed, split="test") for seed in range(self.seeds)]
+        return [replace(self.trial, **{self.varies: rate}, seed=seed, split="test") for seed in range(self.seeds)]
 
-    def sweep_accuracy(self, rate: float, store: Store) -> float | None:
+    def sweep_accuracy(self, rate: Any, store: Store) -> float | None:
         """The mean validation accuracy of a learning rate; ``None`` where not all its runs were made."""
-        accuracies = [record["scores"]["sampled"]["accuracy"] for record in store.of(self.sweep([rate]))]
+        accuracies = [record["scores"][self.by]["accuracy"] for record in store.of(self.sweep([rate]))]
         return sum(accuracies) / self.sweep_seeds if len(accuracies) == self.sweep_seeds else None
 
-    def swept(self, store: Store) -> tuple[list[float], float | None]:
+    def swept(self, store: Store) -> tuple[list[Any], Any]:
         """The rates that are compared so far, and the best of them; ``None`` where one of them still has to run."""
         rates = sorted(self.rates)
-        lowest, highest = rates[0] / 2**self.reach, rates[-1] * 2**self.reach
         while True:
             found = {rate: self.sweep_accuracy(rate, store) for rate in rates}
             if None in found.values():
                 return rates, None
             best = max(rates, key=lambda rate: found[rate] or 0.0)
-            if best == rates[0] and best / 2 >= lowest * 0.99:
+            if self.reach and best == rates[0] and best / 2 >= min(self.rates) / 2**self.reach * 0.99:
                 rates = [best / 2, *rates]
-            elif best == rates[-1] and best * 2 <= highest * 1.01:
+            elif self.reach and best == rates[-1] and best * 2 <= max(self.rates) * 2**self.reach * 1.01:
                 rates = [*rates, best * 2]
             else:
                 return rates, best
 
-    def rate(self, store: Store) -> float | None:
+    def rate(self, store: Store) -> Any:
         """The learning rate with the best validation accuracy; ``None`` while the sweep is not complete."""
         if self.like is not None:
             return self.like.rate(store)
-        return self.swept(store)[1] if self.rates else self.trial.learning_rate
+        return self.swept(store)[1] if self.rates else getattr(self.trial, self.varies)
 
     def records(self, store: Store) -> list[Record]:
         """The test records of the best learning rate, as far as they were run."""

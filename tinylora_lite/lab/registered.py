@@ -2,38 +2,50 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from typing import Any
 
 from tinylora_lite.lab.claim import Claim, Point, Verdict
 from tinylora_lite.lab.estimate import Estimate
 from tinylora_lite.lab.figures import side_by_side
 from tinylora_lite.lab.store import REAL_RESULTS, Record, Store
-from tinylora_lite.lab.trial import Trial
+from tinylora_lite.lab.trial import LINES, SHOTS, Trial
 
+HELPS, LITTLE = "They help", 0.05
+"""The word where both intervals are above zero, and below which gain the text says that they do not help much."""
 PROMPTS, STEPS = 16, 20
 """Problems of a step, each with 8 completions, and updates of a run."""
 SWEPT = 100
 """The first seed of the sweeps, which no reported run has."""
 NORMS = {"random": (0.125, 0.25, 0.5), "LoRA-XS": (1.0, 2.0, 4.0)}
 """Of random v, to be compared with what training ends at. At 1, thirteen random numbers leave no answer right."""
+STEERING, LOGITS = (0.02, 0.04, 0.08), (0.05, 0.1, 0.2)
+"""Learning rates of a steering vector and of biases of logits."""
 
 
-def diverged(record: Record) -> bool:
-    """Whether a sweep run ended in NaN, or below half of what the untrained model earned in its first step."""
-    return bool(record.get("diverged")) or record["scores"]["sampled"]["accuracy"] < record["curve"][0] / 2
+def diverged(record: Record, untrained: Record) -> bool:
+    """Whether a sweep run ended in NaN, or below half of what the untrained model has on the same problems."""
+    ours, floor = (found["scores"]["sampled"]["accuracy"] for found in (record, untrained))
+    return bool(record.get("diverged")) or ours < floor / 2
 
 
 class Cautious(Point):
-    """A point that takes no learning rate at which, or at the next larger of which, a run of the sweep diverged."""
+    """A point that takes no learning rate at which, or at the next larger of which, a run of the sweep diverged.
 
-    def rate(self, store: Store) -> float | None:
+    What the untrained model has is a record of another point: of the sweep of prompts.
+    """
+
+    def rate(self, store: Store) -> Any:
         """The best of the rates that are left; the smallest of all where none is."""
         if self.like is not None or not self.rates:
             return super().rate(store)
         rates, best = self.swept(store)
-        if best is None:
+        floor = Trial(base=self.trial.base, method="none", task=self.trial.task, learning_rate=0.0)
+        untrained = store.get(replace(floor, seed=SWEPT, split="validation"))
+        if best is None or untrained is None:
             return None
-        ended = [any(map(diverged, store.of(self.sweep([rate])))) for rate in rates]
+        ended = [any(diverged(record, untrained) for record in store.of(self.sweep([rate]))) for rate in rates]
         safe = [r for r, own, above in zip(rates, ended, [*ended[1:], False], strict=True) if not own and not above]
         return max(safe or rates[:1], key=lambda rate: self.sweep_accuracy(rate, store) or 0.0)
 
@@ -46,16 +58,15 @@ def registered(name: str, order: int, base: str, task: str, seeds: int, tie: int
         return Cautious(label, trial, rates, seeds, sweep_seeds=2, reach=1, sweep_from=SWEPT)
 
     def beside(point: Point) -> list[Point]:
-        """The controls of a shape: other rewards over three rates, and random v over three norms."""
-        centre = point.rates[1]
-        rewards = {"rewarded for the format": "format only", "rewarded at random": "unrelated"}
-        found = [
-            point.varied(
-                f"{point.label}, {what}, {r:g}", trained_on=f"{task}, {by}", learning_rate=r, rates=(), seeds=1
-            )
-            for what, by in rewards.items()
-            for r in (centre / 4, centre / 2, centre)
-        ]
+        """The controls of a shape: other rewards over three rates and its own, and random v over three norms."""
+        centre, found = point.rates[1], []
+        for what, by in {"rewarded for the format": "format only", "rewarded at random": "unrelated"}.items():
+            label, trained_on = f"{point.label}, {what}", f"{task}, {by}"
+            found += [
+                point.varied(f"{label}, {r:g}", trained_on=trained_on, learning_rate=r, rates=(), seeds=1)
+                for r in (centre / 4, centre / 2, centre)
+            ]
+            found.append(point.varied(f"{label}, its rate", trained_on=trained_on, like=point, seeds=1))
         return found + [
             point.varied(f"{point.label}, noise of norm {n:g}", method="noise", learning_rate=n, rates=(), seeds=2)
             for n in NORMS[point.trial.numbers]
@@ -71,24 +82,40 @@ def registered(name: str, order: int, base: str, task: str, seeds: int, tie: int
     )
     fork = shape("13 random, the fork's largest step", (), 2, n_tie=tie, learning_rate=0.0045)
     untied = shape("one a module, random", (0.01, 0.02, 0.04), n_tie=1)
+    chosen: dict[str, Any] = {"sweep_from": SWEPT, "by": "greedy"}
+    asked = (task, *(f"{task}, {kind}" for kind in (*LINES, *SHOTS)))
+    best = untrained.varied("untrained, best of five prompts", rates=asked, varies="task", reach=0, **chosen)
+    favoured = Trial(base=base, task=task, method="one logit", numbers="logits", prompts=PROMPTS, steps=8)
+    logit = Point("one logit", favoured, (0.5, 1.0, 2.0, 4.0), seeds, sweep_seeds=2, reach=1, **chosen)
+    searched = thirteen.varied("13 random, best of 20 draws of v", method="search", rates=NORMS["random"])
     points = (
-        *(untrained, thirteen, each, lora, calibrated),
+        *(untrained, best, thirteen, each, lora, calibrated),
+        *(untrained.varied(f"untrained, temperature {t:g}", temperature=t) for t in (0.3, 0.5, 0.7)),
+        logit,
         *beside(thirteen),
         *beside(each),
         *(fork, untied),
         *(untrained.varied(f"untrained, {kind}", task=f"{task}, {kind}") for kind in ("prose", "plain")),
         *(p.varied(f"{p.label}, prose", task=f"{task}, prose", like=p, seeds=3) for p in (thirteen, each)),
-        *(p.varied(f"{p.label}, by imitation", method="sft", like=p, seeds=3) for p in (thirteen, each)),
+        # As many worked answers as GRPO samples, and rates of its own.
+        *(p.varied(f"{p.label}, by imitation", method="sft", prompts=8 * PROMPTS, seeds=3) for p in (thirteen, each)),
+        searched,
+        shape("steering vector", STEERING, numbers="steering vector"),
+        shape("a bias of every logit", LOGITS, 2, numbers="logits"),
     )
 
     def judge(store: Store) -> Verdict:
-        gain = paired(thirteen, untrained, store)
+        gain, sums = paired(thirteen, untrained, store), over_sums(thirteen, untrained, store)
         most = paired(lora, untrained, store)
-        ours = f"13 random over untrained by {gain.as_points()}; LoRA r = 1 by {most.as_points()}"
+        low, high = min(gain.low, sums.low), max(gain.high, sums.high)
+        word = HELPS if low > 0 else "They harm" if high < 0 else "Undecided"
+        much = ", and not by much within this budget" if word == "Undecided" and high < LITTLE else ""
+        over = f"13 random over untrained by {gain.as_points()} over draws of P, {sums.as_points()} over sums"
+        ours = f"{word}{much}: {over}; LoRA r = 1 by {most.as_points()}"
         if most.low > 0:
             ours += f"; share {gain.mean / most.mean:.0%}"
         # The paper claims nothing of 13 numbers at this size, so a null result speaks against none of its sentences.
-        return Verdict(ours + ".", "reproduced" if gain.low > 0 else "not testable at this size")
+        return Verdict(ours + ".", "reproduced" if word == HELPS else "not testable at this size")
 
     return Claim(
         name=name,
@@ -107,3 +134,60 @@ def paired(point: Point, base: Point, store: Store) -> Estimate:
     """The difference of greedy accuracy, read leniently, on the same problems: Student's interval over draws of P."""
     (floor,) = (record["scores"]["greedy"]["lenient"] for record in base.records(store))
     return Estimate.of_differences([r["scores"]["greedy"]["lenient"] - floor for r in point.records(store)])
+
+
+def operators(text: str) -> list[str]:
+    r"""The operators of an answer in their order, those after ``####`` left out.
+
+    >>> operators("24 x 2 = 48 shells\n48 - 3 = 45\n#### 45")
+    ['*', '-']
+    """
+    found = re.findall(r"(?<=\s)[-+*/x\u00d7÷](?=\s)", text.partition("####")[0])
+    return ["*" if sign in "x\u00d7" else sign for sign in found]
+
+
+def choice_and_sum(point: Point, store: Store) -> tuple[float, float]:
+    """Of greedy answers, the share with the worked answer's operators, and of these the share that is right, leniently.
+
+    Over all draws together. Raises ``OSError`` where no answers were kept.
+    """
+    from tinylora_lite.lab.tasks import task_of
+
+    problems = task_of(point.trial.task, point.trial.base).test
+    chosen: list[int] = []
+    trials = [trial for trial in point.tests(point.rate(store)) if trial in store]
+    for kept in (store.answers(trial)["greedy"] for trial in trials):
+        answers = zip(problems, kept["texts"], kept["lenient"], strict=True)
+        chosen += [int(earned) for p, text, earned in answers if operators(text) == operators(p.solution or "")]
+    return len(chosen) / (len(trials) * len(problems)), sum(chosen) / max(1, len(chosen))
+
+
+def over_sums(point: Point, base: Point, store: Store) -> Estimate:
+    """The same difference, with its interval over the sums that the test problems ask for.
+
+    Problems of one sum are answered alike, so they are no independent tests: the error is the cluster-robust one
+    (Liang and Zeger, 1986, with G / (G - 1)), and Student's t has G - 1 degrees of freedom for G sums. A run that
+    diverged counts as wrong throughout. Raises ``OSError`` where no answers were kept.
+    """
+    import numpy as np
+    from scipy import stats
+
+    from tinylora_lite.lab.tasks import task_of  # here, as it imports torch
+
+    problems = task_of(point.trial.task, point.trial.base).test
+
+    def right(of: Point) -> np.ndarray:
+        """The mean over draws for each problem, ``[problems]`` float64."""
+        trials = [trial for trial in of.tests(of.rate(store)) if trial in store]
+        wrong = "0" * len(problems)
+        earned = [wrong if store[t].get("diverged") else store.answers(t)["greedy"]["lenient"] for t in trials]
+        means: np.ndarray = np.array([list(map(int, digits)) for digits in earned], dtype=float).mean(axis=0)
+        return means
+
+    change = right(point) - right(base)
+    sums = np.unique([problem.solution or problem.prompt for problem in problems], return_inverse=True)[1]
+    mean, G = float(change.mean()), int(sums.max()) + 1
+    apart = np.bincount(sums, weights=change - mean)
+    error = float(np.sqrt(G / (G - 1) * (apart**2).sum())) / len(change)
+    half = float(stats.t.ppf(0.975, G - 1)) * error
+    return Estimate(mean, mean - half, mean + half, tuple(change.tolist()))

@@ -24,6 +24,7 @@ from tinylora_lite.adapter.batched import Population, attach_population
 from tinylora_lite.adapter.weights import base_fingerprint
 from tinylora_lite.evaluation.evaluate import evaluate, evaluate_population
 from tinylora_lite.evaluation.score import Score
+from tinylora_lite.lab.baselines import added_vector, favour_one_logit, search_v, train_added
 from tinylora_lite.lab.bases import config_of
 from tinylora_lite.lab.claim import Claim
 from tinylora_lite.lab.directions import factors_along
@@ -208,7 +209,7 @@ def _alone(trial: Trial) -> Record:
     task = task_of(trial.trained_on or trial.task, trial.base)
     run, v = Run(trial.method, {"seed": trial.seed}, trial.numbers, 0, task.name), torch.zeros(0)
     try:
-        if trial.method in ("noise", "es"):
+        if trial.method in ("noise", "es", "search"):
             config = config_of(trial)
             if trial.method == "es":
                 run, v = train_es(model, tokenizer, config, task, settings_of(trial), progress=False)
@@ -216,10 +217,16 @@ def _alone(trial: Trial) -> Record:
             if trial.method == "noise":
                 v = torch.randn(adapter.vectors.shape, generator=torch.Generator().manual_seed(trial.seed))
                 v, run.parameters = v * (trial.learning_rate / v.norm()), adapter.num_parameters
+            elif trial.method == "search":
+                run, v = search_v(model, tokenizer, adapter, task, settings_of(trial))
             with torch.no_grad():
                 adapter.vectors.copy_(v)
         elif trial.numbers == "LoRA":
             run = train_lora(model, tokenizer, task, settings_of(trial), rank=trial.rank, folder=folder)
+        elif trial.method == "one logit":
+            run, v = favour_one_logit(model, tokenizer, task, settings_of(trial))
+        elif trial.numbers in ("steering vector", "logits"):
+            run = train_added(model, tokenizer, task, settings_of(trial), trial.numbers, folder)
         elif trial.method != "none":
             own = None if trial.numbers == "all weights" else attach(model, config_of(trial))
             (run,) = train([trial], model, tokenizer, own, folder=folder)
@@ -247,8 +254,12 @@ def _scored(trial: Trial) -> list[tuple[str, dict[str, Any]]]:
         options |= {"seed": 0, "batch_size": BATCH}
     scored = options | {"task": task_of(trial.task, trial.base)}
     sampled = scored | ({"samples": trial.samples} if trial.samples > 1 else {})
+    sampled |= {"temperature": trial.temperature}
     if trial.split == "validation":
-        return [("sampled", sampled | {"problems": SWEEP_PROBLEMS})]
+        found = [("sampled", sampled | {"problems": SWEEP_PROBLEMS})]
+        # What trains nothing is chosen by greedy answers, which cost little beside a run.
+        greedy = ("greedy", scored | {"temperature": 0.0, "problems": SWEEP_PROBLEMS})
+        return [*found, greedy] if trial.method in ("none", "one logit") else found
     old = [("old skill", options | {"task": task_of("nano", trial.base)})] if trial.task in NEW_SKILLS else []
     return [("sampled", sampled), ("greedy", scored | {"temperature": 0.0}), *old]
 
@@ -279,12 +290,14 @@ def _styles(score: Score) -> Record:
 def _diverged(trial: Trial) -> Record:
     """The record of a run that ended in NaN: no answer of such a model is right."""
     model, _ = load_base(trial.base)
-    if trial.numbers in ("all weights", "LoRA"):
+    if trial.numbers in ("steering vector", "logits"):
+        parameters = 1 if trial.method == "one logit" else added_vector(model, trial.numbers).numel()
+    elif trial.numbers in ("all weights", "LoRA"):
         parameters = count_parameters(model, "full" if trial.numbers == "all weights" else "lora", rank=trial.rank)
     else:
         parameters = attach(model, config_of(trial)).num_parameters
     run = Run(trial.method, {}, trial.numbers, parameters, trial.task)
-    if trial.method in ("grpo", "es"):
+    if trial.method in ("grpo", "es", "search"):
         run.steps = [{"reward": 0.0}] * trial.steps
     nothing = {"accuracy": 0.0, "low": 0.0, "high": 0.0, "n": 0, "samples": 1, "lenient": 0.0}
     scores = {name: nothing for name, _ in _scored(trial)}
@@ -292,7 +305,7 @@ def _diverged(trial: Trial) -> Record:
 
 
 def _record(run: Run, v: Tensor, scores: dict[str, Score]) -> Record:
-    sampled = run.steps if run.method in ("grpo", "es") else []
+    sampled = run.steps if run.method in ("grpo", "es", "search") else []
     return {
         "parameters": run.parameters,
         "scores": {name: score.details() for name, score in scores.items()},

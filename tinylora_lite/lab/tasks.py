@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -12,9 +12,10 @@ from tinylora_lite import nano
 from tinylora_lite.adapter.weights import base_fingerprint
 from tinylora_lite.evaluation.evaluate import evaluate
 from tinylora_lite.lab.real import kept, load_base
+from tinylora_lite.lab.trial import LINES, SHOTS
 from tinylora_lite.nano import variants
 from tinylora_lite.nano.writers import WRITERS
-from tinylora_lite.tasks.task import Task
+from tinylora_lite.tasks.task import Example, Task
 from tinylora_lite.utils.record import atomic_write
 
 SAMPLES = 4
@@ -27,9 +28,12 @@ def words(steps: int, kind: str = "") -> Task:
     """The word problems for real models, after two worked examples.
 
     ``kind`` is ``"plain"``, without examples and with a lenient reward; ``"prose"``, examples without a format, and a
-    lenient reward; ``"format only"`` or ``"unrelated"``, as the controls of the nano task.
+    lenient reward; ``"format only"`` or ``"unrelated"``, as the controls of the nano task; or one of ``LINES`` and
+    ``SHOTS``.
     """
     task = nano.word_problems(steps, prose=kind == "prose")
+    if kind in LINES:
+        task = told(task, LINES[kind])
     formatted = task.formatted or bool
     rewards = {
         "plain": task.lenient or task.reward,
@@ -37,7 +41,16 @@ def words(steps: int, kind: str = "") -> Task:
         "unrelated": variants.unrelated_reward,
     }
     asked = replace(task, name=f"{task.name} {kind}".strip(), reward=rewards.get(kind, task.reward))
-    return replace(asked, lenient=None, formatted=None) if kind == "plain" else asked.with_shots(2)
+    return replace(asked, lenient=None, formatted=None) if kind == "plain" else asked.with_shots(SHOTS.get(kind, 2))
+
+
+def told(task: Task, line: str) -> Task:
+    """The task with a line of instruction before every problem."""
+
+    def lead(examples: Sequence[Example]) -> tuple[Example, ...]:
+        return tuple(replace(example, prompt=f"{line}\n{example.prompt}") for example in examples)
+
+    return replace(task, train=lead(task.train), validation=lead(task.validation), test=lead(task.test))
 
 
 TASKS: dict[str, Callable[[], Task]] = {
@@ -54,7 +67,7 @@ TASKS: dict[str, Callable[[], Task]] = {
     **{
         f"words-{steps}{', ' * bool(kind)}{kind}": partial(words, steps, kind)
         for steps in (1, 2)
-        for kind in ("", "plain", "prose", "format only", "unrelated")
+        for kind in ("", "plain", "prose", "format only", "unrelated", *LINES, *SHOTS)
     },
 }
 

@@ -12,8 +12,8 @@ from tinylora_lite.training.settings import GRPOSettings, SFTSettings
 if TYPE_CHECKING:
     from tinylora_lite.adapter.config import Sigma
 
-Method = Literal["grpo", "sft", "es", "none", "noise"]
-Numbers = Literal["random", "calibrated", "LoRA-XS", "LoRA", "all weights"]
+Method = Literal["grpo", "sft", "es", "none", "noise", "search", "one logit"]
+Numbers = Literal["random", "calibrated", "LoRA-XS", "LoRA", "steering vector", "logits", "all weights"]
 
 DRAWN = ("rotated", "activations", "Fisher")
 """Directions that depend on a seed."""
@@ -26,6 +26,14 @@ REAL = {
 }
 """The real pretrained models that can be a base, and the SHA-256 of the GGUF file that each is read from."""
 
+LINES = {
+    "told to write": "Write the calculation on one line, and the answer after ####.",
+    "told to choose": "Decide whether to add, to subtract or to multiply. Then calculate.",
+}
+"""Instructions before every problem, worked examples included: other prompts for the untrained model."""
+SHOTS = {"four shown": 4, "eight shown": 8}
+"""How many worked examples still other prompts have, in place of two."""
+
 BASE = "qwen2-0.4m"
 """The base that carries the sweeps: the smallest of the family."""
 
@@ -36,10 +44,12 @@ class Trial:
 
     Attributes:
         base: the name of a shipped base, or of one of ``REAL``.
-        method: ``"grpo"``, ``"sft"``, ``"es"`` (an evolution strategy), ``"none"`` (the untouched base), or ``"noise"``
-            (v is drawn at random, and ``learning_rate`` is its norm).
+        method: ``"grpo"``, ``"sft"``, ``"es"`` (an evolution strategy), ``"none"`` (the untouched base), ``"noise"``
+            (v is drawn at random, and ``learning_rate`` is its norm), ``"search"`` (the best of as many such v as there
+            are steps), or ``"one logit"`` (``learning_rate`` is the size of its bias). The last two are
+            :mod:`tinylora_lite.lab.baselines`.
         numbers: what trains: v on random directions (the paper) or calibrated ones, all entries of R (LoRA-XS), PEFT's
-            LoRA, or all weights.
+            LoRA, a steering vector, a bias of the logits, or all weights.
         rank, u, n_tie, sigma: of the adapter (:class:`~tinylora_lite.TinyLoraConfig`).
         tying: the adapter's, or ``"attention, MLP"``: one vector for each of the two.
         directions: which singular directions are kept, one of ``DIRECTIONS``.
@@ -55,6 +65,7 @@ class Trial:
         prompts: problems of a step; 0 is 32, each with 8 completions, and of SFT 64 demonstrations.
         samples: answers to each problem that the result is scored on. With more than one, pass@k and the share of each
             writer's style are recorded too; only a trial that runs by itself can have them.
+        temperature: of the sampled answers that the result is scored on; greedy ones are scored beside them.
     """
 
     base: str = BASE
@@ -77,6 +88,7 @@ class Trial:
     split: str = "test"
     prompts: int = 0
     samples: int = 1
+    temperature: float = 1.0
 
     @property
     def key(self) -> str:
@@ -99,7 +111,8 @@ class Trial:
     def batch(self) -> Trial | None:
         """What trials of one population have in common; ``None`` for a trial that runs by itself."""
         # The run of a population cannot go on after an interruption, and one of a real model takes half an hour.
-        if self.method not in ("grpo", "sft") or self.numbers in ("LoRA", "all weights") or self.base in REAL:
+        adapted = self.numbers in ("random", "calibrated", "LoRA-XS")
+        if self.method not in ("grpo", "sft") or not adapted or self.base in REAL:
             return None
         return replace(
             self.shape(),
