@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinylora_lite import Basis, TinyLoraConfig, attach, lora_xs
+from tinylora_lite.adapter.attached import adapter_of
 from tinylora_lite.adapter.layer import random_projection
 from tinylora_lite.adapter.tying import MODULE_TYPES, find_target_modules, groups_of
-from tinylora_lite.adapter.weights import adapter_of
 
 TOKENS = torch.arange(2, 18).reshape(2, 8)
 

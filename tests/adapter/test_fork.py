@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tinylora_lite as tl
-from tinylora_lite.adapter.batched import rows_of
+from tinylora_lite.adapter.attached import rows_of
 from tinylora_lite.adapter.layer import random_projection
 
 FORK = tl.TinyLoraConfig(rank=2, u=3, n_tie=4, sigma="right", projection="shared", scale=16.0, init_std=1e-2)

@@ -9,8 +9,8 @@ import torch
 
 import tinylora_lite as tl
 from tinylora_lite import nano
-from tinylora_lite.adapter.batched import Population, rows_of
-from tinylora_lite.adapter.weights import adapter_of
+from tinylora_lite.adapter.attached import adapter_of, rows_of
+from tinylora_lite.adapter.batched import Population
 from tinylora_lite.training.grpo import GRPO
 from tinylora_lite.training.loop import fit
 from tinylora_lite.training.sft import SFT
@@ -253,7 +253,7 @@ def test_what_cannot_be_is_refused_and_leaves_the_model_untouched(base):
         fit(GRPO(model, tokenizer, population, TASK, [SETTINGS] * 2), folder="x")
     with pytest.raises(ValueError, match="2 adapters, and there are settings for 1"):
         tl.train_grpo(model, tokenizer, population, TASK, SETTINGS)
-    with pytest.raises(RuntimeError, match=r"adapters are set for none; call it inside .*batched\.rows_of"):
+    with pytest.raises(RuntimeError, match=r"adapters are set for none; call it inside .*attached\.rows_of"):
         tl.evaluate(model, tokenizer, TASK, split="validation")
     ids = torch.ones(2, 3, dtype=torch.long)
     with pytest.raises(RuntimeError, match="given 2 rows, but adapters are set for none"):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen2ForCausalLM
 
 from tinylora_lite import AdapterFileError, TinyLoraConfig, attach, attach_population, load, save
-from tinylora_lite.adapter.batched import rows_of
+from tinylora_lite.adapter.attached import rows_of
 from tinylora_lite.adapter.tying import MODULE_TYPES, find_target_modules
 from tinylora_lite.adapter.weights import (
     base_fingerprint,

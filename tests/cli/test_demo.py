@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 import tinylora_lite as tl
 from tinylora_lite import nano
+from tinylora_lite.adapter.attached import adapter_of
 from tinylora_lite.adapter.tying import find_target_modules
-from tinylora_lite.adapter.weights import adapter_of
 from tinylora_lite.cli import demo, main
 from tinylora_lite.experiment import runner
 from tinylora_lite.files import adapter_file as files

@@ -15,10 +15,11 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import tinylora_lite as tl
 from tinylora_lite.adapter import weights
+from tinylora_lite.adapter.attached import adapter_of
 from tinylora_lite.adapter.layer import Factors
 from tinylora_lite.adapter.svd import decompose
 from tinylora_lite.adapter.tying import find_target_modules
-from tinylora_lite.adapter.weights import adapter_of, base_fingerprint
+from tinylora_lite.adapter.weights import base_fingerprint
 from tinylora_lite.files import adapter_file as files
 from tinylora_lite.files.adapter_file import load, save
 from tinylora_lite.files.file_format import KEY, AdapterFileError

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tinylora_lite as tl
-from tinylora_lite.adapter.weights import adapter_of
+from tinylora_lite.adapter.attached import adapter_of
 
 FILES = 10_000
 

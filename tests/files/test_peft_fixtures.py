@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import tinylora_lite as tl
-from tinylora_lite.adapter.weights import adapter_of
+from tinylora_lite.adapter.attached import adapter_of
 
 HERE = Path(__file__).parent / "peft_files"
 

@@ -118,9 +118,13 @@ PROMPTS = torch.tensor([[0, 7, 8], [5, 6, 9], [5, 6, 9]]), torch.tensor([[0, 1, 
 
 
 def answered(tokenizer, prompts, answers):
-    engine = VllmEngine(tokenizer)
-    engine.limit, engine._answer = 1000, lambda *_: answers
-    return engine.sample(*prompts, max_new_tokens=12)
+    class Engine(VllmEngine):
+        limit = 1000
+
+        def _answer(self, *_):
+            return answers
+
+    return Engine(tokenizer).sample(*prompts, max_new_tokens=12)
 
 
 def test_answers_become_the_rollouts_that_the_model_makes_of_the_same_tokens(base):

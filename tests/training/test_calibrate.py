@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tinylora_lite as tl
-from tinylora_lite.adapter.weights import adapter_of
+from tinylora_lite.adapter.attached import adapter_of
 from tinylora_lite.sampling.sampler import ModelSampler
 
 OPTIONS = {"rank": 2, "directions": 3, "problems": 24, "group_size": 8, "max_new_tokens": 3, "truncated": "score"}

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from tinylora_lite.adapter.attached import Attached, adapter_of
 from tinylora_lite.adapter.config import TinyLoraConfig
 from tinylora_lite.adapter.layer import AddUpdate, Factors, drawn_at, factors_of, random_projection
 from tinylora_lite.adapter.tying import find_target_modules, groups_of
-from tinylora_lite.adapter.weights import Attached, adapter_of, cached_decompose, check_weight, dense_weight
+from tinylora_lite.adapter.weights import cached_decompose, check_weight, dense_weight
 from tinylora_lite.utils.distributed import hide_progress
 from tinylora_lite.utils.record import describe
 
@@ -122,7 +123,7 @@ def attach(
             carries an adapter already, or given factors do not fit. The model is untouched then.
     """
     if adapter_of(model) is not None:
-        finds = "tinylora_lite.adapter.weights.adapter_of"
+        finds = "tinylora_lite.adapter.attached.adapter_of"
         raise ValueError(f"the model carries an adapter already; call its detach() first ({finds} finds it)")
     return TinyLoraAdapter(model, config or TinyLoraConfig(), factors or {}, cache)
 
@@ -159,11 +160,11 @@ def _all_factors(
 ) -> dict[str, Factors]:
     weights = {name: modules[name].get_parameter("weight") for name in names}
     large = sum(weight.numel() for name, weight in weights.items() if name not in given) > LARGE
-    found, places = {}, drawn_at(config, [modules[name] for name in names])
     if unknown := given.keys() - set(names):
         raise ValueError(f"factors were given for {min(unknown)}, which is not among the modules to adapt")
     for name in given:
         given[name].check(name, modules[name], config)
+    found, places = {}, drawn_at(config, [modules[name] for name in names])
     for place, (name, weight) in zip(places, tqdm(weights.items(), "SVD", disable=hide_progress(large)), strict=True):
         if name in given:
             found[name] = Factors(*given[name].parts).to(weight.device)

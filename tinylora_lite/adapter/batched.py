@@ -7,9 +7,7 @@ row to row. An adapter gets the samples and the gradients that it would get alon
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tinylora_lite.adapter.adapter import TinyLoraAdapter, attach, check_modules, first_vectors
+from tinylora_lite.adapter.attached import Attached, Hook, adapters_of_rows
 from tinylora_lite.adapter.config import TinyLoraConfig
 from tinylora_lite.adapter.layer import Factors, drawn_at, projection_of
-from tinylora_lite.adapter.weights import Attached, Hook
 
 SHARED = ("rank", "u", "sigma", "target_modules", "arithmetic", "scale")
 """The settings that all adapters of a population have in common."""
@@ -127,8 +125,8 @@ def attach_population(
 
     ``tinylora_lite.training.loop.fit(GRPO(model, tokenizer, population, task, [settings, ...]))``, with ``GRPO`` from
     ``tinylora_lite.training.grpo``, trains them, ``tl.evaluate_population`` scores them; both set each row's adapter,
-    as others do with :func:`rows_of`. It is made for models on one device whose layers are
-    called as ``[batch, tokens, width]``, without gradient checkpointing.
+    as others do with :func:`~tinylora_lite.adapter.attached.rows_of`. It is made for models on one device whose layers
+    are called as ``[batch, tokens, width]``, without gradient checkpointing.
 
     Args:
         model: as for :func:`~tinylora_lite.attach`.
@@ -155,36 +153,3 @@ def _check_shared(names: Sequence[str], settings: Sequence[Mapping[str, Any]]) -
                 f"the adapters of a population share {name}, and these have {values[0]!r} and {different[0]!r}; "
                 "train them apart"
             )
-
-
-_ROWS: ContextVar[Tensor | None] = ContextVar("rows", default=None)
-
-
-@contextmanager
-def rows_of(adapters: Tensor | None) -> Iterator[None]:
-    """Inside, row i of what a population's model is given is computed with adapter ``adapters[i]``, ``[batch]`` int64.
-
-    ``None`` changes nothing.
-    """
-    token = _ROWS.set(adapters) if adapters is not None else None
-    try:
-        yield
-    finally:
-        if token is not None:
-            _ROWS.reset(token)
-
-
-def adapters_of_rows(batch: int) -> Tensor:
-    """The adapter of each row that the model is computing, ``[batch]`` int64.
-
-    Raises:
-        RuntimeError: the caller of the model did not set it, or set it for another number of rows.
-    """
-    adapters = _ROWS.get()
-    if adapters is None or len(adapters) != batch:
-        problem = "for none" if adapters is None else f"for {len(adapters)}"
-        raise RuntimeError(
-            f"the model carries a population and is given {batch} rows, but adapters are set {problem}; "
-            "call it inside tinylora_lite.adapter.batched.rows_of(...)"
-        )
-    return adapters

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from tinylora_lite.adapter.attached import Hook
 from tinylora_lite.adapter.config import TinyLoraConfig
 from tinylora_lite.adapter.svd import Decomposition
-from tinylora_lite.adapter.weights import Hook, weight_shape
+from tinylora_lite.adapter.weights import weight_shape
 
 if TYPE_CHECKING:
     from tinylora_lite.adapter.adapter import TinyLoraAdapter
@@ -63,9 +64,11 @@ class Factors:
         r, u, (out, into) = config.rank, config.u, weight_shape(module)
         wanted = {"left": (out, r), "right": (r, into), "projection": (u, r, r)}
         for (what, of), part in zip(wanted.items(), self.parts, strict=True):
-            if tuple(part.shape) != of or part.dtype != torch.float32 or not torch.isfinite(part).all():
-                found, numbers = f"{part.dtype} of shape {tuple(part.shape)}", "torch.float32 without NaN or infinity"
-                raise ValueError(f"{name}: the given factor {what} is {found}, not of shape {of} and {numbers}")
+            if tuple(part.shape) != of or part.dtype != torch.float32:
+                found = f"{part.dtype} of shape {tuple(part.shape)}"
+                raise ValueError(f"{name}: the given factor {what} is {found}, not torch.float32 of shape {of}")
+            if not torch.isfinite(part).all():
+                raise ValueError(f"{name}: the given factor {what} holds NaN or infinity")
 
 
 def factors_of(triplets: Decomposition, config: TinyLoraConfig, place: int, name: str) -> Factors:

@@ -1,4 +1,4 @@
-"""A base under an adapter: its weights as dense matrices, their decomposition, what identifies them, and what attaches.
+"""The weights of a base, plain or quantized: dense, decomposed, by what identifies them, and the gradient through them.
 
 Known are the layers of bitsandbytes (4 and 8 bits) and the weights of torchao; neither library is imported before a
 layer of it is at hand. Run on a CPU: all of bitsandbytes, and torchao's int8, intx, float8 and CPU int4 weights. Not
@@ -7,24 +7,21 @@ run: CUDA's kernels, and torchao's int4 layouts that exist only there; a stand-i
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import importlib
 import json
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from tinylora_lite.adapter.config import TinyLoraConfig
 from tinylora_lite.adapter.svd import Decomposition, decompose
 from tinylora_lite.utils.distributed import one_thread, whole
-from tinylora_lite.utils.record import cached, short_hash
+from tinylora_lite.utils.record import cached
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FOUR_BIT, EIGHT_BIT, TORCHAO = "bitsandbytes 4-bit", "bitsandbytes 8-bit", "torchao"
@@ -154,78 +151,6 @@ def allow_packing(model: nn.Module, allowed: bool = True) -> None:
         if quantization_of(module) == FOUR_BIT:
             able: Any = allowed and importlib.import_module("bitsandbytes.functional").has_avx512bf16()
             module.support_avx512bf16_for_cpu = able
-
-
-class Hook:
-    """What the forward hooks of this library have in common: a module that has one is adapted."""
-
-    adapter: Attached
-
-
-class Attached(nn.Module):
-    """Parameters that train beside a frozen model: an adapter, or a population of them.
-
-    The hooks on the model hold this object, and it holds the model weakly: it lives as long as the model does, and by
-    itself keeps no model in memory. A pickle of the model holds a copy of it, and a deep copy does of an adapter.
-    """
-
-    names: tuple[str, ...]
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self._model: Callable[[], nn.Module | None] = weakref.ref(model)
-        self._trainable_before = {name: p.requires_grad for name, p in model.named_parameters()}
-        self._hooks: list[RemovableHandle] = []
-
-    def freeze(self, model: nn.Module) -> None:
-        """Freezes the model, once nothing can fail any more; raises ``ValueError`` as :func:`train_through` does."""
-        self._hooks += train_through(model)  # before hooks that change an output
-        model.requires_grad_(False)
-
-    def detach(self) -> None:
-        """Gives the model back as it was, bit for bit, ``requires_grad`` included; parameters and factors stay."""
-        model = self._model()
-        if model is not None and self._hooks:
-            allow_packing(model)
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(self._trainable_before.get(name, parameter.requires_grad))
-        while self._hooks:
-            self._hooks.pop().remove()
-
-    def known_as(self, config: TinyLoraConfig, given: Mapping[str, Sequence[Tensor]]) -> dict[str, Any]:
-        """What tells one adapter from another, as JSON holds it: settings, hashes of modules and of given factors."""
-        known = {"modules": len(self.names), "modules_hash": short_hash(self.names)}
-        factors = {name: [short_hash(part.tolist()) for part in parts] for name, parts in given.items()}
-        known |= {"given_factors": short_hash(factors)} if factors else {}
-        return {"kind": "tinylora", **config.as_dict(), **known}
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # .to(), .half() and their kin come through here: v follows to another device, never to a narrower dtype.
-        super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)  # type: ignore[no-untyped-call]
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Of the model: attached to the copy. Of the parameters alone: the same values, attached to nothing."""
-        twin: Self = object.__new__(type(self))
-        model, memo[id(self)] = self._model(), twin
-        hooks = self._hooks if id(model) in memo else []
-        state = copy.deepcopy(self.__dict__ | {"_model": None, "_hooks": hooks}, memo)
-        twin.__setstate__(state | {"_model": memo.get(id(model), model)})
-        return twin
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_model": self._model()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        model = state["_model"]
-        state = state | {"_model": (lambda: None) if model is None else weakref.ref(model)}
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-
-
-def adapter_of(model: nn.Module) -> Attached | None:
-    """The adapter or the population of adapters that a model or a part of it carries, or ``None``."""
-    hooks: Iterator[object] = (hook for module in model.modules() for hook in module._forward_hooks.values())
-    return next((hook.adapter for hook in hooks if isinstance(hook, Hook)), None)
 
 
 class _ThroughDense(torch.autograd.Function):

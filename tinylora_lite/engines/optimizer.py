@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from tinylora_lite.adapter.adapter import TinyLoraAdapter
+from tinylora_lite.adapter.attached import adapter_of
 from tinylora_lite.adapter.layer import Factors
-from tinylora_lite.adapter.weights import adapter_of
 from tinylora_lite.files.adapter_file import stored_factors
 from tinylora_lite.files.file_format import AdapterFileError, model_of, read_file
 from tinylora_lite.files.lora import export_lora

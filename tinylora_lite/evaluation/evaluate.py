@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from tinylora_lite.adapter.adapter import TinyLoraAdapter
-from tinylora_lite.adapter.weights import adapter_of, base_fingerprint
+from tinylora_lite.adapter.attached import adapter_of
+from tinylora_lite.adapter.weights import base_fingerprint
 from tinylora_lite.evaluation.score import FILE, PART, RECORD, Completion, Score, judge, read_completions
 from tinylora_lite.sampling.policy import check_tokenizer
 from tinylora_lite.sampling.rollouts import Rollouts, Sampler, encode_prompts

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tinylora_lite.adapter.batched import rows_of
+from tinylora_lite.adapter.attached import rows_of
 from tinylora_lite.sampling.policy import can_share_prompts, keeps_everything, next_logprobs, with_cache
 from tinylora_lite.sampling.rollouts import Rollouts
 from tinylora_lite.utils.distributed import is_sharded

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tinylora_lite.adapter.batched import rows_of
+from tinylora_lite.adapter.attached import rows_of
 from tinylora_lite.sampling.logprobs import read_prompts
 from tinylora_lite.sampling.policy import end_ids, keeps_everything, make_room, modes_kept, with_cache
 from tinylora_lite.sampling.rollouts import Rollouts

@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from itertools import chain
@@ -53,7 +54,7 @@ class Answer(NamedTuple):
     truncated: bool
 
 
-class VllmEngine:
+class VllmEngine(ABC):
     """What an engine in this process and a server share: requests from prompts, and rollouts from answers."""
 
     limit: int
@@ -63,9 +64,9 @@ class VllmEngine:
         check_tokenizer(tokenizer)
         self.tokenizer = tokenizer  # the trainer's; vLLM itself is given token ids and needs none
 
+    @abstractmethod
     def _answer(self, prompts: list[list[int]], seeds: list[int], settings: dict[str, Any]) -> list[Answer]:
         """One answer for each prompt and seed; settings as vLLM names them."""
-        raise NotImplementedError
 
     def sample(
         self,

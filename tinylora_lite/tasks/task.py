@@ -72,10 +72,7 @@ class Task:
         return replace(self, shots=shots, train=tuple(example for example in self.train if example not in shots))
 
     def check(self, evaluated: bool) -> None:
-        """Raises ``ValueError`` where training would fail for lack of problems or of a reward that is a number.
-
-        ``evaluated`` says whether training evaluates on the validation split.
-        """
+        """Raises ``ValueError`` where training, with evaluations or without, lacks problems or a finite reward."""
         if not self.train:
             raise ValueError(f"task {self.name} has no training problems")
         if evaluated and not self.validation:

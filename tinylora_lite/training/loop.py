@@ -22,22 +22,23 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tinylora_lite.adapter.adapter import TinyLoraAdapter
-from tinylora_lite.adapter.batched import Population
+from tinylora_lite.adapter.attached import adapter_of
 from tinylora_lite.adapter.config import TinyLoraConfig
-from tinylora_lite.adapter.weights import adapter_of, base_fingerprint
+from tinylora_lite.adapter.weights import base_fingerprint
 from tinylora_lite.evaluation.evaluate import evaluate, evaluate_population
 from tinylora_lite.sampling.logprobs import completion_logprobs
 from tinylora_lite.sampling.policy import check_tokenizer, ready_to_train
 from tinylora_lite.sampling.rollouts import Rollouts, Sampler
 from tinylora_lite.training.batches import Batch, micro_batches
 from tinylora_lite.training.losses import grpo_loss
-from tinylora_lite.training.settings import GRPOSettings, S, SFTSettings, checked
+from tinylora_lite.training.settings import GRPOSettings, S, SFTSettings, as_list
 from tinylora_lite.utils import distributed
 from tinylora_lite.utils.record import Run, base_gguf, resume, save_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from tinylora_lite.adapter.batched import Population
     from tinylora_lite.evaluation.score import Score
     from tinylora_lite.tasks.task import Task
 
@@ -70,20 +71,19 @@ class Objective(ABC, Generic[S]):
         sampler: Sampler | None = None,
     ) -> None:
         if adapter_of(model) is not adapter:
-            problem = "the adapter is not attached to this model; pass what attach() or attach_population() returned"
-            if adapter is None:
-                problem = "the model carries an adapter; pass it, or call its detach() to train all weights"
-            raise ValueError(problem)
+            foreign = "the adapter is not attached to this model; pass what attach() or attach_population() returned"
+            carried = "the model carries an adapter; pass it, or call its detach() to train all weights"
+            raise ValueError(carried if adapter is None else foreign)
         check_tokenizer(tokenizer)
         self.model, self.tokenizer, self.adapter, self.task, self.sampler = model, tokenizer, adapter, task, sampler
-        self.population = isinstance(adapter, Population)
-        self.settings = checked(settings, type(self).__name__)
+        self.population = not isinstance(adapter, TinyLoraAdapter | None)
+        self.settings = as_list(settings, type(self).__name__)
         self.shared = self.settings[0]
         self.parameters = [list(model.parameters())] if adapter is None else [[v] for v in adapter.parameters()]
         self.identities: list[dict[str, Any]] = [{"kind": "all weights"}]
         if adapter is not None:
             self.identities = [adapter.identity(k) for k in range(len(self.parameters))]
-        if isinstance(adapter, Population):
+        if not isinstance(adapter, TinyLoraAdapter | None):
             adapter.check_settings([asdict(own) for own in self.settings])
             if distributed.world_size() > 1 or sampler is not None or getattr(self.shared, "kl", 0.0) > 0:
                 raise ValueError("a population trains in one process, without another sampler, without a KL penalty")

@@ -195,10 +195,9 @@ def _check_choices(settings: dict[str, Any], **choices: Any) -> None:
 S = TypeVar("S", bound=TrainingSettings)
 
 
-def checked(settings: Sequence[S], objective: str) -> list[S]:
+def as_list(settings: Sequence[S], objective: str) -> list[S]:
     """Settings as a list; raises ``ValueError``, with the way to call ``objective``, where they are something else."""
-    is_list = isinstance(settings, Sequence) and len(settings) > 0
-    if not is_list or not all(isinstance(own, TrainingSettings) for own in settings):
+    if not (isinstance(settings, Sequence) and settings and all(isinstance(own, TrainingSettings) for own in settings)):
         cure = f"fit({objective}(model, tokenizer, population, task, [settings, ...]))"
         raise ValueError(f"an adapter takes one object of settings, and a population a list of them: {cure}")
     return list(settings)

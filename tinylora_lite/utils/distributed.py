@@ -1,7 +1,7 @@
-"""Several processes that train one policy: each takes its share of the prompts, and what they find is put together.
+"""Processes and threads. Several processes can train one policy: each takes its share of the prompts.
 
 They are those of ``torch.distributed``; who starts them (``accelerate launch``, ``torchrun``) initialises it. Where
-there is one process, everything here returns what it was given.
+there is one process, everything that is shared here is what was given.
 """
 
 from __future__ import annotations
