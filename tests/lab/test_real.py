@@ -9,7 +9,7 @@ import pytest
 from tinylora_lite import nano
 from tinylora_lite.adapter.adapter import attach
 from tinylora_lite.evaluation.evaluate import evaluate
-from tinylora_lite.lab import real, running
+from tinylora_lite.lab import real, running, scoring
 from tinylora_lite.lab.baselines import favour_one_logit, search_v, train_added
 from tinylora_lite.lab.bases import config_of
 from tinylora_lite.lab.claims import claim_of
@@ -29,7 +29,7 @@ def gguf(tmp_path, monkeypatch):
     """A nano base in the place of a real one."""
     monkeypatch.setenv("TINYLORA_CACHE", str(tmp_path))
     monkeypatch.setitem(REAL, "tiny", hashlib.sha256(b"tiny").hexdigest())
-    monkeypatch.setattr(running, "SWEEP_PROBLEMS", 8)
+    monkeypatch.setattr(scoring, "SWEEP_PROBLEMS", 8)
     monkeypatch.setattr(real, "load_model", lambda *_, **__: nano.load("qwen2-0.4m")[0])
     monkeypatch.setattr(real, "load_tokenizer", lambda _: nano.load("qwen2-0.4m")[1])
     file = tmp_path / "lab" / "bases" / "tiny.gguf"
@@ -71,6 +71,7 @@ def test_a_trial_that_was_stopped_goes_on_after_its_last_step(gguf, monkeypatch,
 def test_a_test_keeps_its_answers_and_what_each_earned_beside_the_record(gguf, monkeypatch, tmp_path):
     task = task_of("words-1", "tiny")
     monkeypatch.setattr(running, "task_of", lambda *_: replace(task, test=task.test[:6]))
+    monkeypatch.setattr(scoring, "task_of", lambda *_: replace(task, test=task.test[:6]))
     trial = replace(TRIAL, method="none", split="test")
     (record,) = running.run_trials([trial])
     store = Store(tmp_path / "records")
