@@ -125,7 +125,7 @@ def registered(name: str, order: int, base: str, task: str, seeds: int, tie: int
         paper="Qwen2.5-7B on GSM8K: from 76 to 91 %; models of 0.5B gain little or nothing below 1,000 numbers.",
         where="section 6.2 and Figure 6",
         points=points,
-        draw=lambda store: side_by_side(drawn, store.scored("greedy"), untrained),
+        draw=lambda store: side_by_side([p for p in drawn if p.records(store)], store.scored("greedy"), untrained),
         judge=judge,
         folder=REAL_RESULTS,
     )
