@@ -80,7 +80,7 @@ def _in_a_cell(text: str) -> str:
 
 
 def _mark(earned: str) -> str:
-    return " ✓" if earned == "1" else " ✗"
+    return "✓" if earned == "1" else "✗"
 
 
 def turned(claim: Claim, store: Store) -> dict[str, int]:
