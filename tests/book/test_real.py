@@ -29,7 +29,7 @@ def record(right: int, texts: list[str] | None = None) -> dict:
 def store(tmp_path):
     """The untrained model and two of the five reported runs of 13 random, at the middle rate."""
     store, thirteen = Store(tmp_path), POINTS["13 random"]
-    store.add(FLOOR, {"scores": dict.fromkeys(("sampled", "greedy"), {"accuracy": 0.2})})
+    store.add(FLOOR, {"scores": {name: {"accuracy": 0.2} for name in ("sampled", "greedy")}})
     for trial in thirteen.sweep(thirteen.rates):
         store.add(trial, {"scores": {"sampled": {"accuracy": 0.3 if trial.learning_rate == 0.025 else 0.25}}})
     wrong = ["1 + 1 = 2\n#### 2"] * 1000
