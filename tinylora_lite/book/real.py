@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from tinylora_lite.book.glue import Markdown, table
 from tinylora_lite.lab.claim import Claim, Point
+from tinylora_lite.lab.claims import claim_of
 from tinylora_lite.lab.estimate import Estimate
 from tinylora_lite.lab.plan import progress_of
 from tinylora_lite.lab.registered import GSM8K, choice_and_sum, primary
-from tinylora_lite.lab.store import Record, Store
+from tinylora_lite.lab.store import REAL_RESULTS, Record, Store
 from tinylora_lite.lab.tasks import task_of
+from tinylora_lite.lab.trial import REAL
 from tinylora_lite.utils.record import Run
 from tinylora_lite.view import plot
 
-UNTRAINED, THIRTEEN = "untrained", "13 random"
+MODELS = {
+    "real-smollm2": ("SmolLM2-135M-Instruct", "one step"),
+    "real-qwen": ("Qwen2.5-Coder-0.5B-Instruct", "two steps"),
+}
+UNTRAINED, PROMPTED, THIRTEEN = "untrained", "untrained, best of five prompts", "13 random"
 
 
 def points_of(claim: Claim) -> dict[str, Point]:
@@ -28,6 +34,21 @@ def outcome(claim: Claim, store: Store) -> str:
     if made < thirteen.seeds or not untrained.records(store):
         return f"Not decided yet: {made} of its {thirteen.seeds} trained runs are recorded."
     return primary(thirteen, untrained, store)[1] + "."
+
+
+def outcomes() -> Markdown:
+    """What the registered runs say on each real model, from the committed records."""
+    rows = []
+    for name, (model, problems) in MODELS.items():
+        claim, store = claim_of(name), Store(REAL_RESULTS)
+        file = f"{model} (file {REAL[claim.points[0].trial.base][:8]}…), problems of {problems}"
+        scores = (_greedy(points_of(claim)[label], store) for label in (UNTRAINED, PROMPTED, THIRTEEN))
+        rows.append((file, *scores, f"{outcome(claim, store)} ({progress(claim, store)})"))
+    return table(("model", UNTRAINED, "its best of five prompts", THIRTEEN, "registered comparison"), "lllll", rows)
+
+
+def _greedy(point: Point, store: Store) -> str:
+    return _percent([record["scores"]["greedy"]["lenient"] for record in point.records(store)])
 
 
 def progress(claim: Claim, store: Store) -> str:
@@ -46,10 +67,7 @@ def results(claim: Claim, store: Store) -> Markdown:
         rate = "" if point.trial.method == "none" or not point.rates else f"{point.rate(store):g}"
         rows.append((
             point.label, f"{records[0]['parameters']:,}", rate, f"{len(records)} of {point.seeds}",
-            *(_percent(values) for values in (
-                [record["scores"]["greedy"]["lenient"] for record in records],
-                [record["scores"]["sampled"]["accuracy"] for record in records],
-            )),
+            _greedy(point, store), _percent([record["scores"]["sampled"]["accuracy"] for record in records]),
             f"{choice:.0%}", f"{right:.0%}",
         ))  # fmt: skip
     columns = ("trained", "numbers", "rate", "runs", "greedy", "sampled", "right operators", "right sums")
@@ -57,7 +75,9 @@ def results(claim: Claim, store: Store) -> Markdown:
 
 
 def _percent(values: list[float]) -> str:
-    return Estimate.of(values).as_percent() if len(values) > 1 else f"{values[0]:.0%}"
+    if len(values) > 1:
+        return Estimate.of(values).as_percent()
+    return f"{values[0]:.0%}" if values else "not yet run"
 
 
 def changed_answers(claim: Claim, store: Store, count: int = 6) -> Markdown:
