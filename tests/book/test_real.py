@@ -33,7 +33,7 @@ def store(tmp_path):
     for trial in thirteen.sweep(thirteen.rates):
         store.add(trial, {"scores": {"sampled": {"accuracy": 0.3 if trial.learning_rate == 0.025 else 0.25}}})
     wrong = ["1 + 1 = 2\n#### 2"] * 1000
-    store.add(POINTS["untrained"].tests(0.0)[0], record(300, wrong))
+    store.add(POINTS["untrained"].tests(0.0)[0], record(300, wrong) | {"parameters": 0})
     for trial, right in zip(thirteen.tests(0.025), (302, 310), strict=False):
         store.add(trial, record(right))
     return store
@@ -49,7 +49,7 @@ def test_the_outcome_waits_for_all_runs(store):
 def test_a_row_for_every_shape_that_has_a_record(store):
     head, _, untrained, thirteen = real.results(CLAIM, store).splitlines()
     assert head.startswith("| trained | numbers | rate |")
-    assert untrained.startswith("| untrained | 13 |  | 1 of 1 | 30% | 30% |")
+    assert untrained.startswith("| untrained | 0 |  | 1 of 1 | 30% | 30% |")
     assert thirteen.startswith("| 13 random | 13 | 0.025 | 2 of 5 | 31% [26%, 36%] | 31% [26%, 36%] | 100% | 31% |")
 
 

@@ -28,8 +28,8 @@ def load_base(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     (:data:`~tinylora_lite.experiment.models.PACKAGES`).
 
     Raises:
-        FileNotFoundError: the file is not there.
-        ValueError: it is another one.
+        OSError: the file is not there, its package is not installed, or there is no shipped base of that name.
+        ValueError: it is another file.
     """
     if name not in REAL:
         return nano.load(name)

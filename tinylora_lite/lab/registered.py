@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -105,7 +104,7 @@ def registered(name: str, order: int, base: str, task: str, seeds: int, tie: int
         searched,
         shape("steering vector", STEERING, numbers="steering vector"),
         shape("a bias of every logit", LOGITS, 2, numbers="logits"),
-        *(on_gsm8k((untrained, thirteen, each)) if gsm8k else ()),
+        *(on_gsm8k(untrained, thirteen, each) if gsm8k else ()),
     )
     drawn = [point for point in points if point.trial.task not in GSM8K]
 
@@ -131,9 +130,8 @@ def registered(name: str, order: int, base: str, task: str, seeds: int, tie: int
     )
 
 
-def on_gsm8k(points: Sequence[Point]) -> list[Point]:
+def on_gsm8k(untrained: Point, thirteen: Point, each: Point) -> list[Point]:
     """GSM8K: the untrained model, what word problems taught, and thirteen numbers that were trained on it."""
-    untrained, thirteen, each = points
     carried = [
         point.varied(f"{point.label}, {asked}", task=asked, trained_on=point.trial.task, like=point)
         for asked in GSM8K

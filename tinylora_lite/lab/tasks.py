@@ -54,7 +54,7 @@ def told(task: Task, line: str) -> Task:
     return replace(task, train=lead(task.train), validation=lead(task.validation), test=lead(task.test))
 
 
-def school(prompt: str) -> Task:
+def gsm8k(prompt: str) -> Task:
     """GSM8K under one of its prompts, from ``lab/data/gsm8k`` in the user's cache if it is there, else from the hub."""
     data = kept("data")
     return load_task("gsm8k", data=data if (data / "gsm8k").is_dir() else None, prompt=prompt)
@@ -76,8 +76,8 @@ TASKS: dict[str, Callable[[], Task]] = {
         for steps in (1, 2)
         for kind in ("", "plain", "prose", "format only", "unrelated", *LINES, *SHOTS)
     },
-    "gsm8k": partial(school, "####"),
-    "gsm8k, boxed": partial(school, "boxed"),
+    "gsm8k": partial(gsm8k, "####"),
+    "gsm8k, boxed": partial(gsm8k, "boxed"),
 }
 
 
