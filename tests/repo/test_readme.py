@@ -50,7 +50,8 @@ def test_the_table_on_a_real_model_is_the_records():
     assert len(found.values) == 5
     row = f"{found.mean:.1%} [{found.low:.1%}, {found.high:.1%}]"
     assert README.count(f"| 13 numbers, random directions | {row} |") == 1
-    assert f"gain {paired(thirteen, bare_point, store).as_points()} over draws" in README
+    assert f"gain {paired(thirteen, bare_point, store).as_points()} over draws of P" in README
+    assert f"ask for {over_sums(thirteen, bare_point, store).as_points()}" in README
     assert over_sums(thirteen, prompted, store).low < 0 < over_sums(thirteen, prompted, store).high
 
 
