@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
@@ -63,6 +63,7 @@ def train_trl(
     sampler: Sampler | None = None,
     folder: str | Path | None = None,
     on_step: Callable[[Run], None] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
     **config: Any,
 ) -> Run:
     """Trains an adapter by TRL's GRPO; afterwards the model carries it with the v that was reached.
@@ -70,7 +71,8 @@ def train_trl(
     Under ``accelerate launch`` every process calls this with the same arguments. Checkpoints are TRL's own: the LoRA
     as PEFT saves one, and v with its moments in the optimizer's state. A run that was interrupted goes on from the last
     of them. Arguments are those of :func:`~tinylora_lite.train_grpo`, except that ``sampler=None`` takes TRL's own
-    generation, and evaluates with ours. ``config`` is further fields of TRL's ``GRPOConfig``, such as ``report_to``.
+    generation, and evaluates with ours. ``callbacks`` are the trainer's; the logs that they see hold v. ``config`` is
+    further fields of TRL's ``GRPOConfig``, such as ``report_to``.
 
     Raises:
         ValueError: as :func:`~tinylora_lite.train_grpo`, or a field in ``config`` that ``settings`` decide.
@@ -109,6 +111,7 @@ def train_trl(
                 args=args,
                 train_dataset=Dataset.from_list([{"prompt": task.messages(e), "gold": e.gold} for e in drawn]),
                 processing_class=tokenizer,
+                callbacks=list(callbacks),
                 rollout_func=None if sampler is None else bridge.answers,
             )
         trainer.optimizer, trainer.lr_scheduler = optimizer, schedule  # Trainer(optimizers=...) refuses them under FSDP
