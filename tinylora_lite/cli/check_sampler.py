@@ -18,8 +18,7 @@ from tinylora_lite.cli import shared
 if TYPE_CHECKING:
     from tinylora_lite.view.progress import Progress
 
-EXAMPLE = """tinylora check-sampler settings.yaml sampler.engine=vllm
-  tinylora check-sampler a.tinylora --base FOLDER --url http://127.0.0.1:8080"""
+EXAMPLE = "tinylora check-sampler a.tinylora --base FOLDER --url http://127.0.0.1:8080"
 SEED_HELP = "of the sampling"
 
 

@@ -51,11 +51,9 @@ class OpenAISampler(VllmServerSampler):
 
     def _complete(self, request: dict[str, Any]) -> dict[str, Any]:
         """One answer; raises ``ValueError`` where it has no log-probabilities, or tokens that cannot be told."""
-        ids, body = (
-            request["prompt"],
-            {"model": self._name or self.base, "return_token_ids": True, "repeat_penalty": 1.0},
-        )
-        body |= PLAIN | request | {"seed": request["seed"] % 2**31, "logprobs": 1}
+        ids, body = request["prompt"], {"model": self._name or self.base, "repeat_penalty": 1.0} | PLAIN | request
+        body |= {"return_token_ids": True, "return_tokens_as_token_ids": True}  # of vLLM
+        body |= {"seed": request["seed"] % 2**31, "logprobs": 1}  # llama.cpp takes 32 bits, and reports none for 0
         try:
             found = json.loads(self._ask("/v1/completions", body))
         except RefusedError:
