@@ -76,7 +76,7 @@ def train_trl(
 
     Raises:
         ValueError: as :func:`~tinylora_lite.train_grpo`, or a field in ``config`` that ``settings`` decide.
-        RuntimeError: the installed TRL does not correct for the sampler.
+        RuntimeError: as :func:`~tinylora_lite.train_grpo`, or the installed TRL does not correct for the sampler.
         FloatingPointError: the gradient is not finite; the parameters stay those of the last update.
     """
     settings = settings or GRPOSettings()
@@ -96,6 +96,7 @@ def train_trl(
     drawn = draw_prompts(task.train, replace(settings, prompts_per_step=settings.steps * settings.prompts_per_step), 0)
     config.setdefault("disable_tqdm", not sys.stderr.isatty())
     args = trl_config(settings, folder, **config)
+    objective.check_sampler()
     with as_lora(adapter) as lora, patch.object(model, "forward", model.forward):  # TRL puts its own there
         rate, decay, limit = settings.learning_rate, settings.weight_decay, settings.max_grad_norm
         optimizer = TinyLoraAdamW(lora.parameters(), rate, weight_decay=decay, adapter=adapter, max_grad_norm=limit)
