@@ -19,7 +19,7 @@ from tinylora_lite.lab.real import load_base
 from tinylora_lite.lab.registered import Cautious, choice_and_sum, over_sums, paired
 from tinylora_lite.lab.store import Store
 from tinylora_lite.lab.tasks import task_of
-from tinylora_lite.lab.trial import LINES, REAL, Trial, settings_of
+from tinylora_lite.lab.trial import DTYPES, LINES, REAL, Trial, settings_of
 
 TRIAL = Trial(base="tiny", task="words-1", n_tie=4, prompts=2, steps=2, split="validation")
 
@@ -41,6 +41,10 @@ def gguf(tmp_path, monkeypatch):
 def test_another_file_or_none_is_refused(gguf, monkeypatch):
     model, _ = load_base("tiny")
     assert not model.training
+    monkeypatch.setattr(real, "load_model", lambda *_, dtype, **__: dtype)
+    assert load_base("tiny")[0] == "float32"
+    monkeypatch.setitem(DTYPES, "tiny", "bfloat16")
+    assert load_base("tiny")[0] == "bfloat16"
     monkeypatch.setitem(REAL, "tiny", "cd34")
     with pytest.raises(ValueError, match=r"tiny.gguf has the SHA-256 .*; tiny is the one with cd34"):
         load_base("tiny")
@@ -53,7 +57,7 @@ def test_another_file_or_none_is_refused(gguf, monkeypatch):
 def test_a_trial_that_was_stopped_goes_on_after_its_last_step(gguf, monkeypatch, numbers):
     trial = replace(TRIAL, numbers=numbers)
     (whole,) = running.run_trials([trial])
-    assert whole["file_sha256"] == REAL["tiny"]
+    assert (whole["file_sha256"], whole["dtype"]) == (REAL["tiny"], "float32")
     assert whole["steps"]["reward"] == pytest.approx(whole["curve"], abs=1e-4)
     assert len(whole["curve"]) == len(whole["steps"]["norm"]) == 2
     shutil.rmtree(gguf.parents[1] / "runs")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from tinylora_lite import nano
 from tinylora_lite.experiment.models import PACKAGES, gguf_file, load_model, load_tokenizer
 from tinylora_lite.files.gguf import gguf_sha256
-from tinylora_lite.lab.trial import REAL
+from tinylora_lite.lab.trial import DTYPES, REAL
 from tinylora_lite.utils.record import cache_folder
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def kept(name: str) -> Path:
 
 
 def load_base(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A shipped base or one of ``REAL``, float32, in evaluation mode, and its tokenizer.
+    """A shipped base or one of ``REAL``, in evaluation mode, and its tokenizer.
 
     The file of a real one is ``lab/bases/NAME.gguf`` in the user's cache, or comes with a package
     (:data:`~tinylora_lite.experiment.models.PACKAGES`).
@@ -39,4 +39,4 @@ def load_base(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         raise FileNotFoundError(f"{name} is read from {own}; put the GGUF file with SHA-256 {REAL[name]} there")
     if (found := gguf_sha256(file)) != REAL[name]:
         raise ValueError(f"{file} has the SHA-256 {found}; {name} is the one with {REAL[name]}")
-    return load_model(str(file), dtype="float32", device="cpu"), load_tokenizer(str(file))
+    return load_model(str(file), dtype=DTYPES.get(name, "float32"), device="cpu"), load_tokenizer(str(file))

@@ -32,7 +32,7 @@ from tinylora_lite.lab.real import kept, load_base
 from tinylora_lite.lab.scoring import answers, scorings, styles
 from tinylora_lite.lab.store import Record, Store
 from tinylora_lite.lab.tasks import task_of
-from tinylora_lite.lab.trial import REAL, Trial, settings_of
+from tinylora_lite.lab.trial import DTYPES, REAL, Trial, settings_of
 from tinylora_lite.planning.counting import count_parameters
 from tinylora_lite.training.evolution import train_es
 from tinylora_lite.training.grpo import GRPO
@@ -152,7 +152,7 @@ def run_trials(trials: Sequence[Trial]) -> list[Record]:
         "environment": _environment(),
     }
     if first.base in REAL:
-        about["file_sha256"] = REAL[first.base]
+        about |= {"file_sha256": REAL[first.base], "dtype": DTYPES.get(first.base, "float32")}
     return [result | about for result in results]
 
 

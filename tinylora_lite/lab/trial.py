@@ -25,6 +25,8 @@ REAL = {
     "qwen2.5-coder-0.5b": "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
 }
 """The real pretrained models that can be a base, and the SHA-256 of the GGUF file that each is read from."""
+DTYPES = {"qwen2.5-coder-0.5b": "bfloat16"}
+"""What a real model computes in where that is not float32; the registration says why."""
 
 LINES = {
     "told to write": "Write the calculation on one line, and the answer after ####.",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tinylora_lite.adapter.attached import rows_of
-from tinylora_lite.sampling.policy import can_share_prompts, keeps_everything, next_logprobs, with_cache
+from tinylora_lite.sampling.policy import can_share_prompts, keeps_everything, last, next_logprobs, with_cache
 from tinylora_lite.sampling.rollouts import Rollouts
 from tinylora_lite.utils.distributed import is_sharded
 
@@ -60,7 +60,7 @@ def read_prompts(
     whose = torch.zeros_like(ids[:, :1]) if adapters is None else adapters[:, None]
     distinct, place = torch.unique(torch.cat([whose, ids, mask], dim=1), dim=0, return_inverse=True)
     whose, ids, mask = distinct.split([1, ids.shape[1], ids.shape[1]], dim=1)
-    cache, options = DynamicCache(config=model.config), {"use_cache": True, "logits_to_keep": 1}
+    cache, options = DynamicCache(config=model.config), {"use_cache": True, "logits_to_keep": last(1, ids.device)}
     shared = adapters is None and keeps_everything(cache) and not is_sharded(model)  # all processes read alike
     start = common_start(ids, mask) if shared else 0
     if start >= WORTH_SHARING:

@@ -129,14 +129,22 @@ def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tenso
     return torch.tensor(sorted({tokenizer.eos_token_id, *ends} - {None}))
 
 
+def last(tokens: int, device: torch.device) -> Tensor:
+    """The last places, as ``logits_to_keep`` of transformers takes them, ``[tokens]`` int64.
+
+    As a number, it makes the head's input a view, which PyTorch multiplies by one copy of the head for every row.
+    """
+    return torch.arange(-tokens, 0, device=device)
+
+
 def next_logprobs(model: PreTrainedModel, ids: Tensor, temperature: float, **inputs: Any) -> Tensor:
     """Log-probabilities of ``ids``, ``[batch, tokens]``, at the last places of what ``inputs`` hold."""
-    tokens, at_once = ids.shape[1], tokens_at_once(model)
+    at_once, inputs["logits_to_keep"] = tokens_at_once(model), last(ids.shape[1], ids.device)
     if at_once is not None and ids.numel() > at_once:
         with head_gives_logprobs(model, ids, temperature, at_once):
-            logprobs: Tensor = model(**inputs, logits_to_keep=tokens).logits[..., 0]
+            logprobs: Tensor = model(**inputs).logits[..., 0]
             return logprobs
-    logits = model(**inputs, logits_to_keep=tokens).logits
+    logits = model(**inputs).logits
     return torch.log_softmax(logits.float() / temperature, dim=-1).gather(2, ids[..., None])[..., 0]
 
 
