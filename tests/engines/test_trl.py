@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import replace
 from statistics import fmean, variance
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -107,6 +108,13 @@ class TestSteps:
         assert len(seen) == settings.steps
         assert not seen[0].any()
         assert not torch.equal(seen[1], seen[2])
+
+    def test_a_sampler_that_leaves_it_out_is_refused(self, policy, make_model, tokenizer, task):
+        model, adapter = policy()
+        base = ModelSampler(make_model(), tokenizer)
+        leaves_it_out = SimpleNamespace(sync=lambda _: None, sample=base.sample)
+        with pytest.raises(RuntimeError, match="The base answered"):
+            train_trl(model, tokenizer, adapter, task, SMALL, sampler=leaves_it_out)
 
     def test_the_reference_is_the_base(self, policy, tokenizer, task):
         """Also where the adapter starts elsewhere: TRL would take its start."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import tinylora_lite as tl
 from tinylora_lite.cli import shared
@@ -36,10 +36,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Shows the differences and who answered; or JSON. Raises ``RuntimeError`` unless the adapter did."""
-    if (arguments.url is None) != (arguments.base is None):
+    a = arguments
+    if (a.url is None) != (a.base is None):
         raise ValueError(
             "--url names a server, and --base the base of the adapter that it serves; give both or neither"
         )
+    if a.url is not None and (a.overrides or a.gpu):
+        raise ValueError("key=value and --gpu belong to settings; with --url there are none")
+    if a.url is None and (a.model or a.basis):
+        raise ValueError("--model and --basis are of a server; name it with --url")
     with shared.command_progress() as progress, shared.told_warnings():
         found = (_engine if arguments.url is None else _server)(arguments, progress)
     if found.verdict != "adapter":
@@ -62,7 +67,8 @@ def _engine(a: argparse.Namespace, progress: Progress) -> tl.SamplerCheck:
         settings = settings.override(["adapter.projection=random"])
     tokenizer = load_tokenizer(settings.model, settings.revision)
     task = short_prompts(task_named(settings.task, settings), tokenizer, settings.max_prompt_tokens)
-    runner = Runner.open(settings, tokenizer, progress, max_model_len=settings.max_prompt_tokens + TOKENS)
+    options: dict[str, Any] = {"max_model_len": settings.max_prompt_tokens + TOKENS}
+    runner = Runner.open(settings, tokenizer, progress, lora_folder=Path(settings.folder) / "lora", **options)
     adapter = tl.attach(runner.base, settings.adapter.config())
     progress.begin("asking the sampler")
     temperature = settings.training_settings(len(task.train)).temperature or 1.0

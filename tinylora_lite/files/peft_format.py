@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from tinylora_lite.files.file_format import AdapterFileError, base_name
-from tinylora_lite.utils.record import atomic_write, base_gguf
+from tinylora_lite.utils.record import atomic_write, base_gguf, cache_folder
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 IGNORED = {
@@ -142,7 +142,8 @@ def settings_of_base(model: nn.Module, names: Sequence[str]) -> dict[str, Any]:
     ordered = [name for name, _ in model.named_modules() if name in names]
     # PEFT opens no GGUF file, and the folder of the dequantized one as it opens any other.
     config: Any = getattr(model, "config", None)
-    base = config._name_or_path if base_gguf(model) else base_name(model)
+    kept = base_gguf(model) and cache_folder("gguf") is not None
+    base = config._name_or_path if kept else base_name(model)
     return {
         "base_model_name_or_path": base or None,
         "target_modules": targets_of(model, ordered) or "|".join(map(re.escape, ordered)),

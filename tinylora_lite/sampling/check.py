@@ -7,6 +7,7 @@ with those that the model computes for the same tokens, with the adapter and wit
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from tinylora_lite.adapter.adapter import TinyLoraAdapter
     from tinylora_lite.tasks.task import Task
 
-Verdict = Literal["adapter", "base", "rows", "between", "stale", "temperature", "neither", "unclear"]
+Verdict = Literal["adapter", "base", "mixed", "between", "stale", "temperature", "neither", "unclear"]
 
 PROMPTS, EACH, TOKENS = 4, 2, 16
 """Prompts of a round, completions of each, and the tokens that these have at most."""
@@ -34,6 +35,8 @@ ARITHMETIC, OTHER_WEIGHTS = 0.03, 0.15
 In parts of the text's surprise, the mean -log p of its tokens. Measured on SmolLM2-135M, whose samples have 1.96 nats a
 token: 0.017 in bfloat16, 0.026 in llama.cpp's Q4_1, 0.31 for weights rounded to NF4.
 """
+SURPRISE = 0.05
+"""Nats a token that this unit has at least: answers that are almost certain differ by rounding alone."""
 LEAST, MOST = 0.02, 0.25
 """How far v is planted from the base, in the same unit: at ten times the noise, where that is between the two."""
 
@@ -41,7 +44,7 @@ SENTENCES: dict[Verdict, str] = {
     "adapter": "The adapter answered.",
     "base": "The base answered: the LoRA is not applied. The engine must be started for LoRAs (vLLM: --enable-lora), "
     "load it at every sync, and be asked for it by name.",
-    "rows": "The adapter answered some requests, and the base the others. Every request must name the LoRA, and every "
+    "mixed": "The adapter answered some requests, and the base the others. Every request must name the LoRA, and every "
     "replica of the engine must have loaded it.",
     "between": "A part of the adapter answered. Compare the LoRA's scale (alpha / r) and the modules that the engine "
     "adapts, empty its cache of prompts, and merge in a dtype that keeps the update.",
@@ -50,7 +53,7 @@ SENTENCES: dict[Verdict, str] = {
     "temperature": "The probabilities are those of temperature 1. Start vLLM with --logprobs-mode processed_logprobs.",
     "neither": "Neither the adapter nor the base answered. Compare the engine's weights, its quantization, and its "
     "tokens of the prompt, the start token included.",
-    "unclear": "The adapter changes too little to be told from the base. Compare one that was trained further.",
+    "unclear": "The adapter changes too little, beside what the two programs differ by, to say who answered.",
 }
 
 
@@ -90,10 +93,10 @@ def judge(
     the mean absolute value over tokens, and limit = 3 noise + 0.05 |x|. The first line that holds decides:
 
     - ``unclear``: two standard errors of s exceed 0.3, or x is 0;
-    - ``stale``: |sampler - earlier| ≤ limit;
+    - ``stale``: |sampler - earlier| ≤ limit, and less than |sampler - adapter| and |y|;
     - ``adapter``: |y - sx| ≤ limit, and s is 1, within 0.1 and its error;
     - ``base``: |y - sx| ≤ limit, and s is 0, within 0.1 and its error;
-    - ``rows``: every row is within limit of adapter or base, and some are of one alone, some of the other;
+    - ``mixed``: every row is within limit of adapter or base, and some are of one alone, some of the other;
     - ``between``: |y - sx| ≤ |x| or ≤ limit;
     - ``neither``.
 
@@ -102,35 +105,36 @@ def judge(
         adapter: of the model with the adapter, teacher-forced, at the sampler's temperature.
         base: of the model without.
         mask: 1 on the tokens to compare.
-        noise: |sampler - base| where both compute the base.
+        noise: what the two programs differ by, in nats: |sampler - base| where both compute the base.
         earlier: of the model with the parameters of the sync before.
     """
     kept, counts = mask.bool(), mask.sum(dim=1)
-    x, y = (torch.where(kept, each - base, 0.0).double() for each in (adapter, sampler))
+    x, y = (torch.where(kept, each - base, 0.0).cpu().double() for each in (adapter, sampler))
+    tokens, counts = max(1, int(counts.sum())), counts.clamp(min=1).cpu()
 
     def mean(difference: Tensor) -> float:
-        return float(difference[kept].abs().mean())
+        return float(difference.abs().sum() / tokens)
 
     squares = x.square().sum().clamp(min=1e-12)
     share = float((x * y).sum() / squares)
     rest = y - share * x
-    error = 2 * float((rest.square().sum() / squares / counts.sum()).sqrt())
+    error = 2 * float((rest.square().sum() / squares / tokens).sqrt())
     limit = 3 * noise + 0.05 * mean(x)
     of_adapter, of_base = (difference.abs().sum(dim=1) / counts <= limit for difference in (y - x, y))
     verdict: Verdict = "neither"
     if error > 0.3 or not x.any():
         verdict = "unclear"
-    elif earlier is not None and mean(sampler - earlier) <= limit:
+    elif earlier is not None and mean(torch.where(kept, sampler - earlier, 0.0)) <= min(limit, mean(y - x), mean(y)):
         verdict = "stale"
     elif mean(rest) <= limit and abs(share - 1) <= 0.1 + error:
         verdict = "adapter"
     elif mean(rest) <= limit and abs(share) <= 0.1 + error:
         verdict = "base"
     elif (of_adapter | of_base).all() and (of_adapter & ~of_base).any() and (of_base & ~of_adapter).any():
-        verdict = "rows"
+        verdict = "mixed"
     elif mean(rest) <= max(mean(x), limit):
         verdict = "between"
-    return SamplerCheck(verdict, share, error, mean(y - x), mean(y), mean(x), noise, int(counts.sum()))
+    return SamplerCheck(verdict, share, error, mean(y - x), mean(y), mean(x), noise, int(mask.sum()))
 
 
 @torch.no_grad()
@@ -150,7 +154,8 @@ def check_sampler(
 
     It answers the same prompts three times: as the base, with a planted v, and with -v, so that an engine which keeps
     what it loaded first is found too. v has a fixed direction, and a length at which the log-probabilities move far
-    above the noise on the base. Afterwards v is what it was, bit for bit, and the sampler is in step with it.
+    above the noise on the base. Afterwards, and where the sampler raises, v is what it was, bit for bit, and the
+    sampler is in step with it.
 
     Args:
         model: the trainer's.
@@ -158,18 +163,19 @@ def check_sampler(
         adapter: attached to the model.
         sampler: what answers.
         task: its first training problems are the prompts.
-        plant: ``False`` leaves v as it is and asks once, without a sync, of which a server that others started knows
-            nothing; ``ARITHMETIC`` stands for the noise.
+        plant: ``False`` leaves v as it is and asks once, without a sync: for a server that somebody started with the
+            adapter. ``ARITHMETIC`` stands for the noise.
         temperature: of the samples, above 0.
         max_new_tokens: the length limit of a completion.
         seed: of the samples.
 
     Returns:
         The worst round, of the worst process. The answers of the base also decide: ``"temperature"`` where they are
-        closer to those of temperature 1, ``"neither"`` where they are farther from the model's than ``OTHER_WEIGHTS``.
+        closer to those of temperature 1; and in place of ``"adapter"``, ``"between"`` and ``"unclear"``, ``"neither"``
+        where they are farther from the model's than ``OTHER_WEIGHTS``.
 
     Raises:
-        ValueError: the task has no training problems; or as the sampler's methods.
+        ValueError: the task has no training problems, or no answer holds a token; or as the sampler's methods.
     """
     task.check(evaluated=False)
     v, before, zero = adapter.vectors, adapter.vectors.clone(), torch.zeros_like(adapter.vectors)
@@ -196,32 +202,51 @@ def check_sampler(
         noise = ARITHMETIC * mean(base, rollouts) if noise is None else noise
         return judge(rollouts.logprobs, scored(rollouts, now), base, rollouts.completion_mask, noise, earlier)
 
+    def rounds() -> tuple[SamplerCheck, SamplerCheck, Verdict | None]:
+        of_base = answer(zero)
+        base = scored(of_base, zero)
+        surprise, noise = max(SURPRISE, mean(base, of_base)), mean(of_base.logprobs - base, of_base)
+        at_one = noise if temperature == 1 else mean(of_base.logprobs - scored(of_base, zero, 1.0), of_base)
+        aim = min(max(LEAST * surprise, 10 * noise), MOST * surprise)
+        planted = 0.01 * torch.randn(v.shape, generator=torch.Generator().manual_seed(0)).to(v)
+        for _ in range(12):
+            apart = mean(scored(of_base, planted) - base, of_base)
+            if aim <= apart <= 2 * aim:
+                break
+            planted *= min(max(1.4 * aim / max(apart, 1e-12), 0.1), 10.0)
+        one = judged(answer(planted), planted, noise)
+        other = judged(answer(-planted), -planted, noise, planted)
+        if noise > max(2 * at_one, ARITHMETIC * surprise):
+            return one, other, "temperature"
+        return one, other, "neither" if noise > OTHER_WEIGHTS * surprise else None
+
+    def restore() -> None:
+        v.copy_(before)
+        sampler.sync(adapter if before.any() else None)
+
     with modes_kept(model):
         model.eval()
+        if not plant:
+            try:
+                answers = sampler.sample(*prompts, **options)
+                if not answers.completion_mask.any():
+                    raise ValueError("no answer holds a token that can be told by its text; try another seed")
+                return judged(answers, before)
+            finally:
+                v.copy_(before)
         try:
-            if not plant:
-                return judged(sampler.sample(*prompts, **options), before)
-            of_base = answer(zero)
-            base = scored(of_base, zero)
-            surprise, noise = mean(base, of_base), mean(of_base.logprobs - base, of_base)
-            at_one = noise if temperature == 1 else mean(of_base.logprobs - scored(of_base, zero, 1.0), of_base)
-            aim = min(max(LEAST * surprise, 10 * noise), MOST * surprise)
-            planted = 0.01 * torch.randn(v.shape, generator=torch.Generator().manual_seed(0)).to(v)
-            for _ in range(12):
-                apart = mean(scored(of_base, planted) - base, of_base)
-                if aim <= apart <= 2 * aim:
-                    break
-                planted *= min(max(1.4 * aim / max(apart, 1e-12), 0.1), 10.0)
-            rounds = [judged(answer(planted), planted, noise), judged(answer(-planted), -planted, noise, planted)]
-        finally:
-            v.copy_(before)
-    sampler.sync(adapter)
+            *found, base_says = rounds()
+        except BaseException:
+            with suppress(Exception):  # whose cause is the error that is on its way
+                restore()
+            raise
+    restore()
 
     def badness(found: SamplerCheck) -> int:
         return {"adapter": 0, "stale": 2}.get(found.verdict, 1)
 
-    worst = max(rounds, key=badness)
-    if noise > 2 * at_one or noise > OTHER_WEIGHTS * surprise:
-        worst = replace(worst, verdict="temperature" if noise > 2 * at_one else "neither")
+    worst = max(found, key=badness)
+    if base_says == "temperature" or (base_says and worst.verdict in ("adapter", "between", "unclear")):
+        worst = replace(worst, verdict=base_says)
     everyone: list[SamplerCheck] = distributed.all_gather_object(worst)
     return max(everyone, key=badness)

@@ -7,6 +7,7 @@ It cannot be brought in step with an adapter in memory; what it answers can be c
 from __future__ import annotations
 
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 from tinylora_lite.sampling.vllm_server import PLAIN, RefusedError, VllmServerSampler
@@ -22,7 +23,7 @@ class OpenAISampler(VllmServerSampler):
 
     vLLM and llama-server take prompts as token ids and name the tokens of answers by id. llama-cpp-python does neither:
     prompts go as text, and tokens are found by theirs. An answer ends before the first token whose text is not its own,
-    such as a part of a character.
+    such as a part of a character. ``OPENAI_API_KEY`` is sent where it is set.
 
     Args:
         url: of the server, for example ``http://127.0.0.1:8080``.
@@ -42,15 +43,20 @@ class OpenAISampler(VllmServerSampler):
         wait: float = 10.0,
         timeout: float = 600.0,
     ) -> None:
-        super().__init__(url, tokenizer, wait=wait, timeout=timeout)
+        key = os.environ.get("OPENAI_API_KEY")
+        self.headers = dict(self.headers) | ({"Authorization": f"Bearer {key}"} if key else {})
+        super().__init__(url.rstrip("/").removesuffix("/v1"), tokenizer, wait=wait, timeout=timeout)
         self._name = name
 
     def sync(self, adapter: TinyLoraAdapter | None) -> None:
         """Raises ``ValueError``: the server keeps the adapter that it was started with."""
         raise ValueError(f"the server at {self.url} cannot follow an adapter; compare it with plant=False")
 
+    def _check_scaled(self, prompt: list[int]) -> None:
+        """Nothing: the comparison itself tells at which temperature probabilities are."""
+
     def _complete(self, request: dict[str, Any]) -> dict[str, Any]:
-        """One answer; raises ``ValueError`` where it has no log-probabilities, or tokens that cannot be told."""
+        """One answer, which may be empty; raises ``ValueError`` where it has no log-probabilities."""
         ids, body = request["prompt"], {"model": self._name or self.base, "repeat_penalty": 1.0} | PLAIN | request
         body |= {"return_token_ids": True, "return_tokens_as_token_ids": True}  # of vLLM
         body |= {"seed": request["seed"] % 2**31, "logprobs": 1}  # llama.cpp takes 32 bits, and reports none for 0
@@ -71,18 +77,22 @@ class OpenAISampler(VllmServerSampler):
         tokens: list[int | None]
         if "content" in table:  # llama-server
             tokens, logprobs = ([each.get(key) for each in table["content"]] for key in ("id", "logprob"))
+            # It lists none but the last of the tokens that share a character.
+            parts = (i is None or "\ufffd" in self.tokenizer.decode(i) for i in tokens)
+            known = next((place for place, part in enumerate(parts) if part), len(tokens))
+        elif answer.get("token_ids"):
+            tokens, logprobs = answer["token_ids"], table["token_logprobs"]
+            known = len(tokens)
         else:
-            tokens, logprobs = answer.get("token_ids"), table["token_logprobs"]
-            tokens = tokens or [self._token(text) for text in table["tokens"]]
-        known = tokens.index(None) if None in tokens else len(tokens)
-        if known == 0:
-            raise ValueError(
-                f"the first token of an answer from {self.url} cannot be told by its text; try another seed"
-            )
+            tokens, logprobs = [self._token(text) for text in table["tokens"]], table["token_logprobs"]
+            # The one before may hold the start of the same character.
+            known = max(0, tokens.index(None) - 1) if None in tokens else len(tokens)
         kept = {"token_logprobs": logprobs[:known]}
         return {"token_ids": tokens[:known], "logprobs": kept, "finish_reason": answer["finish_reason"]}
 
     def _token(self, text: str) -> int | None:
-        """The token that has this text alone, or ``None``."""
+        """The token that has this text alone, or ``None``; vLLM names a token by its id."""
+        if text.startswith("token_id:"):
+            return int(text.removeprefix("token_id:"))
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids[0] if len(ids) == 1 and self.tokenizer.decode(ids) == text else None

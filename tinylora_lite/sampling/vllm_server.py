@@ -12,10 +12,12 @@ import math
 import shlex
 import tempfile
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
@@ -84,6 +86,7 @@ class VllmServerSampler(VllmEngine):
     """
 
     cure = "serve_command says how to start one"
+    headers: Mapping[str, str] = MappingProxyType({"Content-Type": "application/json"})
 
     def __init__(
         self,
@@ -100,11 +103,14 @@ class VllmServerSampler(VllmEngine):
         self.folder = None if folder is None else Path(folder).resolve()
         # Without a proxy: one that the environment names leads out of the cluster.
         self._open = build_opener(ProxyHandler({})).open
-        served = [card for card in json.loads(self._ask("/v1/models"))["data"] if card.get("parent") is None]
+        try:
+            served = [card for card in json.loads(self._ask("/v1/models"))["data"] if card.get("parent") is None]
+            self.base = str(served[0]["id"])
+        except (json.JSONDecodeError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"what answers at {self.url} lists no models as OpenAI's protocol does") from error
         if model is not None and not any(str(model) in (card["id"], card.get("root")) for card in served):
             names = ", ".join(str(card["id"]) for card in served)
             raise ValueError(f"the server at {self.url} serves {names}, not {model}; start one that does")
-        self.base = str(served[0]["id"])
         self.limit = int(served[0].get("max_model_len") or 2**31)
         self._name: str | None = None  # of the LoRA that answers
         self._written: tempfile.TemporaryDirectory[str] | None = None  # its files, in the process that wrote them
@@ -186,9 +192,7 @@ class VllmServerSampler(VllmEngine):
         until = time.monotonic() + self.wait
         while True:
             try:
-                with self._open(
-                    Request(self.url + path, data, {"Content-Type": "application/json"}), timeout=self.timeout
-                ) as answer:
+                with self._open(Request(self.url + path, data, dict(self.headers)), timeout=self.timeout) as answer:
                     return str(answer.read().decode())
             except TimeoutError as error:  # it may be answering still, and would do the work twice
                 raise ConnectionError(f"the server at {self.url} took longer than {self.timeout} seconds") from error

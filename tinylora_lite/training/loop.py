@@ -10,6 +10,7 @@ import copy
 import itertools
 import math
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -26,9 +27,11 @@ from tinylora_lite.adapter.attached import adapter_of
 from tinylora_lite.adapter.config import TinyLoraConfig
 from tinylora_lite.adapter.weights import base_fingerprint
 from tinylora_lite.evaluation.evaluate import evaluate, evaluate_population
+from tinylora_lite.sampling.check import TOKENS, check_sampler
 from tinylora_lite.sampling.logprobs import completion_logprobs
 from tinylora_lite.sampling.policy import check_tokenizer, ready_to_train
 from tinylora_lite.sampling.rollouts import Rollouts, Sampler
+from tinylora_lite.sampling.sampler import ModelSampler
 from tinylora_lite.training.batches import Batch, micro_batches
 from tinylora_lite.training.losses import grpo_loss
 from tinylora_lite.training.settings import GRPOSettings, S, SFTSettings, as_list
@@ -92,6 +95,24 @@ class Objective(ABC, Generic[S]):
     def batch(self, step: int) -> Batch:
         """The rows of a step, counted from 0."""
 
+    def check_sampler(self) -> None:
+        """Raises ``RuntimeError`` where another engine samples, and something else than the adapter answers.
+
+        Only warns where the adapter changes too little to tell, and where the model's weights are quantized, which an
+        engine's are not.
+        """
+        if not isinstance(self.adapter, TinyLoraAdapter) or isinstance(self.sampler, ModelSampler | None):
+            return
+        # At lower temperatures answers are so certain that little is to be seen in their probabilities.
+        options: dict[str, Any] = {"temperature": max(self.shared.temperature, 0.5)}
+        options["max_new_tokens"] = min(TOKENS, self.shared.max_new_tokens)
+        found = check_sampler(self.model, self.tokenizer, self.adapter, self.sampler, self.task, **options)
+        quantized = found.verdict == "neither" and getattr(self.model, "is_quantized", False)
+        if found.verdict == "unclear" or quantized:
+            warnings.warn(f"the check of the sampler: {found}", stacklevel=2)
+        elif found.verdict != "adapter":
+            raise RuntimeError(str(found))
+
     @abstractmethod
     def validate(self) -> list[dict[str, float]]:
         """An evaluation of each adapter on the validation split, as its record keeps it."""
@@ -137,6 +158,8 @@ def fit(
     done = len(runs[0].steps)
     if len(set(distributed.all_gather_object(done))) > 1:
         raise ValueError(f"not every process finds the checkpoint in {folder}; give a folder that all of them share")
+    if done < shared.steps:
+        objective.check_sampler()
     started, hidden = time.perf_counter() - runs[0].seconds, distributed.hide_progress(progress)
     with (
         ready_to_train(model, [p for own in objective.parameters for p in own]),
