@@ -92,6 +92,7 @@ test-real: $(STAMP) $(VENV)/$(SMOLLM2) ## Test the library on a real language mo
 
 test-llama-cpp: $(STAMP) $(VENV)/$(SMOLLM2) $(LLAMA_CPP_STAMP) ## Compare a GGUF LoRA in llama.cpp (compiles it: minutes)
 	@PYTHONPATH=$(abspath $(VENV)/$(SMOLLM2)) LLAMA_CPP_PYTHON=$(abspath $(LLAMA_CPP_VENV))/bin/python OMP_NUM_THREADS=1 \
+	  LLAMA_SERVER=$(abspath $(LLAMA_CPP_VENV))/server/bin/llama-server \
 	  $(PY) -m pytest -m llama_cpp -rP tests/real
 
 test-site: $(STAMP) ## Check the built book: links, alt texts, nothing loaded from elsewhere
@@ -171,7 +172,13 @@ $(LLAMA_CPP_STAMP):
 	@echo "Compiling $(LLAMA_CPP) in $(LLAMA_CPP_VENV); this takes minutes."
 	@$(PYTHON) -m venv $(LLAMA_CPP_VENV)
 	@CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF" $(LLAMA_CPP_VENV)/bin/python -m pip install \
-	  --disable-pip-version-check --quiet --no-cache-dir --no-binary llama-cpp-python $(LLAMA_CPP)
+	  --disable-pip-version-check --quiet --no-cache-dir --no-binary llama-cpp-python $(LLAMA_CPP) cmake
+	@$(LLAMA_CPP_VENV)/bin/python -m pip download --disable-pip-version-check --quiet --no-deps --no-binary llama-cpp-python \
+	  --dest $(LLAMA_CPP_VENV)/source $(LLAMA_CPP)
+	@tar -xzf $(LLAMA_CPP_VENV)/source/*.tar.gz -C $(LLAMA_CPP_VENV)/source --strip-components 1
+	@$(LLAMA_CPP_VENV)/bin/cmake -S $(LLAMA_CPP_VENV)/source/vendor/llama.cpp -B $(LLAMA_CPP_VENV)/server -DCMAKE_BUILD_TYPE=Release \
+	  -DBUILD_SHARED_LIBS=OFF -DGGML_NATIVE=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_MTMD=OFF -DLLAMA_BUILD_UI=OFF > $(LLAMA_CPP_VENV)/cmake.log
+	@$(LLAMA_CPP_VENV)/bin/cmake --build $(LLAMA_CPP_VENV)/server --target llama-server --parallel > $(LLAMA_CPP_VENV)/cmake.log
 	@touch $@
 
 # Its metadata ask for torch==2.13.0+cpu from an index of PyTorch's own; torch 2.13.0 from anywhere will do.

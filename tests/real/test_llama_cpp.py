@@ -14,7 +14,9 @@ import pytest
 import torch
 
 import tinylora_lite as tl
+from tinylora_lite import nano
 from tinylora_lite.experiment.models import load_tokenizer
+from tinylora_lite.sampling.openai_server import OpenAISampler
 
 gguf = pytest.importorskip("gguf")
 pytestmark = [
@@ -22,6 +24,7 @@ pytestmark = [
     pytest.mark.skipif("LLAMA_CPP_PYTHON" not in os.environ, reason="needs llama.cpp: run `make test-llama-cpp`"),
 ]
 
+PORT = 18431
 QUESTION = "Ann has 3 apples and buys 14 more. How many apples has she?"
 PIECES = [
     "Ann",
@@ -159,3 +162,35 @@ def test_tiny_models_of_each_architecture(write_gguf, tmp_path, architecture, wr
     assert apart(adapted, base) > 0.1
     assert apart(theirs["logits.0"], base) < 1e-5
     assert apart(theirs["logits.1"], adapted) < 1e-5
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_its_server_is_told_from_the_base(file, smollm2, smollm2_tokenizer, tmp_path, lora):
+    """`tinylora check-sampler` against llama-server with the file as it is, started with the adapter and without."""
+    adapter = tl.attach(smollm2, tl.TinyLoraConfig(rank=2, u=1, n_tie=17))
+    with torch.no_grad():
+        adapter.vectors.copy_(0.1 * torch.randn(adapter.vectors.shape, generator=torch.Generator().manual_seed(1)))
+    command = [
+        os.environ["LLAMA_SERVER"],
+        "--model",
+        str(file),
+        "--ctx-size",
+        "1024",
+        "--threads",
+        "1",
+        "--port",
+        str(PORT),
+    ]
+    if lora:
+        command += ["--lora", str(tl.export_gguf(adapter, tmp_path / "lora") / "adapter.gguf")]
+    with (tmp_path / "server.log").open("w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        served = OpenAISampler(f"http://127.0.0.1:{PORT}", smollm2_tokenizer, wait=60.0)
+        found = tl.check_sampler(smollm2, smollm2_tokenizer, adapter, served, nano.word_problems(1), plant=False)
+    finally:
+        server.terminate()
+        server.wait(timeout=60)
+        adapter.detach()
+    print(repr(found))
+    assert found.verdict == ("adapter" if lora else "base")

@@ -241,7 +241,7 @@ def test_training_stops_where_the_base_answers(gradients):
 
 
 def test_training_by_imitation_does_too(base, adapter):
-    imitation = SFT(*base, adapter, nano.task(), [tl.SFTSettings(steps=1, max_new_tokens=24)], Never())
+    imitation = SFT(*base, adapter, nano.task(), [tl.SFTSettings(steps=1, max_new_tokens=nano.MAX_NEW_TOKENS)], Never())
     with pytest.raises(RuntimeError, match="The base answered: the LoRA is not applied"):
         imitation.check_sampler()
 
