@@ -205,7 +205,7 @@ def plan_run(
     if gpus < 1 or prompts % gpus:
         raise ValueError(f"prompts_per_step={prompts} cannot be shared by {gpus} GPUs")
     shape = ModelShape.of(config or model_config(settings.model, settings.revision))
-    return Plan(settings, shape, GPUS[gpu], gpus, length, problems, price)
+    return Plan(settings.with_dtype("bfloat16"), shape, GPUS[gpu], gpus, length, problems, price)
 
 
 def gpus_that_fit(plan: Plan) -> list[str]:

@@ -1,6 +1,6 @@
 """What sampling and training need of a model of transformers and its tokenizer: modes, cache, end tokens, head.
 
-The head's logits come in chunks, and again in the backward pass: with a vocabulary of 152,000 those of a completion of
+The head's logits come in chunks, gone before the backward pass: with a vocabulary of 152,000 those of a completion of
 4,096 tokens take 2.5 GB in float32, and their softmax and its gradient as much again: more than everything else that a
 frozen model keeps for its backward pass.
 """
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from tinylora_lite.utils.distributed import is_sharded
@@ -141,7 +142,12 @@ def next_logprobs(model: PreTrainedModel, ids: Tensor, temperature: float, **inp
 
 
 def chosen_logprobs(
-    head: Callable[[Tensor], Tensor], hidden: Tensor, ids: Tensor, temperature: float, at_once: int
+    head: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    ids: Tensor,
+    temperature: float,
+    at_once: int,
+    frozen: bool,
 ) -> Tensor:
     """The log-probability of one token after each hidden state, ``[...]`` float32, differentiable.
 
@@ -151,15 +157,47 @@ def chosen_logprobs(
         ids: ``[...]`` int64.
         temperature: divides the logits.
         at_once: tokens whose logits exist at the same time.
+        frozen: whether the head itself takes no gradient; then no logits are computed a second time.
     """
 
     def logprobs(hidden: Tensor, ids: Tensor) -> Tensor:
         distribution = torch.log_softmax(head(hidden).float() / temperature, dim=-1)
         return distribution.gather(1, ids[:, None])[:, 0]
 
+    def piece(states: Tensor, tokens: Tensor) -> Tensor:
+        if frozen:
+            return _Chosen.apply(states, tokens, head, temperature)  # type: ignore[no-any-return,no-untyped-call]
+        return checkpoint(logprobs, states, tokens, use_reentrant=False)
+
     pieces = zip(hidden.flatten(0, -2).split(at_once), ids.flatten().split(at_once), strict=True)
-    chosen = [checkpoint(logprobs, states, tokens, use_reentrant=False) for states, tokens in pieces]
-    return torch.cat(chosen).view(ids.shape)
+    return torch.cat([piece(*each) for each in pieces]).view(ids.shape)
+
+
+class _Chosen(torch.autograd.Function):
+    """The log-probabilities of tokens, with their gradient made on the way: logits are gone before the backward pass.
+
+    A token's log-probability depends on its own hidden state alone, so that its gradient is that of the sum.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, ids: Tensor, head: Callable[[Tensor], Tensor], temperature: float) -> Tensor:
+        wanted = ctx.needs_input_grad[0]
+        with torch.set_grad_enabled(wanted):
+            states = hidden.detach().requires_grad_(wanted)
+            logits = head(states)
+        distribution = torch.log_softmax(logits.detach().float() / temperature, dim=-1)
+        chosen = distribution.gather(1, ids[:, None])
+        if wanted:
+            slopes = distribution.exp_().neg_().scatter_add_(1, ids[:, None], torch.ones_like(chosen))
+            slopes = (slopes / temperature).to(logits.dtype)
+            ctx.save_for_backward(*torch.autograd.grad(logits, states, slopes))
+        return chosen[:, 0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (slopes,) = ctx.saved_tensors
+        return (gradient[:, None] * slopes).to(slopes.dtype), None, None, None
 
 
 def tokens_at_once(model: PreTrainedModel) -> int | None:
@@ -181,7 +219,8 @@ def head_gives_logprobs(model: PreTrainedModel, ids: Tensor, temperature: float,
     """
     head = model.get_output_embeddings()
     replaced, forward = head.__dict__.get("forward"), head.forward
-    head.forward = lambda hidden: chosen_logprobs(forward, hidden, ids, temperature, at_once)[..., None]
+    frozen = not any(parameter.requires_grad for parameter in head.parameters())
+    head.forward = lambda hidden: chosen_logprobs(forward, hidden, ids, temperature, at_once, frozen)[..., None]
     try:
         yield
     finally:
