@@ -1,4 +1,4 @@
-"""What sampling and training need of a model of transformers and its tokenizer: modes, cache, end tokens, head.
+"""What sampling and training need of a model of transformers and its tokenizer: modes, cache, end tokens, draws, head.
 
 The head's logits come in chunks, gone before the backward pass: with a vocabulary of 152,000 those of a completion of
 4,096 tokens take 2.5 GB in float32, and their softmax and its gradient as much again: more than everything else that a
@@ -16,15 +16,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from tinylora_lite.utils.distributed import is_sharded
+from tinylora_lite.utils.record import seed_of
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-LOGITS_AT_ONCE = 1 << 27
-"""How many logits exist at a time: 512 MiB in float32, 883 tokens of Qwen2.5's vocabulary."""
+LOGITS_AT_ONCE = 1 << 24
+"""How many logits exist at a time: 64 MiB in float32, 110 tokens of Qwen2.5's vocabulary."""
+
+BLOCK = 128
+"""Tokens whose probabilities are added up first when one of them is drawn."""
 
 PLAIN_HEADS = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Model types of transformers whose logits are what the head puts out: nothing scales or caps them afterwards."""
@@ -130,6 +135,40 @@ def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tenso
     return torch.tensor(sorted({tokenizer.eos_token_id, *ends} - {None}))
 
 
+def uniforms(streams: Sequence[tuple[int, int]], tokens: int) -> Tensor:
+    """A random number in [0, 1) for every token of every row, ``[rows, tokens]`` float64, the same on every machine.
+
+    A row's stream is known by a seed and the row's place.
+    """
+    generator = torch.Generator()
+    numbers = torch.empty(len(streams), tokens, dtype=torch.float64)
+    for row, (seed, place) in zip(numbers, streams, strict=True):
+        torch.rand(tokens, generator=generator.manual_seed(seed_of("row", seed, place)), out=row)
+    return numbers
+
+
+def draw(distribution: Tensor, uniform: Tensor) -> Tensor:
+    """The token at which the cumulative probability passes ``uniform [rows]``, ``[rows, 1]`` int64.
+
+    The block of tokens comes first, and then the token: adding all of a large vocabulary up in float64 takes as long as
+    a third of a small model.
+    """
+    if missing := -distribution.shape[-1] % BLOCK:
+        distribution = F.pad(distribution, (0, missing))
+    blocks = distribution.unflatten(-1, (-1, BLOCK))
+    block, rest = _passed(blocks.sum(dim=-1), uniform[:, None])
+    token, _ = _passed(blocks.take_along_dim(block[..., None], dim=1)[:, 0], rest)
+    return block * BLOCK + token
+
+
+def _passed(masses: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """The place where the cumulative mass passes a share of all of it, and the share of that place's own mass."""
+    cumulative = masses.to(share.dtype).cumsum(dim=-1)
+    wanted = share * cumulative[:, -1:]
+    place = torch.searchsorted(cumulative, wanted, right=True).clamp(max=masses.shape[-1] - 1)
+    return place, (1 - (cumulative.gather(1, place) - wanted) / masses.gather(1, place)).clamp(min=0)
+
+
 def next_logprobs(model: PreTrainedModel, ids: Tensor, temperature: float, **inputs: Any) -> Tensor:
     """Log-probabilities of ``ids``, ``[batch, tokens]``, at the last places of what ``inputs`` hold."""
     tokens, at_once = ids.shape[1], tokens_at_once(model)
@@ -185,12 +224,13 @@ class _Chosen(torch.autograd.Function):
         with torch.set_grad_enabled(wanted):
             states = hidden.detach().requires_grad_(wanted)
             logits = head(states)
-        distribution = torch.log_softmax(logits.detach().float() / temperature, dim=-1)
+        scaled = logits.detach().float() if temperature == 1 else logits.detach().float() / temperature
+        distribution = torch.log_softmax(scaled, dim=-1)
         chosen = distribution.gather(1, ids[:, None])
         if wanted:
             slopes = distribution.exp_().neg_().scatter_add_(1, ids[:, None], torch.ones_like(chosen))
-            slopes = (slopes / temperature).to(logits.dtype)
-            ctx.save_for_backward(*torch.autograd.grad(logits, states, slopes))
+            slopes = slopes if temperature == 1 else slopes.div_(temperature)
+            ctx.save_for_backward(*torch.autograd.grad(logits, states, slopes.to(logits.dtype)))
         return chosen[:, 0]
 
     @staticmethod
