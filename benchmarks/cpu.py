@@ -19,6 +19,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from tinylora_lite.utils.cpu import keep_memory
 from tinylora_lite.utils.record import atomic_write, environment
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def measure(base: str, dtype: str, batches: list[int], lengths: list[int]) -> di
     from tinylora_lite.sampling.sampler import sample
 
     torch.set_num_threads(1)
+    keep_memory()  # as the commands do
     model, tokenizer = load_model(base, dtype=dtype, device="cpu"), load_tokenizer(base)
     modules = sum(isinstance(module, nn.Linear) for module in model.modules()) - 1
     adapter = tl.attach(model, tl.TinyLoraConfig(rank=2, u=1, n_tie=-(-modules // 13)))
@@ -67,7 +69,7 @@ def measure(base: str, dtype: str, batches: list[int], lengths: list[int]) -> di
             for length in lengths:
                 rollouts, whole = _timed(sample, *prompts, max_new_tokens=length, seed=length)
                 _, update = _timed(_update, model, adapter.vectors, rollouts)
-                decode, tokens, together = whole - first, batch * length, min(AT_ONCE, batch * length)
+                decode, tokens, together = whole - first, batch * length, min(512, batch * length)
                 both = _products(model, together, backward=True) * tokens / together
                 rows.append(
                     {

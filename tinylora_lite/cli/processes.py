@@ -41,6 +41,7 @@ def computing(
     import torch
 
     from tinylora_lite.utils import distributed
+    from tinylora_lite.utils.cpu import keep_memory
 
     chosen, several = None, int(os.environ.get("WORLD_SIZE", "1")) > 1
     if several:
@@ -50,6 +51,7 @@ def computing(
     with started(chosen, words) if chosen else contextlib.nullcontext():
         chosen = distributed.all_gather_object(chosen)[0]
         if chosen is not None:
+            keep_memory()
             torch.set_num_threads(chosen.threads)
             now = {"dtype": chosen.dtype, "threads": chosen.threads, "processes": chosen.processes}
             settings = settings.model_copy(update=now)

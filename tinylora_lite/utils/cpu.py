@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +17,8 @@ SECONDS = 0.2
 """Of each measurement."""
 ROWS, WIDTH = 64, 1024
 """Of the products: as many rows as are often decoded together, and a weight as wide as those of small models."""
+M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
+"""Of glibc's malloc.h."""
 FASTER = 1.1
 """From which ratio on bfloat16 is worth its rounding."""
 
@@ -84,6 +88,17 @@ def measure() -> dict[str, float]:
         return rates | {f"{count} x float32": together, f"{count} threads": _rate(torch.float32, threads=count)}
     finally:
         torch.set_num_threads(before)
+
+
+def keep_memory() -> None:
+    """From now on this process keeps the memory that it frees, where the C library is glibc.
+
+    Tensors as large as the logits of a step would otherwise come from the system anew in every step, page by page.
+    """
+    with suppress(AttributeError, OSError, TypeError):  # another C library, or none that can be asked
+        library = ctypes.CDLL(None)
+        library.mallopt(M_MMAP_MAX, 0)
+        library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def cores() -> int:
