@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -205,8 +205,9 @@ def chosen_logprobs(
 
     def piece(states: Tensor, tokens: Tensor) -> Tensor:
         if frozen:
-            return _Chosen.apply(states, tokens, head, temperature)  # type: ignore[no-any-return,no-untyped-call]
-        return checkpoint(logprobs, states, tokens, use_reentrant=False)
+            chosen: Tensor = _Chosen.apply(states, tokens, head, temperature)  # type: ignore[no-untyped-call]
+            return chosen
+        return cast(Tensor, checkpoint(logprobs, states, tokens, use_reentrant=False))
 
     pieces = zip(hidden.flatten(0, -2).split(at_once), ids.flatten().split(at_once), strict=True)
     return torch.cat([piece(*each) for each in pieces]).view(ids.shape)
