@@ -59,11 +59,11 @@ class Watched:
         self.rows: list[dict[str, float]] = []
 
     def sync(self, adapter: TinyLoraAdapter | None) -> None:
-        assert adapter is not None
         started = time.perf_counter()
         self.sampler.sync(adapter)
         seconds = time.perf_counter() - started
-        self.rows.append({"sync_seconds": seconds, "kept": tl.merge_report(adapter, torch.bfloat16).total.kept})
+        if adapter is not None:
+            self.rows.append({"sync_seconds": seconds, "kept": tl.merge_report(adapter, torch.bfloat16).total.kept})
 
     def sample(self, *prompts: torch.Tensor, **settings: Any) -> Rollouts:
         return self.sampler.sample(*prompts, **settings)
@@ -91,7 +91,8 @@ def run(dtype: str, engine: str, seeds: list[int], path: Path) -> None:
         adapter, watched = tl.attach(model, config), Watched(sampler)
         settings = tl.GRPOSettings(**asdict(SETTINGS) | {"seed": seed})
         done = tl.train_grpo(model, tokenizer, adapter, nano.task(), settings, sampler=watched, progress=False)
-        rows = [step | row for step, row in zip(done.steps, watched.rows, strict=True)]
+        synced = watched.rows[-len(done.steps) :]  # before them the sampler was checked
+        rows = [step | row for step, row in zip(done.steps, synced, strict=True)]
         runs.append({"dtype": dtype, "engine": engine, "seed": seed} | _curves(rows))
         adapter.detach()
         path.write_text(json.dumps(runs), encoding="utf-8")

@@ -59,23 +59,36 @@ def make_model(tokenizer) -> Callable[..., PreTrainedModel]:
 
 @pytest.fixture(scope="session")
 def write_gguf(make_model) -> Callable[..., PreTrainedModel]:
-    """``write_gguf(path, architecture="llama", kind="Q8_0", split="smollm", without=(), **extra)``: a tiny model.
+    """``write_gguf(path, architecture="llama", kind="Q8_0", split="smollm", without=(), scaled=0.0, **extra)``.
 
-    It returns the model with the values that the file holds. Bytes are tokens, "12" and a blank line are merges, and
-    the rows of Llama's queries and keys change places as in llama.cpp's own converter.
+    It returns a tiny model with the values that the file holds, its positions scaled as Llama 3's by ``scaled``. Bytes
+    are tokens, "12" and a blank line are merges, "123" is a word that no merges make, and the rows of Llama's queries
+    and keys change places as in llama.cpp's own converter.
     """
     gguf = pytest.importorskip("gguf")
     alphabet = list(bytes_to_unicode().values())
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>"]
     merges = [("1", "2"), ("Ċ", "Ċ"), ("a", "n"), ("Ġ", "an")]
-    tokens = [*special, *alphabet, *("".join(pair) for pair in merges)]
+    tokens = [*special, *alphabet, *("".join(pair) for pair in merges), "123"]
 
     def permuted(rows: np.ndarray, heads: int) -> np.ndarray:  # convert_hf_to_gguf.py: LlamaModel.permute
         return rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
-    def write(path, architecture="llama", kind="Q8_0", split="smollm", without=(), **extra) -> PreTrainedModel:
+    def write(
+        path, architecture="llama", kind="Q8_0", split="smollm", without=(), scaled=0.0, **extra
+    ) -> PreTrainedModel:
         tied, end = architecture == "llama", tokens.index("<|im_end|>")
         sizes = {"vocab_size": len(tokens), "intermediate_size": 64, "tie_word_embeddings": tied, "rms_norm_eps": 1e-5}
+        if scaled:  # convert_hf_to_gguf.py: LlamaModel.generate_extra_tensors, for heads of 8
+            rope = {
+                "rope_type": "llama3",
+                "rope_theta": 5e5,
+                "factor": scaled,
+                "original_max_position_embeddings": 8192,
+            }
+            sizes["rope_parameters"] = rope | {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+            smooth = ((8192 / (2 * np.pi * 5e5 ** (np.arange(0, 8, 2) / 8)) - 1) / 3).clip(0, 1)
+            extra["rope_freqs.weight"] = (1 / ((1 - smooth) / scaled + smooth)).astype(np.float32)
         model = make_model(architecture, eos_token_id=end, pad_token_id=end, **sizes)
         config, writer = model.config, gguf.GGUFWriter(path, architecture)
         writer.add_context_length(config.max_position_embeddings)

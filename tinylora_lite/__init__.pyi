@@ -26,6 +26,8 @@ from .files.peft import export_peft as export_peft
 from .files.peft import import_peft as import_peft
 from .planning.counting import count_parameters as count_parameters
 from .planning.counting import plan as plan
+from .sampling.check import SamplerCheck as SamplerCheck
+from .sampling.check import check_sampler as check_sampler
 from .tasks.datasets import load_task as load_task
 from .tasks.rewards import gsm8k_reward as gsm8k_reward
 from .tasks.rewards import math_reward as math_reward

@@ -22,3 +22,8 @@ def test_a_basis_of_the_nano_base(capsys, tmp_path):
     model, _ = nano.load()
     adapter = tl.attach(model, tl.TinyLoraConfig(rank=2, u=3, n_tie="all", projection=basis))
     assert adapter.num_parameters == 3
+
+
+def test_too_few_problems_are_refused_before_a_model_is_loaded(capsys, tmp_path):
+    assert main(["calibrate", str(tmp_path), "--task", "nano", "--directions", "9", "--problems", "8"]) == 1
+    assert "8 problems have no 9 directions; calibrate on more, or ask for fewer" in capsys.readouterr().err

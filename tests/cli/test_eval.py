@@ -165,6 +165,7 @@ def test_another_engine_answers(capsys, adapter, monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "reason"),
     [
+        (["--task", "nope"], "there is no task 'nope'; there are nano, words-1 and so on, gsm8k, math, math500"),
         (["--compare"], "--adapter"),
         (["--basis", "b"], "--adapter"),
         (["--engine", "vllm-server"], "--url names the server of --engine vllm-server; give both or neither"),

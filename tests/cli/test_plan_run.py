@@ -58,3 +58,16 @@ def test_mistakes_are_one_line(capsys):
     for argv in (["qwen2.5-7b/gsm8k", "--gpu", "abacus"], ["gpt-5"], ["qwen2.5-7b/gsm8k", "adapter.rnak=2"]):
         assert main(["plan-run", *argv]) == 1
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_on_a_cpu_memory_is_planned_and_no_time(capsys):
+    argv = ["plan-run", "nano", "--price", "2"]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    for text in ("13 parameters on CPU", "Python, PyTorch and transformers", "what the CPU has for it", "It fits."):
+        assert text in out
+    assert "hours" not in out
+    assert main([*argv, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["time"], found["cost"], found["gpu"]["name"]) == (None, None, "CPU")
+    assert found["capacity"] > max(found["peaks"].values()) > 2**29

@@ -1,5 +1,7 @@
 """The optimizer over a LoRA: the gradients and the steps of the adapter itself, checkpoints, and what it refuses."""
 
+import copy
+import pickle
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -283,6 +285,28 @@ class TestResuming:
             with pytest.raises(ValueError, match="the state is of another optimizer or another adapter"):
                 optimizer.load_state_dict(other.state_dict())
 
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
+    def test_a_copy_with_its_model_goes_on_alike(self, model, copied):
+        adapter = tl.attach(model, CONFIGS["tied"])
+        with as_lora(adapter) as lora:
+            optimizer = TinyLoraAdamW(lora.parameters(), lr=0.01, adapter=adapter)
+            TestSteps().steps(lora, adapter, None, optimizer)
+            twin, other = copied([lora, optimizer])
+            for one, its in ((lora, optimizer), (twin, other)):
+                TestSteps().steps(one, adapter, None, its)
+            assert torch.equal(other.vectors, optimizer.vectors)
+            assert other.vectors is not optimizer.vectors
+            assert torch.equal(other.state_dict()["state"][0]["vectors"], optimizer.vectors)
+            assert torch.equal(loss_of(twin), loss_of(lora))
+
+
+def test_a_second_lora_inside_the_first_is_refused(model):
+    adapter = tl.attach(model, CONFIGS["tied"])
+    with as_lora(adapter):
+        with pytest.raises(ValueError, match="the model carries a LoRA already; leave the other"), as_lora(adapter):
+            pass
+        assert not adapter.enabled
+
 
 class TestParameters:
     """An engine that loads the exported LoRA itself, and knows the optimizer by its class and a file."""
@@ -296,10 +320,11 @@ class TestParameters:
         lora = peft.PeftModel.from_pretrained(make_model(), tmp_path / "lora", is_trainable=True)
         return base, adapter, lora, tmp_path / "start.tinylora"
 
+    @pytest.mark.parametrize("named", [False, True])
     @pytest.mark.parametrize("grouped", [False, True])
-    def test_a_file_says_what_the_adapter_says(self, start, grouped):
+    def test_a_file_says_what_the_adapter_says(self, start, grouped, named):
         base, adapter, lora, file = start
-        params = [p for p in lora.parameters() if p.requires_grad]
+        params = [(name, p) if named else p for name, p in lora.named_parameters() if p.requires_grad]
         given = [{"params": params, "weight_decay": 0.0}, {"params": [], "weight_decay": 0.0}] if grouped else params
         optimizer = TinyLoraAdamW(given, lr=0.01, weight_decay=0.5, adapter=file)
         assert optimizer.param_groups[0]["weight_decay"] == (0.0 if grouped else 0.5)

@@ -1,16 +1,22 @@
 """Presets: the paper's numbers where it gives them, 13 parameters on every model, and all of them fit their GPU."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
 import tinylora_lite as tl
-from tinylora_lite.experiment.presets import BASES, GPUS, NANO, describe, preset, preset_names
+from tinylora_lite.experiment.presets import BASES, GPUS, ON_CPU, describe, preset, preset_names
+from tinylora_lite.experiment.run import task_named
 from tinylora_lite.experiment.settings import RunSettings
+from tinylora_lite.lab.bases import config_of
+from tinylora_lite.lab.claims import claim_of
+from tinylora_lite.lab.tasks import task_of
+from tinylora_lite.lab.trial import settings_of
 from tinylora_lite.planning.plan import plan_run
 from tinylora_lite.planning.shapes import ModelShape, model_config
 
-FULL_SIZE = [name for name in preset_names() if name not in NANO]
+FULL_SIZE = [name for name in preset_names() if name not in ON_CPU]
 
 
 def test_the_paper_on_gsm8k():
@@ -91,9 +97,21 @@ def test_names_that_are_not_there():
         preset("nano", "t4")
 
 
-@pytest.mark.parametrize("name", NANO)
+@pytest.mark.parametrize("name", [name for name in ON_CPU if name.startswith("nano")])
 def test_nano_presets_are_minutes_on_a_cpu(name):
     settings = preset(name)
     assert settings.model == settings.task == "nano"
     assert settings.training_settings(8000).steps == 30
     assert settings.adapter.calibrated or tl.plan(model_config("nano"), 13).n_tie == settings.adapter.n_tie
+
+
+def test_a_real_model_is_trained_as_registered():
+    settings = preset("smollm2-135m/words-1")
+    point = next(point for point in claim_of("real-smollm2").points if point.label == "13 random")
+    trial = replace(point.trial, learning_rate=point.rates[1], seed=settings.adapter.seed)
+    assert settings.model == trial.base
+    assert settings.training_settings(1) == settings_of(trial)
+    assert settings.adapter.config() == config_of(trial)
+    ours, theirs = task_named(settings.task, settings), task_of(trial.task, trial.base)
+    assert [ours.messages(each) for each in ours.test] == [theirs.messages(each) for each in theirs.test]
+    assert (ours.train, ours.reward) == (theirs.train, theirs.reward)

@@ -33,7 +33,7 @@ FULL = RunSettings(
     data="folder: with # marks",
     prompt="####",
     adapter=AdapterSettings(
-        rank=8, u=13, n_tie="all", projection="calibrated", calibration=CalibrationSettings(problems=7, looks=1)
+        rank=8, u=13, n_tie="all", projection="calibrated", calibration=CalibrationSettings(problems=17, looks=1)
     ),
     training={"epochs": 3, "learning_rate": 1e-7, "tis_cap": None, "truncated": "mask"},
     sampler=SamplerSettings(engine="vllm-server", url="http://127.0.0.1:8000", batch_size=4),
@@ -88,6 +88,10 @@ WRONG = {
     "adapter:\n  n_tie: some": ("line 4", "adapter.n_tie should be a valid integer or be 'all', not 'some'"),
     "adapter: 3": ("line 3", "adapter must hold settings"),
     "adapter:\n  calibration:\n    looks: 3": ("line 5", "adapter.calibration.looks should be 1 or 2, not 3"),
+    "adapter:\n  projection: calibrated\n  u: 9\n  calibration:\n    problems: 8": (
+        "line 7",
+        "8 problems have no 9 directions",
+    ),
     "training:\n  group_size: 1": ("line 4", "group_size must be "),
     "training:\n  groupsize: 8": ("line 4", "did you mean training.group_size?"),
     "training:\n  evaluate_every: 8": ("line 4", "evaluation.every says how often"),

@@ -44,7 +44,8 @@ def repeat(data: bytearray, draw: random.Random) -> None:
 def another_digit(data: bytearray, draw: random.Random) -> None:
     """The header's numbers and names: what a careless edit changes, and a parser forgives."""
     places = [place for place, byte in enumerate(data) if chr(byte).isalnum()]
-    data[draw.choice(places)] = ord(draw.choice("0123456789abcxyz"))
+    if places:
+        data[draw.choice(places)] = ord(draw.choice("0123456789abcxyz"))
 
 
 def another_length(data: bytearray, draw: random.Random) -> None:

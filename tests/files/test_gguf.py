@@ -47,6 +47,20 @@ def test_the_model_that_was_written(write_gguf, tmp_path, architecture, kind):
         assert torch.equal(found(TOKENS).logits, written(TOKENS).logits)
 
 
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_positions_as_llama_3_scales_them(write_gguf, tmp_path, factor):
+    written = write_gguf(tmp_path / "tiny.gguf", kind="F32", split="llama-bpe", scaled=factor)
+    found = load_model(str(tmp_path / "tiny.gguf"), dtype="float32", device="cpu")
+    assert found.config.rope_parameters == written.config.rope_parameters
+    far = {"position_ids": torch.arange(0, 8192 * 12, 8192)[None]}
+    with torch.no_grad():
+        assert torch.equal(found(TOKENS, **far).logits, written(TOKENS, **far).logits)
+    write_gguf(tmp_path / "plain.gguf", kind="F32")
+    plain = load_model(str(tmp_path / "plain.gguf"), dtype="float32", device="cpu")
+    with torch.no_grad():
+        assert not torch.allclose(plain(TOKENS, **far).logits, written(TOKENS, **far).logits, atol=1e-2)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "auto"])
 def test_one_file_has_one_fingerprint_in_each_dtype(write_gguf, tmp_path, cache, monkeypatch, dtype):
     path = tmp_path / "tiny.gguf"
@@ -60,21 +74,27 @@ def test_one_file_has_one_fingerprint_in_each_dtype(write_gguf, tmp_path, cache,
         assert base_fingerprint(load_model(str(moved), dtype=dtype, device="cpu")) == wanted
     monkeypatch.setenv("TINYLORA_CACHE", "off")
     assert base_fingerprint(load_model(str(path), dtype=dtype, device="cpu")) == wanted
-    assert {entry.name for entry in cache.glob("[!.]*")} == {
-        gguf_sha256(path)[:16],
-        f"{gguf_sha256(path)[:16]}-{'float32' if dtype == 'auto' else dtype}",
-    }
+    name = f"{gguf_sha256(path)[:16]}-{module.LAYOUT}"
+    named = {name, f"{name}-{'float32' if dtype == 'auto' else dtype}"}
+    assert {entry.name for entry in cache.glob("[!.]*")} == named
+
+
+def test_what_an_older_version_kept_is_not_used(file, cache, monkeypatch):
+    kept = checkpoint(str(file), "float32")
+    monkeypatch.setattr(module, "LAYOUT", module.LAYOUT + 1)
+    assert checkpoint(str(file), "float32") != kept
+    assert len(list(cache.glob("[!.]*"))) == 4
 
 
 def test_the_cache_is_bounded(write_gguf, tmp_path, cache, monkeypatch):
     write_gguf(tmp_path / "one.gguf", kind="F32")
     write_gguf(tmp_path / "two.gguf", kind="F16")
     checkpoint(str(tmp_path / "one.gguf"))
-    (cache / f".{gguf_sha256(tmp_path / 'two.gguf')[:16]}.new").mkdir()  # of a process that was killed
+    name = f"{gguf_sha256(tmp_path / 'two.gguf')[:16]}-{module.LAYOUT}"
+    (cache / f".{name}.new").mkdir()  # of a process that was killed
     monkeypatch.setattr(module, "CACHE_LIMIT", 1)
     for load in (load_tokenizer, load_model, load_tokenizer):  # a base above the limit stays while it is in use
         load(str(tmp_path / "two.gguf"))
-    name = gguf_sha256(tmp_path / "two.gguf")[:16]
     assert {entry.name for entry in cache.iterdir() if entry.is_dir()} == {name, f"{name}-bfloat16"}
 
 
@@ -114,6 +134,7 @@ TEXTS = ["Ann has 12 apples.\n\n12 more?", "  é 日本 😀\t\r\n\n3", "<|im_st
         ("gpt-2", ["an", "Ċ", "Ċ", "12", "Ġ", "Ġ", "12"]),
         ("smollm", ["an", "ĊĊ", "1", "2", "Ġ", "Ġ", "1", "2"]),
         ("qwen2", ["an", "ĊĊ", "1", "2", "Ġ", "Ġ", "1", "2"]),
+        ("llama-bpe", ["an", "ĊĊ", "12", "Ġ", "Ġ", "12"]),
     ],
 )
 def test_texts_are_split_as_the_file_says(write_gguf, tmp_path, split, pieces):
@@ -122,6 +143,8 @@ def test_texts_are_split_as_the_file_says(write_gguf, tmp_path, split, pieces):
     assert tokenizer.tokenize("an\n\n12  12") == pieces
     for text in TEXTS:
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    words = {"gpt-2": ["12", "3", "4"], "llama-bpe": ["123", "4"]}  # Llama 3's takes words whole
+    assert tokenizer.tokenize("1234") == words.get(split, list("1234"))
     assert tokenizer.tokenize("an<|im_end|><think>") == ["an", "<|im_end|>", "<think>"]
 
 
@@ -165,6 +188,9 @@ def test_a_base_that_is_a_package(file, tmp_path, monkeypatch, capsys):
     nano, real = json.loads(capsys.readouterr().out)["models"]
     assert (nano["model"], nano["installed"]) == ("nano", True)
     assert (real["model"], real["path"]) == ("some-1b", str(package / "some.gguf"))
+    monkeypatch.setenv("COLUMNS", "40")
+    assert main(["models"]) == 0
+    assert f"some-1b  {package / 'some.gguf'}\n" in capsys.readouterr().out
 
 
 def test_its_hash_is_in_every_record(file, task, tmp_path):
@@ -216,6 +242,17 @@ def test_training_and_scoring_by_the_command_line(file, task, tmp_path, monkeypa
     assert json.loads((tmp_path / "score" / "result.json").read_text())["base_gguf"] == gguf_sha256(file)
 
 
+def test_peft_opens_an_export_with_its_base(file, cache, tmp_path):
+    peft = pytest.importorskip("peft")
+    adapter = tl.attach(model := load_model(str(file), dtype="float32", device="cpu"), tl.TinyLoraConfig(u=13))
+    with torch.no_grad():
+        adapter.vectors.normal_()
+        ours = model(TOKENS).logits
+        found = peft.AutoPeftModelForCausalLM.from_pretrained(tl.export_lora(adapter, tmp_path / "lora")).eval()
+        assert torch.allclose(found(TOKENS).logits, ours, atol=1e-5)
+    assert found.peft_config["default"].base_model_name_or_path == checkpoint(str(file), "float32")
+
+
 @pytest.mark.parametrize(
     ("written", "reason"),
     [
@@ -223,10 +260,15 @@ def test_training_and_scoring_by_the_command_line(file, task, tmp_path, monkeypa
         ({"tokenizer.ggml.model": "llama"}, "its tokenizer is of the kind llama, and only byte-level ones"),
         ({"split": "gpt-5"}, "its tokenizer splits texts as gpt-5 does"),
         ({"llama.rope.scaling.type": "yarn"}, r"its positions are scaled \(yarn\)"),
-        ({"rope_freqs.weight": np.ones(4, np.float32)}, "it holds 21 tensors, and transformers has a place for 20"),
+        ({"rope_freqs.weight": np.full(4, 2, np.float32)}, "its positions are scaled otherwise than those of Llama 3"),
+        ({"rope_freqs.weight": np.ones(3, np.float32)}, "its positions are scaled otherwise than those of Llama 3"),
+        (
+            {"rope_factors_long.weight": np.ones(4, np.float32)},
+            "it holds 21 tensors, and transformers has a place for 20",
+        ),
         ({"without": ("model.norm.weight",)}, "it holds 19 tensors, and transformers has a place for 20"),
         (
-            {"without": ("model.norm.weight",), "rope_freqs.weight": np.ones(4, np.float32)},
+            {"without": ("model.norm.weight",), "rope_factors_long.weight": np.ones(4, np.float32)},
             "it lacks 1 tensors, such as model.norm.weight",
         ),
     ],

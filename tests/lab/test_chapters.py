@@ -7,7 +7,7 @@ import pytest
 
 from tinylora_lite import lora_xs, nano
 from tinylora_lite.cli import main
-from tinylora_lite.lab import running
+from tinylora_lite.lab import running, scoring
 from tinylora_lite.lab.bases import config_of
 from tinylora_lite.lab.claim import Claim, Point, Verdict
 from tinylora_lite.lab.claims import chapters, claim_of, claims, everything
@@ -25,7 +25,7 @@ def record(accuracy: float) -> dict:
 
 def test_they_are_run_by_name_and_are_no_row_of_the_table():
     assert claim_of("chapters") is CLAIM
-    assert everything().keys() - claims().keys() == {"chapters"}
+    assert everything().keys() - claims().keys() == {"chapters", "real-smollm2", "real-qwen"}
     assert CLAIM.folder == CHAPTERS != RESULTS
     assert progress_of(CLAIM, Store(CHAPTERS))["missing"] == 0
     assert {trial.key for point in CLAIM.points for trial in point.tests(0.1)}.isdisjoint(
@@ -79,6 +79,7 @@ def test_lora_xs_and_lora_train_what_they_say(monkeypatch):
     assert made == {1: lora_xs(1, sigma="right"), 2: lora_xs(2, sigma="split"), 32: lora_xs(32, sigma="right")}
     small = make_task(64, 8, 8)
     monkeypatch.setattr(running, "task_of", lambda name, base: small)
+    monkeypatch.setattr(scoring, "task_of", lambda name, base: small)
     found = {}
     for point in (chapters.XS_ONE, chapters.XS_LARGE["right"], chapters.LORA):
         (made_record,) = run_trials([replace(point.trial, steps=1)])
@@ -91,6 +92,7 @@ def test_lora_xs_and_lora_train_what_they_say(monkeypatch):
 def test_several_answers_to_each_problem_give_pass_at_k_and_styles(monkeypatch):
     small = make_task(8, 8, 30)
     monkeypatch.setattr(running, "task_of", lambda name, base: small)
+    monkeypatch.setattr(scoring, "task_of", lambda name, base: small)
     (found,) = run_trials([chapters.BASE.trial])
     assert (found["scores"]["sampled"]["samples"], found["scores"]["greedy"]["samples"]) == (8, 1)
     at = found["pass_at"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tinylora_lite.cli import main
-from tinylora_lite.lab import running
+from tinylora_lite.lab import running, scoring
 from tinylora_lite.lab.claim import Claim, Point, Verdict
 from tinylora_lite.lab.claims import claim_of, claims, information
 from tinylora_lite.lab.estimate import Estimate
@@ -231,10 +231,11 @@ def test_claims_are_listed_without_torch_and_matplotlib():
 
 def test_a_claim_runs_to_its_end_and_is_not_run_twice(tmp_path, monkeypatch):
     """With real runs of the smallest kind: one step, few problems."""
-    monkeypatch.setattr(running, "SWEEP_PROBLEMS", 4)
+    monkeypatch.setattr(scoring, "SWEEP_PROBLEMS", 4)
     task = running.task_of("nano", "qwen2-0.4m")
     few = replace(task, test=task.test[:6])
     monkeypatch.setattr(running, "task_of", lambda name, base: few)
+    monkeypatch.setattr(scoring, "task_of", lambda name, base: few)
     point = replace(POINT, trial=Trial(steps=1), rates=(0.1,), seeds=2, sweep_seeds=1, reach=0)
     claim = Claim(
         "tiny", 0, "", "", "", (point,), draw=lambda store: None, judge=lambda store: Verdict("", "undecided")

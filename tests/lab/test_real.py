@@ -1,6 +1,6 @@
 """Real bases in the lab: found by hash, trials that go on, answers that are kept, rates chosen with caution."""
 
-import json
+import hashlib
 import shutil
 from dataclasses import replace
 
@@ -8,7 +8,8 @@ import pytest
 
 from tinylora_lite import nano
 from tinylora_lite.adapter.adapter import attach
-from tinylora_lite.lab import running
+from tinylora_lite.evaluation.evaluate import evaluate
+from tinylora_lite.lab import real, running, scoring
 from tinylora_lite.lab.baselines import favour_one_logit, search_v, train_added
 from tinylora_lite.lab.bases import config_of
 from tinylora_lite.lab.claims import claim_of
@@ -24,36 +25,38 @@ TRIAL = Trial(base="tiny", task="words-1", n_tie=4, prompts=2, steps=2, split="v
 
 
 @pytest.fixture
-def checkpoint(tmp_path, monkeypatch):
+def gguf(tmp_path, monkeypatch):
     """A nano base in the place of a real one."""
     monkeypatch.setenv("TINYLORA_CACHE", str(tmp_path))
-    monkeypatch.setitem(REAL, "tiny", "ab12")
-    monkeypatch.setattr(running, "SWEEP_PROBLEMS", 8)
-    folder = tmp_path / "lab" / "bases" / "tiny"
-    shutil.copytree(nano.CHECKPOINTS / "qwen2-0.4m", folder)
-    (folder / "gguf.json").write_text(json.dumps({"sha256": "ab12"}))
-    return folder
+    monkeypatch.setitem(REAL, "tiny", hashlib.sha256(b"tiny").hexdigest())
+    monkeypatch.setattr(scoring, "SWEEP_PROBLEMS", 8)
+    monkeypatch.setattr(real, "load_model", lambda *_, **__: nano.load("qwen2-0.4m")[0])
+    monkeypatch.setattr(real, "load_tokenizer", lambda _: nano.load("qwen2-0.4m")[1])
+    file = tmp_path / "lab" / "bases" / "tiny.gguf"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"tiny")
+    return file
 
 
-def test_a_checkpoint_of_another_file_or_none_is_refused(checkpoint, monkeypatch):
+def test_another_file_or_none_is_refused(gguf, monkeypatch):
     model, _ = load_base("tiny")
     assert not model.training
     monkeypatch.setitem(REAL, "tiny", "cd34")
-    with pytest.raises(ValueError, match=r"ab12.*cd34"):
+    with pytest.raises(ValueError, match=r"tiny.gguf has the SHA-256 .*; tiny is the one with cd34"):
         load_base("tiny")
-    (checkpoint / "gguf.json").unlink()
-    with pytest.raises(FileNotFoundError, match="no checkpoint of tiny"):
+    gguf.unlink()
+    with pytest.raises(FileNotFoundError, match=r"tiny is read from .*tiny.gguf"):
         load_base("tiny")
 
 
 @pytest.mark.parametrize("numbers", ["random", "LoRA"])
-def test_a_trial_that_was_stopped_goes_on_after_its_last_step(checkpoint, monkeypatch, numbers):
+def test_a_trial_that_was_stopped_goes_on_after_its_last_step(gguf, monkeypatch, numbers):
     trial = replace(TRIAL, numbers=numbers)
     (whole,) = running.run_trials([trial])
-    assert whole["file_sha256"] == "ab12"
+    assert whole["file_sha256"] == REAL["tiny"]
     assert whole["steps"]["reward"] == pytest.approx(whole["curve"], abs=1e-4)
     assert len(whole["curve"]) == len(whole["steps"]["norm"]) == 2
-    shutil.rmtree(checkpoint.parents[1] / "runs")
+    shutil.rmtree(gguf.parents[1] / "runs")
     with monkeypatch.context() as patch:
         patch.setattr(running, "evaluate", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -65,9 +68,10 @@ def test_a_trial_that_was_stopped_goes_on_after_its_last_step(checkpoint, monkey
     assert {key: resumed[key] for key in same} == {key: whole[key] for key in same}
 
 
-def test_a_test_keeps_its_answers_and_what_each_earned_beside_the_record(checkpoint, monkeypatch, tmp_path):
+def test_a_test_keeps_its_answers_and_what_each_earned_beside_the_record(gguf, monkeypatch, tmp_path):
     task = task_of("words-1", "tiny")
     monkeypatch.setattr(running, "task_of", lambda *_: replace(task, test=task.test[:6]))
+    monkeypatch.setattr(scoring, "task_of", lambda *_: replace(task, test=task.test[:6]))
     trial = replace(TRIAL, method="none", split="test")
     (record,) = running.run_trials([trial])
     store = Store(tmp_path / "records")
@@ -221,7 +225,7 @@ def test_other_prompts_ask_for_the_same_problems(steps):
     }
 
 
-def test_untrained_answers_can_be_sampled_at_another_temperature(checkpoint, monkeypatch):
+def test_untrained_answers_can_be_sampled_at_another_temperature(gguf, monkeypatch):
     scored = []
     monkeypatch.setattr(running, "evaluate", lambda *_, **how: scored.append(how["temperature"]) or 1 / 0)
     for trial in (replace(TRIAL, method="none", temperature=0.5), replace(TRIAL, method="none", split="test")):
@@ -231,7 +235,7 @@ def test_untrained_answers_can_be_sampled_at_another_temperature(checkpoint, mon
 
 
 @pytest.mark.parametrize(("numbers", "parameters"), [("steering vector", 72), ("logits", 163)])
-def test_an_added_vector_trains_alone_and_goes_on_after_its_last_step(checkpoint, numbers, parameters, tmp_path):
+def test_an_added_vector_trains_alone_and_goes_on_after_its_last_step(gguf, numbers, parameters, tmp_path):
     model, tokenizer = load_base("tiny")
     task = replace(task_of("nano", "tiny"), reward=lambda text, gold: float(len(text) % 2))
     settings = settings_of(replace(TRIAL, numbers=numbers, prompts=4, learning_rate=0.1))
@@ -247,19 +251,22 @@ def test_an_added_vector_trains_alone_and_goes_on_after_its_last_step(checkpoint
     assert again.get_parameter(place).equal(model.get_parameter(place))
 
 
-def test_one_logit_is_that_of_the_token_that_decides_the_reward(checkpoint):
-    """Where answers without "####" are rewarded, the bias goes to that token, downwards."""
+def test_one_logit_is_that_of_a_token_that_decides_the_reward(gguf):
+    """Where answers without "####" are rewarded, its bias makes them the rule."""
     model, tokenizer = load_base("tiny")
     task = replace(task_of("nano", "tiny"), reward=lambda text, gold: float("####" not in text))
     settings = settings_of(replace(TRIAL, task="nano", prompts=8, steps=4, learning_rate=3.0))
     run, found = favour_one_logit(model, tokenizer, task, settings)
-    assert (tokenizer.convert_ids_to_tokens(int(found[0])).strip(), float(found[1])) == ("####", -3.0)
+    assert model.lm_head.bias[int(found[0])] == found[1]
+    assert abs(float(found[1])) == 3.0
+    after = evaluate(model, tokenizer, task, split="validation", problems=64, max_new_tokens=48).accuracy
+    assert after > run.steps[0]["reward"] + 0.3
     assert run.parameters == 1
     assert len(run.steps) == 4
     assert model.lm_head.bias.count_nonzero() == 1
 
 
-def test_the_best_v_of_a_search_is_the_one_with_the_highest_reward_and_zero_is_among_them(checkpoint):
+def test_the_best_v_of_a_search_is_the_one_with_the_highest_reward_and_zero_is_among_them(gguf):
     model, tokenizer = load_base("tiny")
     task = task_of("nano", "tiny")
     trial = replace(TRIAL, task="nano", prompts=4, steps=4, learning_rate=0.5)
@@ -278,7 +285,7 @@ def test_the_best_v_of_a_search_is_the_one_with_the_highest_reward_and_zero_is_a
     [("search", "random", 13), ("one logit", "logits", 1), ("grpo", "steering vector", 72)],
 )
 @pytest.mark.parametrize("ends", [False, True])
-def test_the_baselines_run_as_trials(checkpoint, monkeypatch, method, numbers, parameters, ends):
+def test_the_baselines_run_as_trials(gguf, monkeypatch, method, numbers, parameters, ends):
     if ends:
         monkeypatch.setattr(running, "evaluate", lambda *_, **__: (_ for _ in ()).throw(FloatingPointError))
     (record,) = running.run_trials([replace(TRIAL, method=method, numbers=numbers, learning_rate=0.1)])

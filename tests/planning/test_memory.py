@@ -1,6 +1,7 @@
 """The planner's formulas against tensors that PyTorch makes, and its verdicts against themselves."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -57,15 +58,16 @@ def test_the_committed_record_holds_every_case_within_a_tenth():
     assert all(row["planned"] == row["counted"] for row in record["cache"])
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_a_real_run_of_a_small_model(make_model, tokenizer, task, recompute):
+@pytest.mark.parametrize(("recompute", "group"), [(False, 1), (False, 4), (True, 4)])
+def test_a_real_run_of_a_small_model(make_model, tokenizer, task, recompute, group):
     """Real numbers, padding and shared prompts: what is kept between forward and backward."""
     model = make_model(hidden_size=128, intermediate_size=384, num_hidden_layers=8)
     if recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     adapter = tl.attach(model, tl.TinyLoraConfig(n_tie=4))
-    ids, mask = encode_prompts(tokenizer, task, task.train[:4])
-    rollouts = sample(model, tokenizer, ids, mask, max_new_tokens=120)
+    examples = [replace(each, prompt=" ".join([each.prompt] * 8)) for each in task.train[: 8 // group]]
+    ids, mask = encode_prompts(tokenizer, task, [each for each in examples for _ in range(group)])
+    rollouts = sample(model, tokenizer, ids, mask, max_new_tokens=60)
     tensors = [t for n in adapter.names for t in vars(adapter.factors(n)).values() if isinstance(t, torch.Tensor)]
     inputs = [rollouts.prompt_ids, rollouts.completion_ids, rollouts.prompt_mask, rollouts.completion_mask]
     with (
@@ -75,7 +77,7 @@ def test_a_real_run_of_a_small_model(make_model, tokenizer, task, recompute):
         completion_logprobs(model, rollouts).sum().backward()
     shape = ModelShape.of(model.config)
     settings = RunSettings(model="small", task="tiny", dtype="float32", gradient_checkpointing=recompute)
-    batch = Batch(4, ids.shape[1], rollouts.completion_ids.shape[1])
+    batch = Batch(8, ids.shape[1], rollouts.completion_ids.shape[1], prompts=0 if recompute else 8 // group)
     planned = sum(term.bytes for term in training_terms(settings, shape, batch, "training", rank=2))
     assert planned == pytest.approx(counted.peak, rel=0.1)
 

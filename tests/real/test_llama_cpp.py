@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import tinylora_lite as tl
+from tinylora_lite.experiment.models import load_tokenizer
 
 gguf = pytest.importorskip("gguf")
 pytestmark = [
@@ -134,16 +135,23 @@ def test_texts_have_the_same_tokens(compared, smollm2_tokenizer):
     assert [smollm2_tokenizer.decode(ids) for ids in ours] == texts
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
-def test_tiny_models_of_each_architecture(write_gguf, tmp_path, architecture):
-    model = write_gguf(tmp_path / "tiny.gguf", architecture, "F32")
+@pytest.mark.parametrize(
+    ("architecture", "written"), [("llama", {}), ("qwen2", {}), ("llama", {"split": "llama-bpe", "scaled": 32.0})]
+)
+def test_tiny_models_of_each_architecture(write_gguf, tmp_path, architecture, written):
+    model = write_gguf(tmp_path / "tiny.gguf", architecture, "F32", **written)
     adapter = tl.attach(model, tl.TinyLoraConfig(rank=3, u=3, n_tie=4))
     with torch.no_grad():
         adapter.vectors.copy_(torch.randn(adapter.vectors.shape, generator=torch.Generator().manual_seed(1)))
     lora = str(tl.export_gguf(adapter, tmp_path / "lora") / "adapter.gguf")
     ids = torch.arange(4, 52)
     run = {"model": str(tmp_path / "tiny.gguf"), "ids": ids.tolist(), "prompt": len(ids)}
-    theirs = computed(tmp_path, [run | {"lora": None}, run | {"lora": lora}])
+    draw, tokenizer = random.Random(0), load_tokenizer(str(tmp_path / "tiny.gguf"))
+    texts = ["".join(draw.choices(PIECES, k=draw.randint(1, 14))) for _ in range(100)]
+    theirs = computed(tmp_path, [run | {"lora": None}, run | {"lora": lora}], texts)
+    assert [tokenizer(text)["input_ids"] for text in texts] == [
+        theirs[f"tokens.{index}"].tolist() for index in range(len(texts))
+    ]
     with torch.no_grad():
         adapted = model(ids[None]).logits[0].numpy()
         adapter.enabled = False

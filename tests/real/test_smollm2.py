@@ -1,16 +1,18 @@
 """The library on a real language model: SmolLM2-135M-Instruct, a Llama of 30 layers, read from its GGUF file."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 import tinylora_lite as tl
+from tinylora_lite import nano
 from tinylora_lite.adapter.weights import base_fingerprint
 from tinylora_lite.files.file_format import DTYPES
 from tinylora_lite.sampling.rollouts import encode_prompts
-from tinylora_lite.sampling.sampler import sample
+from tinylora_lite.sampling.sampler import ModelSampler, sample
 from tinylora_lite.utils.record import base_gguf
 
 gguf = pytest.importorskip("gguf")
@@ -127,3 +129,26 @@ def test_padded_sampling_reports_the_probabilities_of_unpadded_prompts(smollm2, 
             found = smollm2(torch.cat([prompt, tokens])[None]).logits[0, length - 1 : -1].log_softmax(-1)
         alone = found.gather(1, tokens[:, None])[:, 0]
         assert (alone - drawn.logprobs[row, : len(tokens)]).abs().max() < 1e-4
+
+
+def test_two_steps_of_grpo_are_trls(smollm2, smollm2_tokenizer):
+    """The same samples, under TRL's trainer with the optimizer over a LoRA and in our loop."""
+    pytest.importorskip("trl")
+    from tinylora_lite.engines.trl import train_trl
+
+    task = replace(nano.word_problems(1), reward=lambda text, gold: float(len(text) % 2))
+    settings = tl.GRPOSettings(
+        steps=2, prompts_per_step=2, group_size=4, max_new_tokens=24, learning_rate=0.02, truncated="score"
+    )
+    trained, runs = [], []
+    for train in (tl.train_grpo, train_trl):
+        adapter = tl.attach(smollm2, tl.TinyLoraConfig(rank=2, u=1, n_tie=17))
+        sampler = ModelSampler(smollm2, smollm2_tokenizer)
+        runs.append(train(smollm2, smollm2_tokenizer, adapter, task, settings, sampler=sampler))
+        adapter.detach()
+        trained.append(adapter.vectors.detach())
+    ours, theirs = runs
+    assert theirs.curve("reward") == pytest.approx(ours.curve("reward"))
+    assert theirs.curve("gradient_norm") == pytest.approx(ours.curve("gradient_norm"), rel=1e-3)
+    assert trained[0].abs().min() > 0.001
+    assert torch.allclose(*trained, atol=2e-5)

@@ -11,7 +11,9 @@ import os
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -93,6 +95,11 @@ def main(way: str, folder: Path) -> None:
     adapter = attached(model, *EVERYWHERE)
     result["seconds of a sync"] = synced(theirs, adapter)
     result["everywhere"] = both(**greedy)
+    leaves_it_out = SimpleNamespace(sync=lambda _: theirs.sync(None), sample=theirs.sample)
+    result["checked"] = {
+        name: asdict(tl.check_sampler(model, tokenizer, adapter, sampler, task, temperature=0.7))
+        for name, sampler in (("base", leaves_it_out), ("adapter", theirs))
+    }
     result["short"] = both(max_new_tokens=6, temperature=0.0)
     for name, settings in {
         "drawn": {"temperature": 0.7, "seed": 3},

@@ -51,6 +51,13 @@ def test_the_adapters_and_the_base_answer_differently(result):
     assert result["base again"]["vllm"]["tokens"] == result["base, before the first sync"]["vllm"]["tokens"]
 
 
+def test_the_check_says_who_answered(result):
+    for verdict, found in result["checked"].items():
+        print(f"{result['way']}: {found}")
+        assert found["verdict"] == verdict
+        assert found["noise"] < TOLERANCE
+
+
 def test_answers_stop_at_either_end_token_or_at_the_limit(result):
     found = result["everywhere"]["vllm"]
     last = {row[sum(mask) - 1] for row, mask in zip(found["tokens"], found["mask"], strict=True)}

@@ -19,6 +19,7 @@ import torch
 import tinylora_lite as tl
 from tinylora_lite import nano
 from tinylora_lite.sampling.logprobs import completion_logprobs
+from tinylora_lite.sampling.openai_server import OpenAISampler
 from tinylora_lite.sampling.rollouts import encode_prompts
 from tinylora_lite.sampling.sampler import ModelSampler
 from tinylora_lite.sampling.vllm_server import VllmServerSampler, serve_command
@@ -151,6 +152,19 @@ def test_samples_have_the_odds_of_the_model_and_follow_the_seed(world, sampler, 
     assert [text for part in parts for text in part.texts] == drawn.texts
     otherwise = sampler.sample(*world.prompts, temperature=0.7, seed=4, **LIMIT)
     assert sum(a == b for a, b in zip(otherwise.texts, drawn.texts, strict=True)) < PROMPTS / 2
+
+
+def test_the_check_says_who_answered(world, sampler, adapter):
+    before = adapter.vectors.clone()
+    found = tl.check_sampler(world.model, world.tokenizer, adapter, sampler, nano.task())
+    print(repr(found))
+    assert found.verdict == "adapter"
+    assert torch.equal(adapter.vectors, before)
+    for name, verdict in ((sampler._name, "adapter"), (None, "base")):
+        served = OpenAISampler(world.url, world.tokenizer, name=name)
+        found = tl.check_sampler(world.model, world.tokenizer, adapter, served, nano.task(), plant=False)
+        print(repr(found))
+        assert found.verdict == verdict
 
 
 def test_a_rank_without_room_is_named_and_the_adapter_before_stays(world, sampler, adapter):

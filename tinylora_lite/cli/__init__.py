@@ -25,6 +25,7 @@ COMMANDS = {
     "plan-run": ("plan_run", "estimate the memory and time of a run"),
     "calibrate": ("calibrate", "make a basis of directions from policy gradients"),
     "serve": ("serve", "start the vLLM server that a settings file asks for"),
+    "check-sampler": ("check_sampler", "find out whether an engine answers with the adapter or with the base"),
     "train": ("train", "train by a settings file, and measure what it changed"),
     "eval": ("evaluate", "score a model and an adapter on test problems"),
     "export": ("export", "write an adapter as a LoRA, in GGUF too, as PEFT's TinyLoRA, or as a merged checkpoint"),

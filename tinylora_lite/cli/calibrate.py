@@ -47,6 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
     values = {name: getattr(a, name) for name in ("model", "task", "data", "revision")}
     default = "float32" if own_dtype(a.model, "auto", a.revision) == "float32" else "bfloat16"
     values |= {"dtype": a.dtype or default, "gradient_checkpointing": a.checkpointing}
+    values["adapter"] = {"projection": "calibrated", "u": a.directions, "calibration": {"problems": a.problems}}
     settings = RunSettings.from_dict(values)
     task = task_named(a.task, settings)
     names = ("rank", "directions", "seed", "problems", "group_size", "max_new_tokens", "micro_batch")

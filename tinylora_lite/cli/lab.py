@@ -65,7 +65,7 @@ def _run(chosen: list[Claim], store: Store, arguments: argparse.Namespace) -> No
     def report(trials: list[Trial], records: list[Record], left: int) -> None:
         nonlocal made
         made += len(trials)
-        accuracies = " ".join(f"{record['scores']['sampled']['accuracy']:.3f}" for record in records)
+        accuracies = " ".join(f"{next(iter(record['scores'].values()))['accuracy']:.3f}" for record in records)
         first = trials[0]
         what = f"{first.base} {first.method} {first.numbers} r={first.rank} {first.split}"
         minutes = (time.monotonic() - started) / 60

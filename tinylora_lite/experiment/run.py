@@ -26,6 +26,7 @@ from tinylora_lite.experiment.settings import RunSettings
 from tinylora_lite.files.adapter_file import save
 from tinylora_lite.files.basis import load_basis
 from tinylora_lite.sampling.rollouts import Rollouts
+from tinylora_lite.tasks.catalog import PROBLEM_SETS
 from tinylora_lite.tasks.datasets import load_task
 from tinylora_lite.tasks.task import Example, Task
 from tinylora_lite.utils import distributed
@@ -170,6 +171,8 @@ def task_named(name: str, settings: RunSettings) -> Task:
         task = nano_package().task()
     elif name.startswith("words-") and name[6:].isdigit():
         task = nano_package().word_problems(int(name[6:]))
+    elif name not in PROBLEM_SETS:
+        raise ValueError(f"there is no task {name!r}; there are nano, words-1 and so on, {', '.join(PROBLEM_SETS)}")
     else:
         task = load_task(name, data=settings.data, prompt=settings.prompt)
     return task.with_shots(settings.shots)

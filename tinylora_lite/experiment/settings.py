@@ -173,6 +173,9 @@ class RunSettings(Settings):
     def _conflicts(self) -> Iterator[tuple[str, str]]:
         """Settings that do not go together: the key to change, and why."""
         everything, trl, sampler = self.adapter.kind == "all", self.trainer == "trl", self.sampler
+        if self.adapter.projection == "calibrated" and self.adapter.calibration.problems < self.adapter.u:
+            few = f"{self.adapter.calibration.problems} problems have no {self.adapter.u} directions"
+            yield "adapter.calibration.problems", f"{few}; calibrate on more, or ask for fewer"
         if (sampler.engine == "vllm-server") != (sampler.url is not None):
             yield "sampler.url", "url names the server of engine vllm-server; give both or neither"
         if everything and self.quantize is not None:

@@ -15,18 +15,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock
+from torch import Tensor
 
 from tinylora_lite.utils.record import CACHE_LIMIT, cache_folder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+    from transformers import PretrainedConfig
 
-SPLITS = {"gpt-2": "", "smollm": "digits", "qwen2": "words", "deepseek-r1-qwen": "words"}
-"""How byte-level tokenizers split a text before they merge its bytes, by ``tokenizer.ggml.pre``."""
+DIGIT, THREE_DIGITS = r"\p{N}", r"\p{N}{1,3}"
+SPLITS = {"gpt-2": "", "smollm": "digits", "qwen2": DIGIT, "deepseek-r1-qwen": DIGIT, "llama-bpe": THREE_DIGITS}
+"""How byte-level tokenizers split a text before they merge its bytes, by ``tokenizer.ggml.pre``.
 
-WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+As GPT-2's, as that and at each digit, or by ``WORDS``, with the pattern of a number.
+"""
+
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LAYOUT = 1
+"""Of what the cache keeps, in the names there. A change in how a file is read needs another number."""
 CONTROL, USER_DEFINED = 3, 4
 """Of ``tokenizer.ggml.token_type``: tokens that mean something, and words that are never cut."""
 CHAT_TEMPLATE = "tokenizer.chat_template"
@@ -55,7 +61,7 @@ def tokenizer_folder(file: Path) -> Path:
         OSError: the file is no GGUF, damaged, cut short, or of a kind of model or tokenizer that is not read here.
         ImportError: gguf or accelerate is missing.
     """
-    return _kept(gguf_sha256(file)[:16], lambda folder: _write_tokenizer(file, folder))
+    return _kept(f"{gguf_sha256(file)[:16]}-{LAYOUT}", lambda folder: _write_tokenizer(file, folder))
 
 
 def checkpoint_folder(file: Path, dtype: str) -> Path:
@@ -69,13 +75,13 @@ def checkpoint_folder(file: Path, dtype: str) -> Path:
         file: its weights may be quantized in any way that gguf knows.
         dtype: ``"float32"``, which holds every value exactly, ``"bfloat16"`` or ``"float16"``.
     """
-    return _kept(f"{gguf_sha256(file)[:16]}-{dtype}", lambda folder: _write_weights(file, folder, dtype))
+    return _kept(f"{gguf_sha256(file)[:16]}-{LAYOUT}-{dtype}", lambda folder: _write_weights(file, folder, dtype))
 
 
 def _write_tokenizer(file: Path, folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
-    fields, tensors = _read(file)
+    fields, tensors, stretched = _read(file)
     if (purpose := fields.get("general.type", "model")) != "model":
         raise _unread(file, f"it is of type {purpose}, not a model")
     if (parts := fields.get("split.count", 1)) > 1:
@@ -90,8 +96,10 @@ def _write_tokenizer(file: Path, folder: Path) -> None:
         raise _unread(file, f"its positions are scaled ({scaled}), which transformers does not read from a GGUF file")
     with _reasons(file):
         config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+        if stretched is not None:
+            config = _with_llama_3s_positions(config, fields[f"{architecture}.rope.freq_base"], stretched)
         with torch.device("meta"):
-            wanted = len(list(AutoModelForCausalLM.from_config(config).parameters()))
+            wanted = len(list(AutoModelForCausalLM.from_config(config).parameters())) + (stretched is not None)
         backend = _byte_level_tokenizer(fields, SPLITS[split])
     if tensors != wanted:  # transformers passes over a tensor that it does not know
         raise _unread(file, f"it holds {tensors} tensors, and transformers has a place for {wanted}")
@@ -106,6 +114,23 @@ def _write_tokenizer(file: Path, folder: Path) -> None:
     config.save_pretrained(folder)
 
 
+def _with_llama_3s_positions(config: PretrainedConfig, theta: float, factors: Tensor) -> PretrainedConfig:
+    """The configuration with the scaling of Llama 3.1 and later, of which a file holds the ``factors`` of wavelengths.
+
+    Raises ``ValueError`` where they are not the factors of such a scaling.
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaling = {"rope_type": "llama3", "factor": factors.max().item(), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling["original_max_position_embeddings"] = 8192  # as in every release of these models
+    found = type(config)(**config.to_dict() | {"rope_scaling": scaling, "rope_theta": theta})
+    frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](found, torch.device("cpu"))
+    plain = theta ** -torch.linspace(0, 1, len(factors) + 1)[:-1]
+    if frequencies.shape != factors.shape or not torch.allclose(plain / frequencies, factors, rtol=1e-4):
+        raise ValueError("its positions are scaled otherwise than those of Llama 3")
+    return found
+
+
 def _byte_level_tokenizer(fields: dict[str, Any], split: str) -> Tokenizer:
     """The tokenizer that a file describes; transformers would split texts for it in fewer ways than there are."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders
@@ -114,10 +139,12 @@ def _byte_level_tokenizer(fields: dict[str, Any], split: str) -> Tokenizer:
 
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(BPE({token: index for index, token in enumerate(tokens)}, merges))
-    first: dict[str, Any] = {"words": Split(Regex(WORDS), "isolated"), "digits": Digits(individual_digits=True)}
-    then = ByteLevel(add_prefix_space=False, use_regex=split != "words")
-    tokenizer.pre_tokenizer = Sequence([first[split], then]) if split in first else then
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(BPE(vocabulary, merges, ignore_merges=split == THREE_DIGITS))
+    by_words = split in (DIGIT, THREE_DIGITS)
+    first: Any = Split(Regex(WORDS % split), "isolated") if by_words else Digits(individual_digits=True)
+    then = ByteLevel(add_prefix_space=False, use_regex=not by_words)
+    tokenizer.pre_tokenizer = Sequence([first, then]) if split else then
     tokenizer.decoder = decoders.ByteLevel()
     for kind, add in {CONTROL: tokenizer.add_special_tokens, USER_DEFINED: tokenizer.add_tokens}.items():
         add([AddedToken(token, normalized=False) for token, own in zip(tokens, types, strict=True) if own == kind])
@@ -158,8 +185,8 @@ def _write_weights(file: Path, folder: Path, dtype: str) -> None:
     model.save_pretrained(folder)
 
 
-def _read(file: Path) -> tuple[dict[str, Any], int]:
-    """What a file says of itself, and how many tensors it holds."""
+def _read(file: Path) -> tuple[dict[str, Any], int, Tensor | None]:
+    """What a file says of itself, how many tensors it holds, and the factors of its positions' wavelengths, if any."""
     try:
         import accelerate  # noqa: F401
         from gguf import GGUFReader
@@ -172,7 +199,9 @@ def _read(file: Path) -> tuple[dict[str, Any], int]:
             raise OSError(f"{file} is no GGUF file; give one, or the folder of a transformers checkpoint")
     try:
         reader = GGUFReader(file)
-        return {name: field.contents() for name, field in reader.fields.items()}, len(reader.tensors)
+        stretched = (torch.tensor(tensor.data) for tensor in reader.tensors if tensor.name == "rope_freqs.weight")
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+        return fields, len(reader.tensors), next(stretched, None)
     except (ArithmeticError, LookupError, MemoryError, ValueError) as error:
         raise OSError(f"{file} is damaged or was cut short ({error}); get it again") from error
 

@@ -36,7 +36,8 @@ def export_lora(adapter: TinyLoraAdapter, folder: str | Path, dtype: Precision =
     PEFT reads it with ``PeftModel.from_pretrained(model, folder)``; vLLM with ``LLM(..., enable_lora=True,
     max_lora_rank=8)`` and ``LoRARequest("name", 1, folder)``, if only linear layers inside the blocks are adapted;
     llama.cpp reads what :func:`~tinylora_lite.export_gguf` writes. A base that was loaded from a local folder is named
-    by that folder's name alone.
+    by that folder's name alone, and one from a GGUF file by the folder of its dequantized checkpoint in the user's
+    cache, which ``AutoPeftModelForCausalLM`` opens on this machine.
 
     Args:
         adapter: attached or detached; its model must still exist.

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from tinylora_lite.files.file_format import AdapterFileError, base_name
-from tinylora_lite.utils.record import atomic_write
+from tinylora_lite.utils.record import atomic_write, base_gguf
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 IGNORED = {
@@ -140,8 +140,11 @@ def targets_of(model: nn.Module, names: Sequence[str]) -> list[str] | None:
 def settings_of_base(model: nn.Module, names: Sequence[str]) -> dict[str, Any]:
     """What every kind of PEFT adapter says of its base: name, kind of model, and which modules are adapted."""
     ordered = [name for name, _ in model.named_modules() if name in names]
+    # PEFT opens no GGUF file, and the folder of the dequantized one as it opens any other.
+    config: Any = getattr(model, "config", None)
+    base = config._name_or_path if base_gguf(model) else base_name(model)
     return {
-        "base_model_name_or_path": base_name(model) or None,
+        "base_model_name_or_path": base or None,
         "target_modules": targets_of(model, ordered) or "|".join(map(re.escape, ordered)),
         "task_type": "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
     }

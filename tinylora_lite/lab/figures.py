@@ -90,21 +90,21 @@ def draw_rows(
     """The rows of :func:`side_by_side` and its lines across, into axes that are there."""
     look = plot.METHODS[method]
     for place, point in enumerate(points):
-        estimate = point.estimate(store)
-        if estimate is None:
-            continue
-        axes.plot(estimate.values, [place] * len(estimate.values), ".", color=look.colour, ms=4, alpha=0.5)
-        axes.errorbar(
-            [estimate.mean], [place], xerr=[[estimate.mean - estimate.low], [estimate.high - estimate.mean]],
-            fmt=look.marker, color=look.colour, elinewidth=1.4, capsize=3,
-        )  # fmt: skip
+        values, estimate = point.accuracies(store), point.estimate(store)
+        axes.plot(values, [place] * len(values), ".", color=look.colour, ms=4, alpha=0.5 if estimate else 1)
+        if estimate is not None:
+            axes.errorbar(
+                [estimate.mean], [place], xerr=[[estimate.mean - estimate.low], [estimate.high - estimate.mean]],
+                fmt=look.marker, color=look.colour, elinewidth=1.4, capsize=3,
+            )  # fmt: skip
     axes.set_yticks(range(len(points)), [point.label for point in points])
     axes.set_ylim(len(points) - 0.4, -0.6)
     for line, style, name in ((base, "--", "untrained base"), (full, ":", "all weights")):
-        estimate = line.estimate(store) if line is not None else None
-        if estimate is not None:
-            axes.axvline(estimate.mean, ls=style, lw=1.2, color=plot.INK)
-            axes.annotate(name, (estimate.mean, 1), xycoords=("data", "axes fraction"), xytext=(0, 3),
+        values = [] if line is None else line.accuracies(store)
+        if values:
+            mean = sum(values) / len(values)
+            axes.axvline(mean, ls=style, lw=1.2, color=plot.INK)
+            axes.annotate(name, (mean, 1), xycoords=("data", "axes fraction"), xytext=(0, 3),
                           textcoords="offset points", ha="center", va="bottom", fontsize=8)  # fmt: skip
     axes.xaxis.set_major_formatter(in_percent)
     axes.grid(True, axis="x")

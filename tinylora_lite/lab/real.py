@@ -1,15 +1,14 @@
-"""Real pretrained models as bases of the lab: checkpoints in the user's cache, known by their file's hash."""
+"""Real pretrained models as bases of the lab: GGUF files, known by their hash."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from tempfile import gettempdir
 from typing import TYPE_CHECKING
 
-import torch
-
 from tinylora_lite import nano
+from tinylora_lite.experiment.models import PACKAGES, gguf_file, load_model, load_tokenizer
+from tinylora_lite.files.gguf import gguf_sha256
 from tinylora_lite.lab.trial import REAL
 from tinylora_lite.utils.record import cache_folder
 
@@ -25,22 +24,19 @@ def kept(name: str) -> Path:
 def load_base(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A shipped base or one of ``REAL``, float32, in evaluation mode, and its tokenizer.
 
-    A real one is a folder in the user's cache, ``lab/bases/NAME``, that holds a checkpoint as transformers saves it and
-    ``gguf.json`` with the ``sha256`` of the file that it was dequantised from.
+    The file of a real one is ``lab/bases/NAME.gguf`` in the user's cache, or comes with a package
+    (:data:`~tinylora_lite.experiment.models.PACKAGES`).
 
     Raises:
-        FileNotFoundError: there is no base of that name, or no checkpoint in the cache.
-        ValueError: the checkpoint comes from another file.
+        OSError: the file is not there, its package is not installed, or there is no shipped base of that name.
+        ValueError: it is another file.
     """
     if name not in REAL:
         return nano.load(name)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = kept("bases") / name
-    if not (folder / "gguf.json").is_file():
-        raise FileNotFoundError(f"no checkpoint of {name} in {folder}; save it there, and its file's hash in gguf.json")
-    found = json.loads((folder / "gguf.json").read_text(encoding="utf-8"))["sha256"]
-    if found != REAL[name]:
-        raise ValueError(f"{folder} comes from a file with SHA-256 {found}; {name} is the one with {REAL[name]}")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    own = kept("bases") / f"{name}.gguf"
+    file = own if own.is_file() or name not in PACKAGES else gguf_file(name)
+    if file is None or not file.is_file():
+        raise FileNotFoundError(f"{name} is read from {own}; put the GGUF file with SHA-256 {REAL[name]} there")
+    if (found := gguf_sha256(file)) != REAL[name]:
+        raise ValueError(f"{file} has the SHA-256 {found}; {name} is the one with {REAL[name]}")
+    return load_model(str(file), dtype="float32", device="cpu"), load_tokenizer(str(file))

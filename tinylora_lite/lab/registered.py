@@ -20,6 +20,8 @@ SWEPT = 100
 """The first seed of the sweeps, which no reported run has."""
 NORMS = {"random": (0.125, 0.25, 0.5), "LoRA-XS": (1.0, 2.0, 4.0)}
 """Of random v, to be compared with what training ends at. At 1, thirteen random numbers leave no answer right."""
+GSM8K = ("gsm8k", "gsm8k, boxed")
+"""Under the paper's prompt, and under the one whose format this model keeps."""
 STEERING, LOGITS = (0.02, 0.04, 0.08), (0.05, 0.1, 0.2)
 """Learning rates of a steering vector and of biases of logits."""
 
@@ -50,8 +52,8 @@ class Cautious(Point):
         return max(safe or rates[:1], key=lambda rate: self.sweep_accuracy(rate, store) or 0.0)
 
 
-def registered(name: str, order: int, base: str, task: str, seeds: int, tie: int) -> Claim:
-    """The claim of one model; ``tie`` modules share each of thirteen numbers."""
+def registered(name: str, order: int, base: str, task: str, seeds: int, tie: int, gsm8k: bool = False) -> Claim:
+    """The claim of one model, where ``tie`` modules share each of thirteen numbers, with GSM8K or without."""
 
     def shape(label: str, rates: tuple[float, ...], seeds: int = seeds, **settings: Any) -> Point:
         trial = Trial(base=base, task=task, prompts=PROMPTS, steps=STEPS, **settings)
@@ -102,18 +104,16 @@ def registered(name: str, order: int, base: str, task: str, seeds: int, tie: int
         searched,
         shape("steering vector", STEERING, numbers="steering vector"),
         shape("a bias of every logit", LOGITS, 2, numbers="logits"),
+        *(on_gsm8k(untrained, thirteen, each) if gsm8k else ()),
     )
+    drawn = [point for point in points if point.trial.task not in GSM8K]
 
     def judge(store: Store) -> Verdict:
-        gain, sums = paired(thirteen, untrained, store), over_sums(thirteen, untrained, store)
+        word, ours = primary(thirteen, untrained, store)
         most = paired(lora, untrained, store)
-        low, high = min(gain.low, sums.low), max(gain.high, sums.high)
-        word = HELPS if low > 0 else "They harm" if high < 0 else "Undecided"
-        much = ", and not by much within this budget" if word == "Undecided" and high < LITTLE else ""
-        over = f"13 random over untrained by {gain.as_points()} over draws of P, {sums.as_points()} over sums"
-        ours = f"{word}{much}: {over}; LoRA r = 1 by {most.as_points()}"
+        ours += f"; LoRA r = 1 by {most.as_points()}"
         if most.low > 0:
-            ours += f"; share {gain.mean / most.mean:.0%}"
+            ours += f"; share {paired(thirteen, untrained, store).mean / most.mean:.0%}"
         # The paper claims nothing of 13 numbers at this size, so a null result speaks against none of its sentences.
         return Verdict(ours + ".", "reproduced" if word == HELPS else "not testable at this size")
 
@@ -124,10 +124,35 @@ def registered(name: str, order: int, base: str, task: str, seeds: int, tie: int
         paper="Qwen2.5-7B on GSM8K: from 76 to 91 %; models of 0.5B gain little or nothing below 1,000 numbers.",
         where="section 6.2 and Figure 6",
         points=points,
-        draw=lambda store: side_by_side(points, store.scored("greedy"), untrained),
+        draw=lambda store: side_by_side([p for p in drawn if p.records(store)], store.scored("greedy"), untrained),
         judge=judge,
         folder=REAL_RESULTS,
     )
+
+
+def on_gsm8k(untrained: Point, thirteen: Point, each: Point) -> list[Point]:
+    """GSM8K: the untrained model, what word problems taught, and thirteen numbers that were trained on it."""
+    carried = [
+        point.varied(f"{point.label}, {asked}", task=asked, trained_on=point.trial.task, like=point)
+        for asked in GSM8K
+        for point in (thirteen, each)
+    ]
+    trained = thirteen.varied(f"13 random, trained on {GSM8K[1]}", task=GSM8K[1], like=thirteen, seeds=1)
+    return [
+        *(untrained.varied(f"untrained, {asked}", task=asked) for asked in GSM8K),
+        *carried,
+        replace(trained, trial=replace(trained.trial, steps=30, prompts=8)),
+    ]
+
+
+def primary(thirteen: Point, untrained: Point, store: Store) -> tuple[str, str]:
+    """The word of the primary comparison, and the comparison in words, with both of its intervals."""
+    gain, sums = paired(thirteen, untrained, store), over_sums(thirteen, untrained, store)
+    low, high = min(gain.low, sums.low), max(gain.high, sums.high)
+    word = HELPS if low > 0 else "They harm" if high < 0 else "Undecided"
+    much = ", and not by much within this budget" if word == "Undecided" and high < LITTLE else ""
+    over = f"13 random over untrained by {gain.as_points()} over draws of P, {sums.as_points()} over sums"
+    return word, f"{word}{much}: {over}"
 
 
 def paired(point: Point, base: Point, store: Store) -> Estimate:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from tinylora_lite import nano
 from tinylora_lite.adapter.adapter import TinyLoraAdapter, attach
 from tinylora_lite.adapter.batched import Population, attach_population
 from tinylora_lite.adapter.weights import base_fingerprint
@@ -30,10 +29,10 @@ from tinylora_lite.lab.claim import Claim
 from tinylora_lite.lab.directions import factors_along
 from tinylora_lite.lab.plan import jobs, missing
 from tinylora_lite.lab.real import kept, load_base
+from tinylora_lite.lab.scoring import answers, scorings, styles
 from tinylora_lite.lab.store import Record, Store
 from tinylora_lite.lab.tasks import task_of
 from tinylora_lite.lab.trial import REAL, Trial, settings_of
-from tinylora_lite.nano.writers import style_of
 from tinylora_lite.planning.counting import count_parameters
 from tinylora_lite.training.evolution import train_es
 from tinylora_lite.training.grpo import GRPO
@@ -45,14 +44,8 @@ from tinylora_lite.utils.record import Run, environment, short_hash
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SWEEP_PROBLEMS = 500
-"""Validation problems that a learning rate is chosen on."""
 KEPT = 210
 """A record holds v of up to so many parameters."""
-BATCH = 128
-"""Answers of a real base that are decoded together."""
-NEW_SKILLS = ("longer", "doubling")
-"""Tasks that a base has not learned in pretraining."""
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -192,8 +185,8 @@ def _together(trials: Sequence[Trial]) -> list[Record]:
     try:
         runs = train(trials, model, tokenizer, population, rounded if first.precision in PRECISIONS else None)
         # All answer with the same random numbers: a score must not depend on which other trials are in the batch.
-        scored = _scored(replace(first, seed=0))
-        scores = {n: evaluate_population(model, tokenizer, population=population, **how) for n, how in scored}
+        ways = scorings(replace(first, seed=0))
+        scores = {n: evaluate_population(model, tokenizer, population=population, **how) for n, how in ways}
     except FloatingPointError:
         # The parameters of one trial diverged; the others are run again without it.
         return [_diverged(first)] if len(trials) == 1 else [_together([trial])[0] for trial in trials]
@@ -205,7 +198,7 @@ def _together(trials: Sequence[Trial]) -> list[Record]:
 
 def _alone(trial: Trial) -> Record:
     model, tokenizer = load_base(trial.base)
-    folder = kept("runs") / trial.base / short_hash(trial.key) if trial.base in REAL else None  # where it goes on
+    folder = kept("runs") / trial.base / short_hash(trial.training().key) if trial.base in REAL else None
     task = task_of(trial.trained_on or trial.task, trial.base)
     run, v = Run(trial.method, {"seed": trial.seed}, trial.numbers, 0, task.name), torch.zeros(0)
     try:
@@ -232,59 +225,17 @@ def _alone(trial: Trial) -> Record:
             (run,) = train([trial], model, tokenizer, own, folder=folder)
             v = v if own is None else own.vectors.detach()
         scores = {
-            name: evaluate(model, tokenizer, folder=folder and folder / name, **how) for name, how in _scored(trial)
+            name: evaluate(model, tokenizer, folder=folder and folder / short_hash(trial.key) / name, **how)
+            for name, how in scorings(trial)
         }
     except FloatingPointError:
         return _diverged(trial)
-    record = _record(run, v, scores) | (_styles(scores["sampled"]) if trial.samples > 1 else {})
+    record = _record(run, v, scores) | (styles(scores["sampled"]) if trial.samples > 1 else {})
     if trial.base in REAL:
         record["steps"] = {name: [row[name] for row in run.steps] for name in (run.steps or [{}])[0] if name != "step"}
         if trial.split == "test":
-            record["answers"] = {name: _answers(score) for name, score in scores.items()}
+            record["answers"] = {name: answers(score) for name, score in scores.items()}
     return record
-
-
-def _scored(trial: Trial) -> list[tuple[str, dict[str, Any]]]:
-    """How a trained model is scored: sampled and greedy on the test split, sampled on a part of the validation split.
-
-    What was trained on a new skill is scored on the plain task too, to see what it forgot.
-    """
-    options: dict[str, Any] = {"split": trial.split, "max_new_tokens": nano.MAX_NEW_TOKENS, "seed": trial.seed}
-    if trial.base in REAL:  # trials are compared problem by problem, with the same random numbers
-        options |= {"seed": 0, "batch_size": BATCH}
-    scored = options | {"task": task_of(trial.task, trial.base)}
-    sampled = scored | ({"samples": trial.samples} if trial.samples > 1 else {})
-    sampled |= {"temperature": trial.temperature}
-    if trial.split == "validation":
-        found = [("sampled", sampled | {"problems": SWEEP_PROBLEMS})]
-        # What trains nothing is chosen by greedy answers, which cost little beside a run.
-        greedy = ("greedy", scored | {"temperature": 0.0, "problems": SWEEP_PROBLEMS})
-        return [*found, greedy] if trial.method in ("none", "one logit") else found
-    old = [("old skill", options | {"task": task_of("nano", trial.base)})] if trial.task in NEW_SKILLS else []
-    return [("sampled", sampled), ("greedy", scored | {"temperature": 0.0}), *old]
-
-
-def _answers(score: Score) -> Record:
-    """All answers, to read and to compare: texts, and for each reward a string with a digit for every answer."""
-    found: Record = {"texts": [c.text for c in score.completions]}
-    found["strict"] = "".join(f"{c.reward:.0f}" for c in score.completions)
-    if score.lenient is not None:
-        found["lenient"] = "".join(f"{c.lenient:.0f}" for c in score.completions)
-    return found
-
-
-def _styles(score: Score) -> Record:
-    """What several answers to a problem tell: pass@k, and the share and the accuracy of each writer's style."""
-    rewards: dict[str, list[float]] = {}
-    for completion in score.completions:
-        rewards.setdefault(style_of(completion.text), []).append(completion.reward)
-    return {
-        "pass_at": {str(k): score.pass_at(k) for k in (1, 2, 4, 8) if k <= score.samples},
-        "writers": {
-            writer: {"share": len(own) / len(score.completions), "accuracy": sum(own) / len(own)}
-            for writer, own in sorted(rewards.items())
-        },
-    }
 
 
 def _diverged(trial: Trial) -> Record:
@@ -300,7 +251,7 @@ def _diverged(trial: Trial) -> Record:
     if trial.method in ("grpo", "es", "search"):
         run.steps = [{"reward": 0.0}] * trial.steps
     nothing = {"accuracy": 0.0, "low": 0.0, "high": 0.0, "n": 0, "samples": 1, "lenient": 0.0}
-    scores = {name: nothing for name, _ in _scored(trial)}
+    scores = {name: nothing for name, _ in scorings(trial)}
     return _record(run, torch.zeros(0), {}) | {"scores": scores, "diverged": True}
 
 

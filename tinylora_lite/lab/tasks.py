@@ -15,6 +15,7 @@ from tinylora_lite.lab.real import kept, load_base
 from tinylora_lite.lab.trial import LINES, SHOTS
 from tinylora_lite.nano import variants
 from tinylora_lite.nano.writers import WRITERS
+from tinylora_lite.tasks.datasets import load_task
 from tinylora_lite.tasks.task import Example, Task
 from tinylora_lite.utils.record import atomic_write
 
@@ -53,6 +54,12 @@ def told(task: Task, line: str) -> Task:
     return replace(task, train=lead(task.train), validation=lead(task.validation), test=lead(task.test))
 
 
+def gsm8k(prompt: str) -> Task:
+    """GSM8K under one of its prompts, from ``lab/data/gsm8k`` in the user's cache if it is there, else from the hub."""
+    data = kept("data")
+    return load_task("gsm8k", data=data if (data / "gsm8k").is_dir() else None, prompt=prompt)
+
+
 TASKS: dict[str, Callable[[], Task]] = {
     "nano": nano.task,
     **{f"demonstrations: {name}": partial(variants.demonstrations, name) for name in variants.DEMONSTRATORS},
@@ -69,6 +76,8 @@ TASKS: dict[str, Callable[[], Task]] = {
         for steps in (1, 2)
         for kind in ("", "plain", "prose", "format only", "unrelated", *LINES, *SHOTS)
     },
+    "gsm8k": partial(gsm8k, "####"),
+    "gsm8k, boxed": partial(gsm8k, "boxed"),
 }
 
 

@@ -104,6 +104,10 @@ class Trial:
         """The seed of P and of the calibration."""
         return self.seed if self.projection_seed is None else self.projection_seed
 
+    def training(self) -> Trial:
+        """The trial without how its result is scored: the same for all trials that train alike."""
+        return replace(self, task=self.trained_on or self.task, trained_on="", split="test", temperature=1.0, samples=1)
+
     def shape(self) -> Trial:
         """The trial without what a sweep varies: the same for all learning rates, seeds and splits."""
         return replace(self, learning_rate=0.0, seed=0, split="test")
@@ -126,6 +130,11 @@ class Trial:
         )
 
 
+def tokens_of(task: str) -> int:
+    """The length limit of an answer."""
+    return 512 if task.startswith("gsm8k") else MAX_NEW_TOKENS
+
+
 def settings_of(trial: Trial) -> Any:
     """The settings of a trial's method: ``GRPOSettings``, ``SFTSettings`` or ``ESSettings``.
 
@@ -133,7 +142,8 @@ def settings_of(trial: Trial) -> Any:
     SFT has 64 demonstrations. ``trial.prompts`` takes the place of either number.
     """
     prompts = trial.prompts or (64 if trial.method == "sft" else 32)
-    options: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS, "seed": trial.seed, "prompts_per_step": prompts}
+    tokens = tokens_of(trial.trained_on or trial.task)
+    options: dict[str, Any] = {"max_new_tokens": tokens, "seed": trial.seed, "prompts_per_step": prompts}
     if trial.method == "es":
         from tinylora_lite.training.evolution import ESSettings  # here, because it imports torch
 
@@ -141,5 +151,5 @@ def settings_of(trial: Trial) -> Any:
     options |= {"steps": trial.steps, "learning_rate": trial.learning_rate, "schedule": "linear"}
     options["warmup"] = 3 if trial.numbers == "all weights" else 0
     if trial.base in REAL:  # larger parts are padded to the longest answer, smaller ones read more prompts again
-        options |= {"micro_batch": 48, "save_every": 1}
+        options |= {"micro_batch": 48 if tokens == MAX_NEW_TOKENS else 8, "save_every": 1}
     return SFTSettings(**options) if trial.method == "sft" else GRPOSettings(**options)

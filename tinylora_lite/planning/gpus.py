@@ -1,7 +1,9 @@
-"""GPUs: what fits on them and how fast they can be at best."""
+"""GPUs: what fits on them and how fast they can be at best. And the CPU of this machine, of which memory is planned."""
 
 from __future__ import annotations
 
+import math
+import os
 from dataclasses import dataclass
 
 GIB = 2**30
@@ -15,13 +17,13 @@ class GPU:
         name: as NVIDIA has it.
         memory: bytes that PyTorch finds on it (``torch.cuda.get_device_properties(0).total_memory``), a little less
             than the name says.
-        matrix_rate: FLOPS of its matrix units in half precision, dense, accumulated in float32.
+        matrix_rate: FLOPS of its matrix units in half precision, dense, accumulated in float32; 0: not known.
         bandwidth: bytes per second between its memory and its processors.
         bfloat16: whether it multiplies bfloat16.
     """
 
     name: str
-    memory: int
+    memory: float
     matrix_rate: float
     bandwidth: float
     bfloat16: bool = True
@@ -45,3 +47,12 @@ GPUS: dict[str, GPU] = {
 }
 """By the name that a command line takes. Rates are those of NVIDIA's data sheets, without sparsity; memory is what
 PyTorch's own out-of-memory messages name as a GPU's total capacity."""
+
+
+def this_cpu() -> GPU:
+    """The CPU of this machine and its memory, which is unknown, and infinite, on Windows.
+
+    What it computes in a second depends on its cores and on what else they do, so no time is planned.
+    """
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+    return GPU("CPU", memory, matrix_rate=0.0, bandwidth=0.0)

@@ -18,11 +18,13 @@ from tinylora_lite.sampling.policy import LOGITS_AT_ONCE
 from tinylora_lite.training.calibrate import MICRO_BATCH
 from tinylora_lite.training.settings import GRPOSettings
 
-Phase = Literal["always", "set-up", "sampling", "calibrating", "training"]
+Phase = Literal["always", "set-up", "evaluating", "sampling", "calibrating", "training"]
 
 FLOAT = 4
 """Bytes of a float32."""
 ELEMENT = {"bfloat16": 2, "float16": 2, "float32": 4}
+EVALUATED = 256
+"""Completions that an evaluation decodes together, where nothing else is asked for."""
 QUANTIZED = {"nf4": 0.5 + FLOAT / 64, "int8": 1.0}
 """Bytes of a weight: nf4 has one float32 scale for 64 weights."""
 VLLM_WORKSPACE = 2 * 2**30
@@ -39,11 +41,15 @@ class Term(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences that a model computes together, all as long as the limits allow."""
+    """Sequences that a model computes together, all as long as the limits allow.
+
+    ``prompts`` of them differ and are read once, before the completions; 0 where each row is read with its prompt.
+    """
 
     rows: int
     prompt: int
     completion: int
+    prompts: int = 0
 
     @property
     def length(self) -> int:
@@ -52,8 +58,20 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Positions of all rows."""
-        return self.rows * self.length
+        """Positions that are computed."""
+        read = self.prompts * self.prompt
+        return read + self.rows * (self.completion - 1) if self.prompts else self.rows * self.length
+
+    @property
+    def attended(self) -> int:
+        """Positions whose keys and values attention reads: those of prompts by themselves, and of all rows."""
+        return self.prompts * self.prompt + self.rows * self.length
+
+    @property
+    def pairs(self) -> int:
+        """Positions that are computed, times those that they may read."""
+        read = self.prompts * self.prompt**2
+        return read + self.rows * (self.completion - 1) * self.length if self.prompts else self.rows * self.length**2
 
 
 def memory_terms(settings: RunSettings, shape: ModelShape, gpu_memory: float, processes: int = 1) -> list[Term]:
@@ -89,11 +107,19 @@ def memory_terms(settings: RunSettings, shape: ModelShape, gpu_memory: float, pr
         together = min(sampler.batch_size or here, here)
         batch = Batch(together, settings.max_prompt_tokens, training.max_new_tokens)
         terms += sampling_terms(shape, batch, math.ceil(together / training.group_size), element)
+    e = settings.evaluation
+    if e.tasks and sampler.engine == "transformers":
+        together = min(sampler.batch_size or EVALUATED, (e.problems or EVALUATED) * e.samples)
+        batch = Batch(together, settings.max_prompt_tokens, e.max_new_tokens)
+        terms += sampling_terms(shape, batch, math.ceil(together / e.samples), element, "evaluating")
+    shared = not (settings.gradient_checkpointing or settings.shard)  # as sampling.policy.can_share_prompts
     if adapter.calibrated and adapter.projection == "calibrated":
         c = adapter.calibration
-        batch = Batch(min(MICRO_BATCH, c.group_size), settings.max_prompt_tokens, c.max_new_tokens)
+        batch = Batch(min(MICRO_BATCH, c.group_size), settings.max_prompt_tokens, c.max_new_tokens, int(shared))
         terms += training_terms(settings, shape, batch, "calibrating", adapter.rank)
-    batch = Batch(min(training.micro_batch, here), settings.max_prompt_tokens, training.max_new_tokens)
+    together = min(training.micro_batch, here)
+    prompts = shared * math.ceil(together / (training.group_size if isinstance(training, GRPOSettings) else 1))
+    batch = Batch(together, settings.max_prompt_tokens, training.max_new_tokens, prompts)
     terms += training_terms(settings, shape, batch, "training", rank=0 if everything else adapter.rank)
     if settings.shard:
         two_blocks = 2 * (shape.linear // shape.layers) * element
@@ -134,7 +160,7 @@ def training_terms(settings: RunSettings, shape: ModelShape, batch: Batch, phase
     """What forward and backward of one micro batch take."""
     element, width = ELEMENT[settings.dtype], shape.config.hidden_size
     block = saved_by_block(shape, batch, element, rank, settings.adapter.kind == "all")
-    mask = batch.rows * batch.length**2
+    mask = batch.pairs
     last_norm = batch.tokens * FLOAT * (width + 1)
     casts = 0.0 if element == FLOAT else element * rank * shape.sides
     # Gradients that exist at once inside a block, at most: two of the MLP's width, a few of the block's.
@@ -169,15 +195,17 @@ def saved_by_block(shape: ModelShape, batch: Batch, element: int, rank: int, eve
     """
     width, mlp = shape.config.hidden_size, shape.config.intermediate_size
     per_token: float = 2 * FLOAT * (width + 1)
-    per_token += element * 4 * shape.attention + FLOAT * shape.config.num_attention_heads
+    per_token += element * 2 * shape.attention + FLOAT * shape.config.num_attention_heads
     per_token += element * 3 * mlp
     per_token += FLOAT * rank * (len(shape.targets) // shape.layers)
     if everything:  # the inputs of all linear layers, and what the norms' weights multiply
         per_token += element * (4 * width + shape.attention + mlp)
-    return batch.tokens * (per_token + element * batch.length)
+    return batch.tokens * per_token + batch.attended * element * 2 * shape.attention + batch.pairs * element
 
 
-def sampling_terms(shape: ModelShape, batch: Batch, prompts: int, element: int) -> list[Term]:
+def sampling_terms(
+    shape: ModelShape, batch: Batch, prompts: int, element: int, phase: Phase = "sampling"
+) -> list[Term]:
     """What the transformers sampler takes; it reads each of ``prompts`` once and answers in ``batch.rows`` rows."""
     # One layer's keys and values exist twice while a token is added to them.
     cache = batch.rows * (batch.prompt + batch.completion) * shape.cache_per_token(element) * (1 + 1 / shape.layers)
@@ -185,6 +213,6 @@ def sampling_terms(shape: ModelShape, batch: Batch, prompts: int, element: int) 
     reading = prompts * batch.prompt * (per_token + batch.prompt * (1 + element))
     choosing = batch.rows * shape.config.vocab_size * (element + 3 * FLOAT + 2 * 8)
     return [
-        Term("keys and values of all completions", cache, "sampling"),
-        Term("reading the prompts, or choosing a token", max(reading, choosing), "sampling"),
+        Term("keys and values of all completions", cache, phase),
+        Term("reading the prompts, or choosing a token", max(reading, choosing), phase),
     ]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tinylora_lite.experiment.presets import gpu_name
 from tinylora_lite.experiment.settings import RunSettings
 from tinylora_lite.experiment.settings_file import SettingsError
-from tinylora_lite.planning.gpus import GPU, GPUS
+from tinylora_lite.planning.gpus import GPU, GPUS, this_cpu
 from tinylora_lite.planning.memory import Phase, Term, memory_terms, trained_parameters, vllm_cache, weight_bytes
 from tinylora_lite.planning.run_time import RunTime, run_time
 from tinylora_lite.planning.shapes import ModelShape, model_config
@@ -18,6 +18,8 @@ from tinylora_lite.planning.shapes import ModelShape, model_config
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+LIBRARIES = 0.6 * 2**30
+"""Bytes that a process has in memory before it loads a model."""
 POWERS_OF_TWO = [2**power for power in range(15, -1, -1)]
 
 
@@ -41,7 +43,8 @@ class Plan:
     @cached_property
     def terms(self) -> list[Term]:
         """What takes memory on each GPU, and when."""
-        return memory_terms(self.settings, self.shape, self.gpu.memory, self.gpus)
+        libraries = [] if self.gpu.matrix_rate else [Term("Python, PyTorch and transformers", LIBRARIES, "always")]
+        return libraries + memory_terms(self.settings, self.shape, self.gpu.memory, self.gpus)
 
     @property
     def peaks(self) -> dict[Phase, float]:
@@ -65,13 +68,15 @@ class Plan:
 
     @cached_property
     def time(self) -> RunTime:
-        """Where the seconds go."""
+        """Where the seconds go, on a GPU."""
         return run_time(self.settings, self.shape, self.gpu, self.gpus, self.length, self.training_problems)
 
     @property
     def cost(self) -> tuple[float, float] | None:
         """What one run costs, in the price's money."""
-        return None if self.price is None else astuple(self.time.hours * (self.gpus * self.price))
+        if self.price is None or not self.gpu.matrix_rate:
+            return None
+        return astuple(self.time.hours * (self.gpus * self.price))
 
     @cached_property
     def advice(self) -> list[str]:
@@ -101,14 +106,15 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         same = ("gpus", "parameters", "peaks", "fits", "problems", "advice", "cost")
+        time = self.time if self.gpu.matrix_rate else None
         return {name: getattr(self, name) for name in same} | {
-            "length": self.time.length,
+            "length": time and time.length,
             "model": self.settings.model,
             "gpu": asdict(self.gpu),
             "memory": [term._asdict() for term in self.terms],
             "capacity": self.gpu.usable,
-            "time": asdict(self.time),
-            "hours": asdict(self.time.hours),
+            "time": time and asdict(time),
+            "hours": time and asdict(time.hours),
             "runs": len(self.settings.sweep()),
         }
 
@@ -189,7 +195,8 @@ def plan_run(
 
     Args:
         settings: of the run.
-        gpu: a name of :data:`~tinylora_lite.planning.gpus.GPUS`, or ``a100``, ``h100-80gb``, ``rtx4090``.
+        gpu: a name of :data:`~tinylora_lite.planning.gpus.GPUS`, or ``a100``, ``h100-80gb``, ``rtx4090``; or ``cpu``,
+            this machine's, of which no time is planned.
         gpus: how many train, one process each.
         config: of the model; ``None`` takes :func:`~tinylora_lite.planning.shapes.model_config`'s.
         length: mean tokens of a completion; ``None`` takes those of ``run_time.LENGTHS``, or half of the limit.
@@ -199,13 +206,15 @@ def plan_run(
     Raises:
         ValueError: an unknown GPU or model, or ``gpus`` cannot share a step's prompts.
     """
-    if (gpu := gpu_name(gpu)) not in GPUS:
-        raise ValueError(f"no GPU named {gpu}; there are: {', '.join(GPUS)}")
+    if (gpu := gpu_name(gpu)) not in GPUS and gpu != "cpu":
+        raise ValueError(f"no GPU named {gpu}; there are: {', '.join(GPUS)}, and cpu")
     prompts = settings.training_settings(1).prompts_per_step
     if gpus < 1 or prompts % gpus:
         raise ValueError(f"prompts_per_step={prompts} cannot be shared by {gpus} GPUs")
     shape = ModelShape.of(config or model_config(settings.model, settings.revision))
-    return Plan(settings.with_dtype("bfloat16"), shape, GPUS[gpu], gpus, length, problems, price)
+    planned = this_cpu() if gpu == "cpu" else GPUS[gpu]
+    settings = settings.with_dtype("float32" if gpu == "cpu" else "bfloat16")
+    return Plan(settings, shape, planned, gpus, length, problems, price)
 
 
 def gpus_that_fit(plan: Plan) -> list[str]:

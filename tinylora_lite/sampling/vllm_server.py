@@ -83,6 +83,8 @@ class VllmServerSampler(VllmEngine):
         ValueError: it serves another model, or the tokenizer lacks what sampling needs.
     """
 
+    cure = "serve_command says how to start one"
+
     def __init__(
         self,
         url: str,
@@ -129,7 +131,7 @@ class VllmServerSampler(VllmEngine):
             raise found
         before, self._name, self._written = self._written, found, written
         if before is not None:
-            with suppress(_RefusedError, ConnectionError):  # a server that was started again does not know it
+            with suppress(RefusedError, ConnectionError):  # a server that was started again does not know it
                 self._ask("/v1/unload_lora_adapter", {"lora_name": Path(before.name).name})
             before.cleanup()
 
@@ -142,7 +144,7 @@ class VllmServerSampler(VllmEngine):
         path = export_lora(adapter, Path(written.name) / "lora")
         try:
             self._ask("/v1/load_lora_adapter", {"lora_name": Path(written.name).name, "lora_path": str(path)})
-        except _RefusedError as refused:
+        except RefusedError as refused:
             command = shlex.join(serve_command(self.base, adapter.config.rank))
             raise ValueError(f"{refused}; it must see {path}, and be started for such LoRAs: {command}") from refused
         return written
@@ -163,7 +165,7 @@ class VllmServerSampler(VllmEngine):
         body = {"model": self._name or self.base, "return_token_ids": True, "return_tokens_as_token_ids": True}
         try:
             return dict(json.loads(self._ask("/v1/completions", body | PLAIN | request))["choices"][0])
-        except _RefusedError as refused:
+        except RefusedError as refused:
             if "float values are not JSON compliant" in str(refused):
                 raise FloatingPointError(NOT_FINITE) from refused
             raise
@@ -195,12 +197,11 @@ class VllmServerSampler(VllmEngine):
                     reason: Any = error
                     with suppress(ValueError, KeyError, TypeError):
                         reason = json.loads(error.read())["error"]["message"]
-                    raise _RefusedError(f"the server at {self.url} refused {path}: {reason}") from error
+                    raise RefusedError(f"the server at {self.url} refused {path}: {reason}") from error
                 if time.monotonic() > until:
-                    cure = "serve_command says how to start one"
-                    raise ConnectionError(f"no vLLM server answers at {self.url} ({error}); {cure}") from error
+                    raise ConnectionError(f"no server answers at {self.url} ({error}); {self.cure}") from error
             time.sleep(0.2)
 
 
-class _RefusedError(ValueError):
+class RefusedError(ValueError):
     """The server answered with an error."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from tinylora_lite.sampling.check import TOKENS, check_sampler
 from tinylora_lite.sampling.rollouts import Rollouts, Sampler
 from tinylora_lite.sampling.sampler import ModelSampler
 from tinylora_lite.training.batches import Batch, draw_prompts, rollout, score
@@ -40,6 +41,17 @@ class GRPO(Objective[GRPOSettings]):
         super().__init__(*args)
         self.loss, self.on_rollouts = self.shared, on_rollouts
         self.task.check(evaluated=self.shared.evaluate_every > 0)
+
+    def check_sampler(self) -> None:
+        """Raises ``RuntimeError`` where another engine samples, and something else than the adapter answers."""
+        if self.sampler is None or isinstance(self.sampler, ModelSampler):
+            return
+        options: dict[str, Any] = {"temperature": self.shared.temperature}
+        options["max_new_tokens"] = min(TOKENS, self.shared.max_new_tokens)
+        adapter = cast("TinyLoraAdapter", self.adapter)
+        found = check_sampler(self.model, self.tokenizer, adapter, self.sampler, self.task, **options)
+        if found.verdict != "adapter":
+            raise RuntimeError(str(found))
 
     def batch(self, step: int) -> Batch:
         """``prompts_per_step · group_size`` completions for each adapter; in each process, its share of them."""
@@ -119,8 +131,9 @@ def train_grpo(
             :func:`~tinylora_lite.attach_population`.
         task: prompts come from its training split, evaluations from its validation split.
         settings: see :class:`~tinylora_lite.GRPOSettings`; ``None`` takes its defaults.
-        sampler: what answers the prompts, in training and in evaluations; ``None`` takes the model itself. For the
-            log-probabilities of another engine, which differ a little, ``settings.tis_cap`` corrects.
+        sampler: what answers the prompts, in training and in evaluations; ``None`` takes the model itself. Another
+            engine is checked before the first step (:func:`~tinylora_lite.check_sampler`). For its log-probabilities,
+            which differ a little, ``settings.tis_cap`` corrects.
         folder: where the run is saved; called again with the same base and settings, an interrupted run goes on from
             its last checkpoint to the same parameters as one that was never interrupted.
         on_step: called with the run so far after every step.
@@ -136,8 +149,10 @@ def train_grpo(
             damaged run or one of other settings.
         FloatingPointError: the model puts out NaN, or the gradient is not finite; the parameters stay those of the last
             update.
+        RuntimeError: another engine samples, and something else than the adapter answers.
     """
     if adapter is None and not isinstance(sampler, ModelSampler | None):
         raise ValueError("another engine follows an adapter, and not weights that all train; leave sampler out")
     objective = GRPO(model, tokenizer, adapter, task, [settings or GRPOSettings()], sampler, on_rollouts=on_rollouts)
+    objective.check_sampler()
     return fit(objective, folder=folder, on_step=on_step and (lambda runs: on_step(runs[0])), progress=progress)[0]

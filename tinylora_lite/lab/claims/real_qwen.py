@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from tinylora_lite.lab.registered import registered
 
-CLAIM = registered("real-qwen", 20, "qwen2.5-coder-0.5b", "words-2", seeds=3, tie=13)
+CLAIM = registered("real-qwen", 20, "qwen2.5-coder-0.5b", "words-2", seeds=3, tie=13, gsm8k=True)

@@ -1,0 +1,76 @@
+"""The tables of the chapter on real models, from made-up records of some of its runs."""
+
+from dataclasses import replace
+
+import pytest
+
+from tinylora_lite.book import real
+from tinylora_lite.lab.claims import claim_of
+from tinylora_lite.lab.store import Store
+from tinylora_lite.lab.tasks import task_of
+from tinylora_lite.lab.trial import Trial
+
+CLAIM = claim_of("real-smollm2")
+POINTS = real.points_of(CLAIM)
+FLOOR = Trial(base="smollm2-135m", method="none", task="words-1", learning_rate=0.0, seed=100, split="validation")
+
+
+def record(right: int, texts: list[str] | None = None) -> dict:
+    """A run that is right on the first problems; its answers are the worked ones unless others are given."""
+    solved = "1" * right + "0" * (1000 - right)
+    worked = [problem.solution or "" for problem in task_of("words-1", "smollm2-135m").test]
+    kept = {"texts": texts or worked, "strict": solved, "lenient": solved}
+    score = {"accuracy": right / 1000, "lenient": right / 1000}
+    record = {"parameters": 13, "scores": {"sampled": score, "greedy": score}, "vectors": [0.1] * 13}
+    return record | {"steps": {"reward": [0.1, 0.2]}, "answers": {"greedy": kept}}
+
+
+@pytest.fixture
+def store(tmp_path):
+    """The untrained model and two of the five reported runs of 13 random, at the middle rate."""
+    store, thirteen = Store(tmp_path), POINTS["13 random"]
+    store.add(FLOOR, {"scores": {name: {"accuracy": 0.2} for name in ("sampled", "greedy")}})
+    for trial in thirteen.sweep(thirteen.rates):
+        store.add(trial, {"scores": {"sampled": {"accuracy": 0.3 if trial.learning_rate == 0.025 else 0.25}}})
+    wrong = ["1 + 1 = 2\n#### 2"] * 1000
+    store.add(POINTS["untrained"].tests(0.0)[0], record(300, wrong) | {"parameters": 0})
+    for trial, right in zip(thirteen.tests(0.025), (302, 310), strict=False):
+        store.add(trial, record(right))
+    return store
+
+
+def test_the_outcome_waits_for_all_runs(store):
+    assert real.outcome(CLAIM, store) == "Not decided yet: 2 of its 5 trained runs are recorded."
+    for trial in POINTS["13 random"].tests(0.025)[2:]:
+        store.add(trial, record(300))
+    assert real.outcome(CLAIM, store).startswith("Undecided")
+
+
+def test_a_row_for_every_shape_that_has_a_record(store):
+    head, _, untrained, thirteen = real.results(CLAIM, store).splitlines()
+    assert head.startswith("| trained | numbers | rate |")
+    assert untrained.startswith("| untrained | 0 |  | 1 of 1 | 30% | 30% |")
+    assert thirteen.startswith("| 13 random | 13 | 0.025 | 2 of 5 | 31% [26%, 36%] | 31% [26%, 36%] | 100% | 31% |")
+
+
+def test_the_answers_that_changed_are_shown_whole_and_counted(store):
+    first, *rest = real.changed_answers(CLAIM, store, count=6).splitlines()[2:]
+    assert "| 1 + 1 = 2<br>\\#\\#\\#\\# 2 ✗ |" in first
+    assert first.endswith(" ✓ |")
+    assert len(rest) == 1, "seed 0 solves two more"
+    assert real.turned(CLAIM, store) == {"right": 12, "wrong": 0, "of": 2000}
+
+
+def test_a_panel_for_every_seed_and_a_line_for_every_run(store):
+    assert len(real.vectors(POINTS["13 random"], store).axes) == 2
+    (axes,) = real.curves(POINTS["13 random"], store, 0.2).axes
+    assert len(axes.lines) == 2 + 1 + 1  # the mean, and the untrained model
+
+
+def test_gsm8k_is_asked_of_qwen_alone_and_what_was_trained_is_not_trained_again():
+    assert not any(point.trial.task.startswith("gsm8k") for point in CLAIM.points)
+    points = real.points_of(claim_of("real-qwen"))
+    carried = points["13 random, gsm8k"].tests(0.025)[0]
+    assert carried.training() == points["13 random"].tests(0.025)[0].training()
+    assert points["13 random, trained on gsm8k, boxed"].seeds == 1
+    assert replace(carried, task="gsm8k, boxed") in points["13 random, gsm8k, boxed"].tests(0.025)
