@@ -31,7 +31,7 @@ RECORD = Path(__file__).parents[1] / "book" / "results" / "cpu.json"
 BATCHES, LENGTHS = (1, 4, 16, 64, 128), (16, 48, 128)
 GROUP = 8
 """Answers to one prompt."""
-AT_ONCE = 2048
+AT_ONCE = 4096
 """Tokens in one forward and backward pass, at most."""
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from tinylora_lite.adapter.attached import Hook
+from tinylora_lite.adapter.attached import KEPT, Hook
 from tinylora_lite.adapter.config import TinyLoraConfig
 from tinylora_lite.adapter.svd import Decomposition
 from tinylora_lite.adapter.weights import weight_shape
@@ -151,14 +151,11 @@ class AddUpdate(Hook):
             return output
         # bitsandbytes calls its argument x, torch calls it input.
         x = args[0] if args else next(iter(kwargs.values()))
-        factors = self.factors.to(x.device)
         # The r-dimensional middle and v's gradient stay in float32, under autocast too: they cost nothing.
         with _in_float32(x.device.type):
-            R = factors.mixing(self.adapter.vectors[self.group])
+            R, left, right = self.parts(x.device, torch.float32 if self.float32 else output.dtype)
             if self.float32:
-                narrow = F.linear(F.linear(x.float(), factors.right), R)
-                return (output + F.linear(narrow, factors.left)).to(output.dtype)
-            left, right = factors.left.to(output.dtype), factors.right.to(output.dtype)
+                return (output + F.linear(F.linear(F.linear(x.float(), right), R), left)).to(output.dtype)
             # Only what nothing else can have seen yet may be changed in place.
             fresh = type(module) is nn.Linear and next(iter(module._forward_hooks.values())) is self
             if not fresh or output._is_view() or not output.is_contiguous():
@@ -166,6 +163,17 @@ class AddUpdate(Hook):
             # Where nothing asks for a gradient, autograd's own part would take longer than the products.
             add: Any = _Added.apply if torch.is_grad_enabled() else partial(_Added.forward, None)
             return add(output, x.to(output.dtype), R, left, right)  # type: ignore[no-any-return]
+
+    def parts(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """R, float32, and the factors beside it in a dtype; once where :func:`parameters_stay` says so."""
+        kept = KEPT.get()
+        if kept is not None and self in kept:
+            return kept[self]  # type: ignore[no-any-return]
+        factors = self.factors.to(device)
+        found = factors.mixing(self.adapter.vectors[self.group]), factors.left.to(dtype), factors.right.to(dtype)
+        if kept is not None:
+            kept[self] = found
+        return found
 
 
 class _Added(torch.autograd.Function):

@@ -31,8 +31,8 @@ LOGITS_AT_ONCE = 1 << 24
 BLOCK = 128
 """Tokens whose probabilities are added up first when one of them is drawn."""
 
-PLAIN_HEADS = frozenset({"llama", "mistral", "qwen2", "qwen3"})
-"""Model types of transformers whose logits are what the head puts out: nothing scales or caps them afterwards."""
+PLAIN = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+"""Model types of transformers whose logits are what the head puts out, and whose attention is a softmax and no more."""
 
 
 @contextmanager
@@ -150,6 +150,8 @@ def uniforms(streams: Sequence[tuple[int, int]], tokens: int) -> Tensor:
 def draw(distribution: Tensor, uniform: Tensor) -> Tensor:
     """The token at which the cumulative probability passes ``uniform [rows]``, ``[rows, 1]`` int64.
 
+    What is given is in proportion to the probabilities.
+
     The block of tokens comes first, and then the token: adding all of a large vocabulary up in float64 takes as long as
     a third of a small model.
     """
@@ -247,7 +249,7 @@ def tokens_at_once(model: PreTrainedModel) -> int | None:
     That is one that does something to its logits afterwards, or that has hooks on its head (an adapter's, for one).
     """
     head = model.get_output_embeddings()
-    if head is None or head._forward_hooks or head._forward_pre_hooks or model.config.model_type not in PLAIN_HEADS:
+    if head is None or head._forward_hooks or head._forward_pre_hooks or model.config.model_type not in PLAIN:
         return None
     return max(1, LOGITS_AT_ONCE // int(model.config.vocab_size))
 
