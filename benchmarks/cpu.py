@@ -28,11 +28,12 @@ if TYPE_CHECKING:
     from tinylora_lite.sampling.rollouts import Rollouts
 
 RECORD = Path(__file__).parents[1] / "book" / "results" / "cpu.json"
-BATCHES, LENGTHS = (1, 4, 16, 64, 128), (16, 48, 128)
+BATCHES, LENGTHS = (128, 64, 16, 4, 1), (128, 48, 16)
+"""The largest first: a run has its memory from its first step on."""
 GROUP = 8
 """Answers to one prompt."""
-AT_ONCE = 4096
-"""Tokens in one forward and backward pass, at most."""
+AT_ONCE = 3072
+"""Tokens of completions in one forward and backward pass, at most."""
 
 
 def measure(base: str, dtype: str, batches: list[int], lengths: list[int]) -> dict[str, Any]:
@@ -54,7 +55,7 @@ def measure(base: str, dtype: str, batches: list[int], lengths: list[int]) -> di
     keep_memory()  # as the commands do
     model, tokenizer = load_model(base, dtype=dtype, device="cpu"), load_tokenizer(base)
     modules = sum(isinstance(module, nn.Linear) for module in model.modules()) - 1
-    adapter = tl.attach(model, tl.TinyLoraConfig(rank=2, u=1, n_tie=-(-modules // 13)))
+    adapter, decomposed = _timed(tl.attach, model, tl.TinyLoraConfig(rank=2, u=1, n_tie=-(-modules // 13)))
     nn.init.normal_(adapter.vectors, std=1e-3)
     task = nano.word_problems(1).with_shots(2)
     ids, mask = encode_prompts(tokenizer, task, task.train[: -(-max(batches) // GROUP)])
@@ -65,6 +66,7 @@ def measure(base: str, dtype: str, batches: list[int], lengths: list[int]) -> di
         for batch in batches:
             products = _products(model, batch, backward=False)
             prompts = (model, tokenizer, ids[:batch], mask[:batch])
+            sample(*prompts, max_new_tokens=2)
             _, first = _timed(sample, *prompts, max_new_tokens=1)
             for length in lengths:
                 rollouts, whole = _timed(sample, *prompts, max_new_tokens=length, seed=length)
@@ -84,6 +86,7 @@ def measure(base: str, dtype: str, batches: list[int], lengths: list[int]) -> di
                 print(json.dumps(rows[-1]), flush=True)
     file = gguf_file(base)
     about = {"dtype": dtype, "modules": modules, "prompt": int(mask[:batch].sum()) / batch, "shots": 2}
+    about |= {"attach_seconds": decomposed}
     about |= {"gguf_sha256": gguf_sha256(file)} if file else {}
     return about | {"parameters": adapter.num_parameters, "rows": rows, "environment": environment()}
 

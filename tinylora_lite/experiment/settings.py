@@ -140,7 +140,7 @@ class RunSettings(Settings):
     model: Name = Field(description="name on the hub, a folder, or a GGUF file")
     revision: str | None = Field(None, description="commit of the hub; null takes the newest")
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = Field(
-        "auto", description="of the frozen base; auto: bfloat16 on a GPU, on a CPU what is faster of it and float32"
+        "auto", description="of the frozen base; auto: bfloat16 on a GPU or a CPU twice as fast in it, else float32"
     )
     quantize: Literal["nf4", "int8", None] = Field(None, description="the base in fewer bits: nf4, int8 or null")
     gradient_checkpointing: bool = Field(False, description="recompute activations: far less memory, 1.5 times as long")
