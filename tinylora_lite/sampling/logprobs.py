@@ -1,7 +1,8 @@
 """Log-probabilities of completions under a model, differentiable.
 
 Prompts that occur more than once (the groups of GRPO) are read once, and so is what all prompts of a batch begin with
-(instructions, worked examples): keys and values are computed for one row and repeated for the others.
+(instructions, worked examples): keys and values are computed for one row and repeated for the others, or stay as they
+are where all rows can read the same (:mod:`tinylora_lite.sampling.start`).
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def _attention(
         mask = torch.ones(tokens, tokens, dtype=torch.bool).tril()[None, None]
     if mask is not None:  # a row of -inf alone would have no logarithm
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
-        mask = mask.repeat(1, 1, 1 if tokens == 1 else query.shape[2] // tokens, 1)
+        mask = mask if tokens == 1 else mask.repeat(1, 1, query.shape[2] // tokens, 1)
     layer: Any = start.layers[module.layer_idx]  # type: ignore[index]
     attend: Any = _AfterStart.apply if torch.is_grad_enabled() else partial(_AfterStart.forward, None)
     of: Tensor = attend(query, key, value, layer.keys, layer.values, mask, options["scaling"])
@@ -79,11 +79,10 @@ class _AfterStart(torch.autograd.Function):
     ) -> Tensor:
         own, own_mass = flash(query, key, value, attn_mask=mask, scale=s)
         past, past_mass = (_apart(part, query) for part in flash(_together(query), first, held, scale=s))
-        mass = torch.logaddexp(own_mass, past_mass)
-        output: Tensor = own * (own_mass - mass).exp()[..., None] + past * (past_mass - mass).exp()[..., None]
-        output = output.to(query.dtype)
+        share = (own_mass - past_mass).sigmoid()[..., None]  # of the own tokens' mass
+        output = past.to(share.dtype).lerp(own.to(share.dtype), share).to(query.dtype)
         if ctx is not None:
-            ctx.s = s
+            ctx.s, mass = s, torch.logaddexp(own_mass, past_mass)
             ctx.save_for_backward(query, key, value, first, held, mask, output, mass)
         return output
 
