@@ -98,7 +98,7 @@ WRONG = {
     "training:\n  steps: 3\n  epochs: 3": ("line 5", "leave one out"),
     "training:\n  epochs: -1": ("line 4", "epochs must be a finite number above 0"),
     "method: sft\ntraining:\n  group_size: 8": ("line 5", "unknown setting training.group_size"),
-    "dtype: bf16": ("line 3", "dtype should be 'bfloat16', 'float32' or 'float16', not 'bf16'"),
+    "dtype: bf16": ("line 3", "dtype should be 'auto', 'bfloat16', 'float32' or 'float16', not 'bf16'"),
     "shard: yes please": ("line 3", "shard should be true or false, not 'yes please'"),
     "sampler:\n  gpu_memory: 1.5": ("line 4", "sampler.gpu_memory should be less than or equal to 1, not 1.5"),
     "sampler:\n  engine: vllm-server": ("line 3", "url names the server"),

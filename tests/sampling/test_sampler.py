@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 import tinylora_lite as tl
-from tinylora_lite.sampling.logprobs import common_start, completion_logprobs
+from tinylora_lite.sampling.logprobs import common_start, completion_logprobs, read_prompts
 from tinylora_lite.sampling.policy import recomputes
 from tinylora_lite.sampling.rollouts import encode_prompts
 from tinylora_lite.sampling.sampler import ModelSampler, sample
@@ -135,6 +135,33 @@ def test_what_all_prompts_begin_with_is_read_once(ending, tokenizer, long_start)
         expected = torch.log_softmax(logits[len(prompt) - 1 : -1], -1).gather(1, rollouts.completion_ids[row, :n, None])
         assert torch.allclose(seen[row, :n], expected[:, 0], atol=1e-5)
         assert torch.allclose(rollouts.logprobs[row, :n], expected[:, 0], atol=1e-5)
+
+
+def test_a_start_that_is_held_once_changes_no_number(ending, tokenizer, long_start, monkeypatch):
+    adapter = tl.attach(ending, tl.TinyLoraConfig(rank=2, u=2))
+    torch.nn.init.normal_(adapter.vectors, std=0.1, generator=torch.Generator().manual_seed(0))
+    ending.double()
+    ids, mask = prompts(tokenizer, long_start, count=4, repeats=3)
+    assert len(set(mask.sum(dim=1).tolist())) > 1, "the test is about padding between the start and the rest"
+
+    def numbers():
+        rollouts = sample(ending, tokenizer, ids, mask, max_new_tokens=12, seed=1)
+        logprobs = completion_logprobs(ending, rollouts) * rollouts.completion_mask
+        weights = torch.arange(1.0, len(ids) + 1)[:, None]
+        (gradient,) = torch.autograd.grad((logprobs * weights).sum(), adapter.vectors)
+        return rollouts.completion_ids, rollouts.logprobs, logprobs.detach(), gradient
+
+    *_, cache, seen, start = read_prompts(ending, ids, mask)
+    assert start.get_seq_length() >= 32
+    assert start.get_seq_length() + cache.get_seq_length() == ids.shape[1]
+    assert seen.shape[1] == cache.get_seq_length()
+    once = numbers()
+    assert ending.config._attn_implementation == "sdpa"
+    monkeypatch.setattr("tinylora_lite.sampling.logprobs.can_hold_start", lambda model: False)
+    copied = numbers()
+    assert torch.equal(once[0], copied[0])
+    for one, other in zip(once[1:], copied[1:], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_the_start_ends_before_the_shortest_prompt_does():

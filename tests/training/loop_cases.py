@@ -39,11 +39,6 @@ def one(train, settings, config=CONFIG, **options):
     return summary(run, adapter.vectors.detach())
 
 
-def resumed(train, settings, folder):
-    one(train, replace(settings, steps=2), folder=folder)
-    return one(train, settings, folder=folder)
-
-
 def several(train, settings):
     model, tokenizer = nano.load(BASE)
     population = tl.attach_population(model, CONFIGS)
@@ -72,7 +67,7 @@ def summary(run, values):
     }
 
 
-def cases(folder):
+def cases():
     grpo, sft = tl.train_grpo, tl.train_sft
     everything = replace(QUICK, kl=0.05, epochs_per_step=2, scale="batch", normalise="constant", truncated="mask")
     small = replace(QUICK, learning_rate=1e-3)
@@ -82,22 +77,18 @@ def cases(folder):
         "grpo, two epochs, kl, mask": lambda: one(grpo, replace(everything, max_new_tokens=24)),
         "grpo, all weights": lambda: one(grpo, small, None),
         "grpo, all weights, kl": lambda: one(grpo, replace(small, kl=0.1), None),
-        "grpo, resumed": lambda: resumed(grpo, QUICK, folder / "grpo"),
         "grpo, population": lambda: several(grpo, QUICK),
         "grpo, lora": lambda: lora(small),
         "sft": lambda: one(sft, replace(WORKED, evaluate_every=2, evaluate_problems=16)),
         "sft, all weights": lambda: one(sft, replace(WORKED, learning_rate=1e-3), None),
-        "sft, resumed": lambda: resumed(sft, WORKED, folder / "sft"),
         "sft, population": lambda: several(sft, WORKED),
         "sft, lora": lambda: lora(replace(WORKED, learning_rate=1e-3)),
     }
 
 
 if __name__ == "__main__":
-    import tempfile
     from pathlib import Path
 
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        found = {name: run() for name, run in cases(Path(folder)).items()}
+    found = {name: run() for name, run in cases().items()}
     Path(sys.argv[1]).write_text(json.dumps(found, indent=1) + "\n")

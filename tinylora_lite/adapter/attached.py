@@ -89,6 +89,20 @@ def adapter_of(model: nn.Module) -> Attached | None:
     return next((hook.adapter for hook in hooks if isinstance(hook, Hook)), None)
 
 
+KEPT: ContextVar[dict[Hook, Any] | None] = ContextVar("kept", default=None)
+"""What hooks have computed of parameters alone, where these stay as they are; ``None`` elsewhere."""
+
+
+@contextmanager
+def parameters_stay() -> Iterator[None]:
+    """Inside, nobody changes trained parameters, so that what depends on them alone is computed once."""
+    token = KEPT.set({})
+    try:
+        yield
+    finally:
+        KEPT.reset(token)
+
+
 _ROWS: ContextVar[Tensor | None] = ContextVar("rows", default=None)
 
 

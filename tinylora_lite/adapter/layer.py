@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from tinylora_lite.adapter.attached import Hook
+from tinylora_lite.adapter.attached import KEPT, Hook
 from tinylora_lite.adapter.config import TinyLoraConfig
 from tinylora_lite.adapter.svd import Decomposition
 from tinylora_lite.adapter.weights import weight_shape
@@ -50,8 +51,8 @@ class Factors:
 
     def mixing(self, v: Tensor) -> Tensor:
         """R of a vector ``[u]``: ``Σᵢ vᵢ Pᵢ``, ``[r, r]`` float32, under autocast too; differentiable in v."""
-        with torch.autocast(self.projection.device.type, enabled=False):
-            return torch.einsum("u,ujk->jk", v.to(self.projection.device), self.projection)
+        with _in_float32(self.projection.device.type):
+            return (v.to(self.projection.device) @ self.projection.flatten(1)).view_as(self.projection[0])
 
     def to(self, device: torch.device) -> Factors:
         """Moves the factors to a device, in place, and returns them."""
@@ -128,6 +129,10 @@ def random_projection(seed: int, module: int, u: int, rank: int) -> Tensor:
     return torch.from_numpy(normal / np.sqrt(rank)).float().reshape(u, rank, rank)
 
 
+def _in_float32(device: str) -> AbstractContextManager[object]:
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 class AddUpdate(Hook):
     """The forward hook of one module: adds ``x rightᵀ Rᵀ leftᵀ`` to its output; an object, so that it can be pickled.
 
@@ -146,21 +151,29 @@ class AddUpdate(Hook):
             return output
         # bitsandbytes calls its argument x, torch calls it input.
         x = args[0] if args else next(iter(kwargs.values()))
-        factors = self.factors.to(x.device)
-        R = factors.mixing(self.adapter.vectors[self.group])
         # The r-dimensional middle and v's gradient stay in float32, under autocast too: they cost nothing.
-        device = x.device.type
-        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        with _in_float32(x.device.type):
+            R, left, right = self.parts(x.device, torch.float32 if self.float32 else output.dtype)
             if self.float32:
-                narrow = F.linear(F.linear(x.float(), factors.right), R)
-                return (output + F.linear(narrow, factors.left)).to(output.dtype)
-            left, right = factors.left.to(output.dtype), factors.right.to(output.dtype)
+                return (output + F.linear(F.linear(F.linear(x.float(), right), R), left)).to(output.dtype)
             # Only what nothing else can have seen yet may be changed in place.
             fresh = type(module) is nn.Linear and next(iter(module._forward_hooks.values())) is self
             if not fresh or output._is_view() or not output.is_contiguous():
                 output = output.clone()
-            added: Tensor = _Added.apply(output, x.to(output.dtype), R, left, right)  # type: ignore[no-untyped-call]
-            return added
+            # Where nothing asks for a gradient, autograd's own part would take longer than the products.
+            add: Any = _Added.apply if torch.is_grad_enabled() else partial(_Added.forward, None)
+            return add(output, x.to(output.dtype), R, left, right)  # type: ignore[no-any-return]
+
+    def parts(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """R, float32, and the factors beside it in a dtype; once where :func:`parameters_stay` says so."""
+        kept = KEPT.get()
+        if kept is not None and self in kept:
+            return kept[self]  # type: ignore[no-any-return]
+        factors = self.factors.to(device)
+        found = factors.mixing(self.adapter.vectors[self.group]), factors.left.to(dtype), factors.right.to(dtype)
+        if kept is not None:
+            kept[self] = found
+        return found
 
 
 class _Added(torch.autograd.Function):
@@ -173,8 +186,9 @@ class _Added(torch.autograd.Function):
     def forward(ctx: Any, output: Tensor, x: Tensor, R: Tensor, left: Tensor, right: Tensor) -> Tensor:
         narrow = F.linear(x, right).view(-1, len(right)).float()
         output.view(-1, len(left)).addmm_(F.linear(narrow, R).to(left.dtype), left.T)
-        ctx.save_for_backward(narrow, R, left, right)
-        ctx.mark_dirty(output)
+        if ctx is not None:
+            ctx.save_for_backward(narrow, R, left, right)
+            ctx.mark_dirty(output)
         return output
 
     @staticmethod

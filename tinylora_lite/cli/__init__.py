@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     command = next((word for word in words if not word.startswith("-")), None)
     try:
-        arguments = build_parser(command).parse_args(words)
+        arguments = build_parser(command).parse_args(words, argparse.Namespace(words=words))
         arguments.run(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:

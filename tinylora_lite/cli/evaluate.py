@@ -6,12 +6,14 @@ An interrupted evaluation goes on where it stopped, if it is called again with t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tinylora_lite as tl
 from tinylora_lite.cli import shared
+from tinylora_lite.cli.processes import computing
 
 if TYPE_CHECKING:
     from tinylora_lite.experiment.settings import RunSettings
@@ -46,18 +48,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=one_or_more, help="completions decoded together (default: 128; with vLLM 1024)")
     add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), help="of the model (default: the adapter's)")
     add("--device", help="as torch names it (default: the GPU, where there is one)")
+    add("--threads", type=one_or_more, help="of a process on a CPU (default: by a measurement)")
+    add("--processes", type=one_or_more, help="that share the problems on CPUs (default: by a measurement)")
     add("--revision", help="of a model on the hub: a commit, branch or tag")
     add("--folder", type=Path, help="where completions and results go (default: they are not kept)")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Shows a table of the scores and the comparisons in words; or JSON."""
-    from tinylora_lite.experiment.models import gguf_file, load_tokenizer
-    from tinylora_lite.experiment.run import task_named
-    from tinylora_lite.experiment.runner import Runner
-    from tinylora_lite.files.gguf import gguf_sha256
-    from tinylora_lite.utils.record import atomic_write, environment
-
     a = arguments
     if a.adapter is None and (a.compare or a.basis):
         raise ValueError("--compare and --basis are of an adapter; name it with --adapter")
@@ -67,18 +65,32 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError("--gpu-memory and --tensor-parallel are of --engine vllm; a server has its own")
     if a.temperature is None:
         a.temperature = 0.0 if a.samples == 1 else 1.0
-    with shared.command_progress() as progress:
+    if a.device and a.engine != "transformers":
+        raise ValueError("--device is of --engine transformers; vLLM takes the GPUs that it sees")
+    trained: tuple[str, int] = ("auto", 1) if a.adapter is None else shared.trained_with(a.adapter)
+    runs = {name: _settings(a, name, *trained) for name in a.task}
+    first, here = runs[a.task[0]], a.engine == "transformers" and a.device in (None, "cpu")
+    with computing(first, a.words, shares=0, folder=a.folder) if here else contextlib.nullcontext(first) as settings:
+        _run(arguments, runs, settings.dtype)
+
+
+def _run(arguments: argparse.Namespace, runs: dict[str, RunSettings], dtype: str) -> None:
+    from tinylora_lite.experiment.models import gguf_file, load_tokenizer
+    from tinylora_lite.experiment.run import task_named
+    from tinylora_lite.experiment.runner import Runner
+    from tinylora_lite.files.gguf import gguf_sha256
+    from tinylora_lite.utils import distributed
+    from tinylora_lite.utils.record import atomic_write, environment
+
+    a = arguments
+    with shared.command_progress(plain=distributed.rank() > 0) as progress:
         with shared.told_warnings():
-            dtype, rank = ("auto", 1) if a.adapter is None else shared.trained_with(a.adapter)
-            runs = {name: _settings(a, name, rank) for name in a.task}
             tasks = {name: task_named(name, settings) for name, settings in runs.items()}
             for name, task in tasks.items():
                 if not getattr(task, a.split):
                     raise ValueError(f"task {name} has no {a.split} problems")
             own = a.engine == "transformers"
-            if a.device and not own:
-                raise ValueError("--device is of --engine transformers; vLLM takes the GPUs that it sees")
-            options: dict[str, Any] = {"dtype": a.dtype or dtype, "device": a.device if own else "cpu"}
+            options: dict[str, Any] = {"dtype": dtype, "device": a.device if own else "cpu"}
             options["weights"] = own or a.adapter is not None  # which an adapter is made from, whatever answers
             runner = Runner.open(runs[a.task[0]], load_tokenizer(a.model, a.revision), progress, **options)
             adapter = None
@@ -103,6 +115,8 @@ def run(arguments: argparse.Namespace) -> None:
                 with adapter.disabled():
                     found["base"] = score(name, "base")
             found["score"] = score(name, "base" if adapter is None else "adapted")
+    if distributed.rank() > 0:
+        return
     results: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
     words: list[str] = []
@@ -145,7 +159,7 @@ def _row(name: str, score: tl.Score) -> dict[str, Any]:
     }
 
 
-def _settings(arguments: argparse.Namespace, task: str, rank: int) -> RunSettings:
+def _settings(arguments: argparse.Namespace, task: str, dtype: str, rank: int) -> RunSettings:
     """The command line as the settings of a run on one task."""
     from tinylora_lite import nano
     from tinylora_lite.experiment.settings import RunSettings
@@ -155,7 +169,8 @@ def _settings(arguments: argparse.Namespace, task: str, rank: int) -> RunSetting
 
     limit = arguments.max_new_tokens or (nano.MAX_NEW_TOKENS if task == "nano" else MAX_NEW_TOKENS)
     batch_size = arguments.batch_size or (128 if arguments.engine == "transformers" else 1024)
-    values = given("model", "revision", "data", "prompt", "shots") | {"task": task, "adapter": {"rank": rank}}
+    values: dict[str, Any] = {"task": task, "dtype": dtype, "adapter": {"rank": rank}}
+    values |= given("model", "revision", "data", "prompt", "shots", "dtype", "threads", "processes")
     values["sampler"] = {"gpu_memory": 0.85, "batch_size": batch_size}
     values["sampler"] |= given("engine", "url", "tensor_parallel", "gpu_memory")
     values["evaluation"] = given("problems", "samples", "temperature") | {"max_new_tokens": limit}

@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> None:
     from tinylora_lite.experiment.models import checkpoint
     from tinylora_lite.sampling.vllm_server import serve_command
 
-    settings = shared.read_settings(arguments.settings, arguments.gpu, arguments.overrides)
+    settings = shared.read_settings(arguments.settings, arguments.gpu, arguments.overrides).with_dtype("bfloat16")
     longest = max(settings.training_settings(1).max_new_tokens, settings.evaluation.max_new_tokens)
     command = serve_command(
         checkpoint(settings.model, settings.dtype, settings.revision),

@@ -54,6 +54,9 @@ def evaluate(
 ) -> Score:
     """Scores a model on a split of a task.
 
+    Where ``torch.distributed`` is initialised, every process calls this with the same arguments: each answers its share
+    of every batch, with the random numbers of one process, the first one writes, and all return the same score.
+
     Args:
         model: any causal language model of transformers, adapted or not; ``None`` where a ``sampler`` answers alone.
         tokenizer: the model's.
@@ -107,8 +110,12 @@ def evaluate(
             "sampler": ModelSampler.__name__ if sampler is None else type(sampler).__name__,
             **subject,
         }
-        kept = zip(queue, _open(part.parent, settings), strict=False)
-        completions = [judge(task, truncated, example, c.text, c.tokens, c.truncated) for example, c in kept]
+        found = distributed.all_gather_object(_open(part.parent, settings))[0]
+        completions = [
+            judge(task, truncated, e, c.text, c.tokens, c.truncated) for e, c in zip(queue, found, strict=False)
+        ]
+        part = part if distributed.rank() == 0 else None
+    if part is not None:
         atomic_write(part, _lines(completions, samples))
     if sampler is None:
         if model is None:
@@ -118,14 +125,19 @@ def evaluate(
     if model is not None and (len(completions) < len(queue) or distributed.world_size() > 1):
         sampler.sync(adapter)
     device = "cpu" if model is None else next(model.parameters()).device
+    rank, processes = distributed.rank(), distributed.world_size()
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     if progress and completions:
         progress(len(completions), len(queue))
     for start in range(len(completions), len(queue), batch_size):
         chunk = queue[start : start + batch_size]
-        ids, mask = encode_prompts(tokenizer, task, chunk, device)
-        stream = seed_of("evaluate", seed, start)
-        rollouts = sampler.sample(ids, mask, max_new_tokens=max_new_tokens, temperature=temperature, seed=stream)
-        completions += _judged(task, truncated, chunk, rollouts)
+        first, last = (len(chunk) * place // processes for place in (rank, rank + 1))
+        own = chunk[first:last] or chunk[:1]  # whoever has nothing to answer must sample too: a base may be sharded
+        ids, mask = encode_prompts(tokenizer, task, own, device)
+        options["seed"] = seed_of("evaluate", seed, start)
+        judged = _judged(task, truncated, own, sampler.sample(ids, mask, first_row=first, **options))
+        for share in distributed.all_gather_object(judged[: last - first]):
+            completions += share
         if part is not None:
             with part.open("a", encoding="ascii") as file:
                 file.write(_lines(completions[start:], samples, start))

@@ -100,6 +100,7 @@ def run_experiment(
         OSError: the model, the data or the folder cannot be read or written.
         ImportError: an extra is missing that the settings ask for.
     """
+    settings = settings.with_dtype("bfloat16" if torch.cuda.is_available() else "float32")
     folder, progress = Path(settings.folder), progress or Progress()
     writes = distributed.rank() == 0
     _check(settings, folder)

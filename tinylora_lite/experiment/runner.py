@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,28 +111,15 @@ class Runner:
         folder: Path | None = None,
         **options: Any,
     ) -> Score:
-        """The score on the first problems of a split; several processes share the problems and return the same score.
+        """The score on the first problems of a split, as :func:`~tinylora_lite.evaluate` finds it.
 
         ``name`` is what progress shows. ``folder`` keeps completions, and an interrupted evaluation goes on there.
         ``options`` are further arguments of :func:`~tinylora_lite.evaluate`.
         """
-        problems, samples = tuple(getattr(task, split)[: settings.problems]), settings.samples
-        rank, processes = distributed.rank(), distributed.world_size()
-        padded = problems + problems[-1:] * (-len(problems) % processes)
-        changed: dict[str, Any] = {split: padded[rank::processes]}
-        if self.model is not None and distributed.is_sharded(self.model):
-            folder = None  # the processes compute together, so all of them must start from the same place: the start
-        elif folder is not None and processes > 1:
-            folder = folder / f"{rank + 1}-of-{processes}"
-        self.progress.begin(f"testing: {name}", len(changed[split]) * samples)
-        options |= settings.model_dump(include={"samples", "temperature", "max_new_tokens"})
+        self.progress.begin(f"testing: {name}", len(getattr(task, split)[: settings.problems]) * settings.samples)
+        options |= settings.model_dump(include={"problems", "samples", "temperature", "max_new_tokens"})
         options |= {"split": split, "batch_size": self.batch_size, "sampler": self.sampler, "folder": folder}
-        options |= {"progress": self.progress.advance}
-        score: Score = evaluate(self.model, self.tokenizer, replace(task, **changed), **options)
-        if processes > 1:
-            parts = [part.completions for part in distributed.all_gather_object(score)]
-            rows = (parts[i % processes][i // processes * samples :][:samples] for i in range(len(problems)))
-            score = Score.of((completion for row in rows for completion in row), samples)
+        score = evaluate(self.model, self.tokenizer, task, progress=self.progress.advance, **options)
         self.progress.scored(name, score)
         return score
 

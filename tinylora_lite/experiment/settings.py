@@ -139,8 +139,8 @@ class RunSettings(Settings):
 
     model: Name = Field(description="name on the hub, a folder, or a GGUF file")
     revision: str | None = Field(None, description="commit of the hub; null takes the newest")
-    dtype: Literal["bfloat16", "float32", "float16"] = Field(
-        "bfloat16", description="of the frozen base: bfloat16, float16 or float32"
+    dtype: Literal["auto", "bfloat16", "float32", "float16"] = Field(
+        "auto", description="of the frozen base; auto: bfloat16 on a GPU or a CPU twice as fast in it, else float32"
     )
     quantize: Literal["nf4", "int8", None] = Field(None, description="the base in fewer bits: nf4, int8 or null")
     gradient_checkpointing: bool = Field(False, description="recompute activations: far less memory, 1.5 times as long")
@@ -159,6 +159,8 @@ class RunSettings(Settings):
     sampler: SamplerSettings = Field(SamplerSettings(), description="who answers the prompts")
     evaluation: EvaluationSettings = Field(EvaluationSettings(), description="what is scored before and after training")
     shard: bool = Field(False, description="true spreads the frozen base over the GPUs (FSDP2) once each has loaded it")
+    threads: PositiveInt | Literal["auto"] = Field("auto", description="of a process on a CPU; auto measures")
+    processes: PositiveInt | Literal["auto"] = Field("auto", description="that share a run on CPUs; auto measures")
     folder: Name = Field("runs", description="where checkpoints and the run's record go")
 
     @model_validator(mode="after")
@@ -217,6 +219,10 @@ class RunSettings(Settings):
             name = str(error).split()[0]
             raise SettingsError(f"training.{name}" if name in known else "training", str(error)) from error
         return dataclasses.replace(settings, steps=length.in_steps(problems).steps)
+
+    def with_dtype(self, dtype: str) -> RunSettings:
+        """The same run, with this ``dtype`` where it is left open."""
+        return self.model_copy(update={"dtype": dtype}) if self.dtype == "auto" else self
 
     def sweep(self) -> list[RunSettings]:
         """One run for each of ``learning_rates``, in a folder of its own; the run itself where there are none.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import os
 from dataclasses import dataclass
 
 GIB = 2**30
@@ -54,5 +52,6 @@ def this_cpu() -> GPU:
 
     What it computes in a second depends on its cores and on what else they do, so no time is planned.
     """
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
-    return GPU("CPU", memory, matrix_rate=0.0, bandwidth=0.0)
+    from tinylora_lite.utils.cpu import memory  # and with it torch, which takes a second
+
+    return GPU("CPU", memory(), matrix_rate=0.0, bandwidth=0.0)

@@ -79,6 +79,7 @@ def memory_terms(settings: RunSettings, shape: ModelShape, gpu_memory: float, pr
 
     ``gpu_memory`` is the bytes of a GPU, of which vLLM takes a share.
     """
+    settings = settings.with_dtype("bfloat16")
     training, adapter, sampler = settings.training_settings(problems=1), settings.adapter, settings.sampler
     element, everything = ELEMENT[settings.dtype], adapter.kind == "all"
     parameters, sharded = trained_parameters(settings, shape), processes if settings.shard else 1
@@ -164,9 +165,12 @@ def training_terms(settings: RunSettings, shape: ModelShape, batch: Batch, phase
     casts = 0.0 if element == FLOAT else element * rank * shape.sides
     # Gradients that exist at once inside a block, at most: two of the MLP's width, a few of the block's.
     backward = batch.tokens * element * (2 * shape.config.intermediate_size + 3.5 * width)
-    # Logits, their logarithms, the softmax and its gradient; those of few tokens wait for the backward pass.
+    # Logits, their logarithms, and the gradient; those of few tokens wait for the backward pass. In chunks under a
+    # frozen head the gradient takes the place of the logarithms.
     predicted = batch.rows * batch.completion
-    logits = 3 * FLOAT * min(predicted * shape.config.vocab_size, LOGITS_AT_ONCE) + element * predicted * width
+    few = predicted * shape.config.vocab_size <= LOGITS_AT_ONCE
+    copies = 3 if few or settings.adapter.kind == "all" else 2
+    logits = copies * FLOAT * min(predicted * shape.config.vocab_size, LOGITS_AT_ONCE) + element * predicted * width
     if settings.gradient_checkpointing:
         names = ("activations: the inputs of the blocks", "logits in chunks, or one block computed again")
         kept: float = shape.layers * batch.tokens * width * element

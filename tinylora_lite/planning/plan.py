@@ -212,7 +212,9 @@ def plan_run(
     if gpus < 1 or prompts % gpus:
         raise ValueError(f"prompts_per_step={prompts} cannot be shared by {gpus} GPUs")
     shape = ModelShape.of(config or model_config(settings.model, settings.revision))
-    return Plan(settings, shape, this_cpu() if gpu == "cpu" else GPUS[gpu], gpus, length, problems, price)
+    planned = this_cpu() if gpu == "cpu" else GPUS[gpu]
+    settings = settings.with_dtype("float32" if gpu == "cpu" else "bfloat16")
+    return Plan(settings, shape, planned, gpus, length, problems, price)
 
 
 def gpus_that_fit(plan: Plan) -> list[str]:

@@ -1,6 +1,6 @@
-"""What sampling and training need of a model of transformers and its tokenizer: modes, cache, end tokens, head.
+"""What sampling and training need of a model of transformers and its tokenizer: modes, cache, end tokens, draws, head.
 
-The head's logits come in chunks, and again in the backward pass: with a vocabulary of 152,000 those of a completion of
+The head's logits come in chunks, gone before the backward pass: with a vocabulary of 152,000 those of a completion of
 4,096 tokens take 2.5 GB in float32, and their softmax and its gradient as much again: more than everything else that a
 frozen model keeps for its backward pass.
 """
@@ -11,22 +11,28 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from tinylora_lite.utils.distributed import is_sharded
+from tinylora_lite.utils.record import seed_of
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-LOGITS_AT_ONCE = 1 << 27
-"""How many logits exist at a time: 512 MiB in float32, 883 tokens of Qwen2.5's vocabulary."""
+LOGITS_AT_ONCE = 1 << 24
+"""How many logits exist at a time: 64 MiB in float32, 110 tokens of Qwen2.5's vocabulary."""
 
-PLAIN_HEADS = frozenset({"llama", "mistral", "qwen2", "qwen3"})
-"""Model types of transformers whose logits are what the head puts out: nothing scales or caps them afterwards."""
+BLOCK = 128
+"""Tokens whose probabilities are added up first when one of them is drawn."""
+
+PLAIN = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+"""Model types of transformers whose logits are what the head puts out, and whose attention is a softmax and no more."""
 
 
 @contextmanager
@@ -137,6 +143,42 @@ def last(tokens: int, device: torch.device) -> Tensor:
     return torch.arange(-tokens, 0, device=device)
 
 
+def uniforms(streams: Sequence[tuple[int, int]], tokens: int) -> Tensor:
+    """A random number in [0, 1) for every token of every row, ``[rows, tokens]`` float64, the same on every machine.
+
+    A row's stream is known by a seed and the row's place.
+    """
+    generator = torch.Generator()
+    numbers = torch.empty(len(streams), tokens, dtype=torch.float64)
+    for row, (seed, place) in zip(numbers, streams, strict=True):
+        torch.rand(tokens, generator=generator.manual_seed(seed_of("row", seed, place)), out=row)
+    return numbers
+
+
+def draw(distribution: Tensor, uniform: Tensor) -> Tensor:
+    """The token at which the cumulative probability passes ``uniform [rows]``, ``[rows, 1]`` int64.
+
+    What is given is in proportion to the probabilities.
+
+    The block of tokens comes first, and then the token: adding all of a large vocabulary up in float64 takes as long as
+    a third of a small model.
+    """
+    if missing := -distribution.shape[-1] % BLOCK:
+        distribution = F.pad(distribution, (0, missing))
+    blocks = distribution.unflatten(-1, (-1, BLOCK))
+    block, rest = _passed(blocks.sum(dim=-1), uniform[:, None])
+    token, _ = _passed(blocks.take_along_dim(block[..., None], dim=1)[:, 0], rest)
+    return block * BLOCK + token
+
+
+def _passed(masses: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """The place where the cumulative mass passes a share of all of it, and the share of that place's own mass."""
+    cumulative = masses.to(share.dtype).cumsum(dim=-1)
+    wanted = share * cumulative[:, -1:]
+    place = torch.searchsorted(cumulative, wanted, right=True).clamp(max=masses.shape[-1] - 1)
+    return place, (1 - (cumulative.gather(1, place) - wanted) / masses.gather(1, place)).clamp(min=0)
+
+
 def next_logprobs(model: PreTrainedModel, ids: Tensor, temperature: float, **inputs: Any) -> Tensor:
     """Log-probabilities of ``ids``, ``[batch, tokens]``, at the last places of what ``inputs`` hold."""
     at_once, inputs["logits_to_keep"] = tokens_at_once(model), last(ids.shape[1], ids.device)
@@ -149,7 +191,12 @@ def next_logprobs(model: PreTrainedModel, ids: Tensor, temperature: float, **inp
 
 
 def chosen_logprobs(
-    head: Callable[[Tensor], Tensor], hidden: Tensor, ids: Tensor, temperature: float, at_once: int
+    head: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    ids: Tensor,
+    temperature: float,
+    at_once: int,
+    frozen: bool,
 ) -> Tensor:
     """The log-probability of one token after each hidden state, ``[...]`` float32, differentiable.
 
@@ -159,15 +206,49 @@ def chosen_logprobs(
         ids: ``[...]`` int64.
         temperature: divides the logits.
         at_once: tokens whose logits exist at the same time.
+        frozen: whether the head itself takes no gradient; then no logits are computed a second time.
     """
 
     def logprobs(hidden: Tensor, ids: Tensor) -> Tensor:
         distribution = torch.log_softmax(head(hidden).float() / temperature, dim=-1)
         return distribution.gather(1, ids[:, None])[:, 0]
 
+    def piece(states: Tensor, tokens: Tensor) -> Tensor:
+        if frozen:
+            chosen: Tensor = _Chosen.apply(states, tokens, head, temperature)  # type: ignore[no-untyped-call]
+            return chosen
+        return cast(Tensor, checkpoint(logprobs, states, tokens, use_reentrant=False))
+
     pieces = zip(hidden.flatten(0, -2).split(at_once), ids.flatten().split(at_once), strict=True)
-    chosen = [checkpoint(logprobs, states, tokens, use_reentrant=False) for states, tokens in pieces]
-    return torch.cat(chosen).view(ids.shape)
+    return torch.cat([piece(*each) for each in pieces]).view(ids.shape)
+
+
+class _Chosen(torch.autograd.Function):
+    """The log-probabilities of tokens, with their gradient made on the way: logits are gone before the backward pass.
+
+    A token's log-probability depends on its own hidden state alone, so that its gradient is that of the sum.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, ids: Tensor, head: Callable[[Tensor], Tensor], temperature: float) -> Tensor:
+        wanted = ctx.needs_input_grad[0]
+        with torch.set_grad_enabled(wanted):
+            states = hidden.detach().requires_grad_(wanted)
+            logits = head(states)
+        scaled = logits.detach().float() if temperature == 1 else logits.detach().float() / temperature
+        distribution = torch.log_softmax(scaled, dim=-1)
+        chosen = distribution.gather(1, ids[:, None])
+        if wanted:
+            slopes = distribution.exp_().neg_().scatter_add_(1, ids[:, None], torch.ones_like(chosen))
+            slopes = slopes if temperature == 1 else slopes.div_(temperature)
+            ctx.save_for_backward(*torch.autograd.grad(logits, states, slopes.to(logits.dtype)))
+        return chosen[:, 0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (slopes,) = ctx.saved_tensors
+        return (gradient[:, None] * slopes).to(slopes.dtype), None, None, None
 
 
 def tokens_at_once(model: PreTrainedModel) -> int | None:
@@ -176,7 +257,7 @@ def tokens_at_once(model: PreTrainedModel) -> int | None:
     That is one that does something to its logits afterwards, or that has hooks on its head (an adapter's, for one).
     """
     head = model.get_output_embeddings()
-    if head is None or head._forward_hooks or head._forward_pre_hooks or model.config.model_type not in PLAIN_HEADS:
+    if head is None or head._forward_hooks or head._forward_pre_hooks or model.config.model_type not in PLAIN:
         return None
     return max(1, LOGITS_AT_ONCE // int(model.config.vocab_size))
 
@@ -189,7 +270,8 @@ def head_gives_logprobs(model: PreTrainedModel, ids: Tensor, temperature: float,
     """
     head = model.get_output_embeddings()
     replaced, forward = head.__dict__.get("forward"), head.forward
-    head.forward = lambda hidden: chosen_logprobs(forward, hidden, ids, temperature, at_once)[..., None]
+    frozen = not any(parameter.requires_grad for parameter in head.parameters())
+    head.forward = lambda hidden: chosen_logprobs(forward, hidden, ids, temperature, at_once, frozen)[..., None]
     try:
         yield
     finally:

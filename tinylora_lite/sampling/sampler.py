@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tinylora_lite.adapter.attached import rows_of
+from tinylora_lite.adapter.attached import parameters_stay, rows_of
 from tinylora_lite.sampling.logprobs import read_prompts
-from tinylora_lite.sampling.policy import end_ids, keeps_everything, make_room, modes_kept, with_cache
+from tinylora_lite.sampling.policy import draw, end_ids, keeps_everything, make_room, modes_kept, uniforms, with_cache
 from tinylora_lite.sampling.rollouts import Rollouts
+from tinylora_lite.sampling.start import after_start
 from tinylora_lite.utils import distributed
 from tinylora_lite.utils.distributed import is_sharded
-from tinylora_lite.utils.record import seed_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -88,7 +88,7 @@ def sample(
     if count % len(seeds):
         raise ValueError(f"{count} rows cannot be shared equally by {len(seeds)} seeds")
     streams = [(own, first_row + row) for own in seeds for row in range(count // len(seeds))]
-    uniform = _uniform(streams, max_new_tokens).to(device, exact)
+    uniform = uniforms(streams, max_new_tokens).to(device, exact)
     ids = torch.full((count, max_new_tokens), tokenizer.pad_token_id, device=device)
     logprobs = torch.zeros(count, max_new_tokens, device=device)
     entropies = torch.zeros_like(logprobs)
@@ -97,20 +97,23 @@ def sample(
     position = prompt_mask.sum(dim=1, keepdim=True) - 1
     together = is_sharded(model)  # then every forward pass is one of all processes
 
-    with modes_kept(model):
+    with modes_kept(model), parameters_stay():
         model.eval()
-        logits, cache, attention = read_prompts(model, prompt_ids, prompt_mask, adapters)
+        logits, cache, attention, start = read_prompts(model, prompt_ids, prompt_mask, adapters)
         if keeps_everything(cache):
             make_room(cache, attention.shape[1] + max_new_tokens)
         for step in range(max_new_tokens):
-            log_distribution = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
-            if log_distribution.isnan().any():
+            logits = logits.float() if temperature in (0, 1) else logits.float() / temperature
+            # A softmax by hand: what it is made of gives draw, log-probability and entropy with fewer passes.
+            apart = logits.sub_(logits.amax(dim=-1, keepdim=True))
+            masses = apart.exp()
+            total = masses.sum(dim=-1)
+            if total.isnan().any():
                 raise FloatingPointError("the model puts out NaN; lower the learning rate, or load it in a wider dtype")
-            distribution = log_distribution.exp()
-            token = logits.argmax(-1, True) if temperature == 0 else _draw(distribution, uniform[alive, step])
+            token = apart.argmax(-1, True) if temperature == 0 else draw(masses, uniform[alive, step])
             ids[alive, step] = token[:, 0]
-            logprobs[alive, step] = log_distribution.gather(1, token)[:, 0]
-            entropies[alive, step] = torch.special.entr(distribution).sum(dim=-1)
+            logprobs[alive, step] = apart.gather(1, token)[:, 0] - total.log()
+            entropies[alive, step] = total.log() - apart.mul_(masses).nansum(dim=-1) / total  # 0 · -inf counts as 0
             done[alive] |= torch.isin(token[:, 0], ends)
             waiting = (~done).sum()
             if step + 1 == max_new_tokens or not (distributed.all_reduce(waiting) if together else waiting):
@@ -122,7 +125,7 @@ def sample(
             if 0 < len(keep) <= 0.9 * len(alive):
                 cache.reorder_cache(keep)  # type: ignore[arg-type]  # any tensor of indices will do
                 alive, token, attention, position = (t[keep] for t in (alive, token, attention, position))
-            with rows_of(None if adapters is None else adapters[alive]):
+            with rows_of(None if adapters is None else adapters[alive]), after_start(model, start):
                 logits = model(
                     input_ids=token,
                     attention_mask=attention,
@@ -147,19 +150,3 @@ def sample(
         [text.strip() for text in texts],
         adapters,
     )
-
-
-def _uniform(streams: Sequence[tuple[int, int]], tokens: int) -> Tensor:
-    """A random number in [0, 1) for every token of every row, ``[rows, tokens]`` float64, the same on every machine."""
-    generator = torch.Generator()
-    numbers = torch.empty(len(streams), tokens, dtype=torch.float64)
-    for row, (seed, place) in zip(numbers, streams, strict=True):
-        torch.rand(tokens, generator=generator.manual_seed(seed_of("row", seed, place)), out=row)
-    return numbers
-
-
-def _draw(distribution: Tensor, uniform: Tensor) -> Tensor:
-    """The token at which the cumulative probability passes ``uniform [rows]``, ``[rows, 1]`` int64."""
-    cumulative = distribution.to(uniform.dtype).cumsum(dim=-1)
-    passed = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
-    return passed.clamp(max=distribution.shape[-1] - 1)

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
     from tinylora_lite.tasks.task import Example, Task
 
+WORTH_A_PART = 256
+"""Tokens of padding that a further part must save, since prompts are read once more there."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -95,6 +98,14 @@ def score(rollouts: Rollouts, task: Task, examples: Sequence[Example], settings:
 
 
 def micro_batches(lengths: Tensor, live: Tensor, size: int) -> Iterator[Tensor]:
-    """Indices of the live rows in parts of ``size``, rows of like length together: less padding to compute."""
+    """Indices of the live rows in parts of at most ``size``, rows of like length together: less padding to compute."""
     order = torch.argsort(lengths, stable=True)
-    return (chunk for chunk in order[live[order]].split(size) if len(chunk))
+    parts = [order[live[order]]] if live.any() else []
+    while parts:
+        part = parts.pop()
+        saved = (lengths[part[-1]] - lengths[part]) * torch.arange(1, len(part) + 1, device=part.device)
+        if saved.max() > WORTH_A_PART:
+            cut = int(saved.argmax()) + 1
+            parts += [part[cut:], part[:cut]]
+        else:
+            yield from part.split(size)
