@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import full_size, overhead, population, setup, sizes
-from tinylora_lite.utils.record import atomic_write, environment
+from tinylora_lite.utils.files import atomic_write
+from tinylora_lite.utils.record import environment
 
 RECORD = Path(__file__).parents[1] / "book" / "results" / "benchmarks.json"
 PARTS = {

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from tinylora_lite.utils.cpu import keep_memory
-from tinylora_lite.utils.record import atomic_write, environment
+from tinylora_lite.utils.files import atomic_write
+from tinylora_lite.utils.record import environment
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

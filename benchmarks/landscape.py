@@ -40,7 +40,8 @@ from tinylora_lite.tasks.task import Example, Task
 from tinylora_lite.training.evolution import train_es
 from tinylora_lite.training.sft import encode_solutions
 from tinylora_lite.utils.distributed import hide_progress
-from tinylora_lite.utils.record import Run, atomic_write, describe, environment
+from tinylora_lite.utils.files import atomic_write
+from tinylora_lite.utils.record import Run, describe, environment
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

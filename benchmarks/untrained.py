@@ -26,7 +26,8 @@ from tinylora_lite.sampling.logprobs import read_prompts
 from tinylora_lite.sampling.rollouts import Rollouts, Sampler
 from tinylora_lite.sampling.sampler import sample
 from tinylora_lite.tasks.task import Task
-from tinylora_lite.utils.record import atomic_write, environment, seed_of
+from tinylora_lite.utils.files import atomic_write
+from tinylora_lite.utils.record import environment, seed_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

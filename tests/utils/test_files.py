@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tinylora_lite.utils.record import atomic_write
+from tinylora_lite.utils.files import atomic_write
 
 
 def test_text_and_bytes(tmp_path):

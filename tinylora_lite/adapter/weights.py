@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tinylora_lite.adapter.svd import Decomposition, decompose
 from tinylora_lite.utils.distributed import one_thread, whole
-from tinylora_lite.utils.record import cached
+from tinylora_lite.utils.files import cached
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FOUR_BIT, EIGHT_BIT, TORCHAO = "bitsandbytes 4-bit", "bitsandbytes 8-bit", "torchao"

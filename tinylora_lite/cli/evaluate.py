@@ -80,7 +80,8 @@ def _run(arguments: argparse.Namespace, runs: dict[str, RunSettings], dtype: str
     from tinylora_lite.experiment.runner import Runner
     from tinylora_lite.files.gguf import gguf_sha256
     from tinylora_lite.utils import distributed
-    from tinylora_lite.utils.record import atomic_write, environment
+    from tinylora_lite.utils.files import atomic_write
+    from tinylora_lite.utils.record import environment
 
     a = arguments
     with shared.command_progress(plain=distributed.rank() > 0) as progress:

@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Prints what was written and, of a LoRA, how vLLM or llama.cpp serves it; or JSON."""
     from tinylora_lite import nano
     from tinylora_lite.experiment.models import gguf_file
-    from tinylora_lite.utils.record import cache_folder
+    from tinylora_lite.utils.files import cache_folder
 
     to, out = arguments.to, arguments.out
     if arguments.dtype and to == "peft":

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinylora_lite.cli import shared
-from tinylora_lite.utils.record import atomic_write
+from tinylora_lite.utils.files import atomic_write
 
 if TYPE_CHECKING:
     from tinylora_lite.lab.claim import Claim

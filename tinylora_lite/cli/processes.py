@@ -140,7 +140,7 @@ def _chosen(settings: RunSettings, shares: int, file: Path | None) -> Computing:
     from tinylora_lite.experiment.models import is_nano, load_tokenizer
     from tinylora_lite.planning.shapes import model_config, without_weights
     from tinylora_lite.utils import cpu
-    from tinylora_lite.utils.record import atomic_write
+    from tinylora_lite.utils.files import atomic_write
 
     kept = {}
     if file is not None and file.exists():

@@ -24,7 +24,8 @@ from tinylora_lite.sampling.policy import check_tokenizer
 from tinylora_lite.sampling.rollouts import Rollouts, Sampler, encode_prompts
 from tinylora_lite.sampling.sampler import ModelSampler, sample
 from tinylora_lite.utils import distributed
-from tinylora_lite.utils.record import atomic_write, base_gguf, check_same, environment, seed_of
+from tinylora_lite.utils.files import atomic_write
+from tinylora_lite.utils.record import base_gguf, check_same, environment, seed_of
 
 if TYPE_CHECKING:
     from torch import nn

@@ -30,7 +30,8 @@ from tinylora_lite.tasks.catalog import PROBLEM_SETS
 from tinylora_lite.tasks.datasets import load_task
 from tinylora_lite.tasks.task import Example, Task
 from tinylora_lite.utils import distributed
-from tinylora_lite.utils.record import Run, atomic_write
+from tinylora_lite.utils.files import atomic_write
+from tinylora_lite.utils.record import Run
 from tinylora_lite.view.progress import Progress
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from tinylora_lite.experiment import settings_file
 from tinylora_lite.experiment.settings_file import Settings, SettingsError
 from tinylora_lite.training.settings import GRPOSettings, SFTSettings
-from tinylora_lite.utils.record import atomic_write
+from tinylora_lite.utils.files import atomic_write
 
 if TYPE_CHECKING:
     from tinylora_lite.adapter.basis import Basis

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tinylora_lite.adapter.adapter import TinyLoraAdapter
 from tinylora_lite.adapter.weights import quantization_of
-from tinylora_lite.utils.record import atomic_write
+from tinylora_lite.utils.files import atomic_write
 
 FORMAT = "tinylora-adapter-1"
 KEY = "tinylora"

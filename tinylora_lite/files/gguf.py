@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from tinylora_lite.utils.record import CACHE_LIMIT, cache_folder
+from tinylora_lite.utils.files import CACHE_LIMIT, cache_folder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

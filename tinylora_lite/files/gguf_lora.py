@@ -11,7 +11,7 @@ from torch import Tensor
 from tinylora_lite.adapter.adapter import TinyLoraAdapter
 from tinylora_lite.files.file_format import base_name, model_of
 from tinylora_lite.files.lora import lora_matrices
-from tinylora_lite.utils.record import atomic_write
+from tinylora_lite.utils.files import atomic_write
 
 ADAPTER, MODELFILE = "adapter.gguf", "Modelfile"
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}

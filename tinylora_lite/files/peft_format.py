@@ -24,7 +24,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from tinylora_lite.files.file_format import AdapterFileError, base_name
-from tinylora_lite.utils.record import atomic_write, base_gguf, cache_folder
+from tinylora_lite.utils.files import atomic_write, cache_folder
+from tinylora_lite.utils.record import base_gguf
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 IGNORED = {

@@ -10,7 +10,7 @@ from tinylora_lite import nano
 from tinylora_lite.experiment.models import PACKAGES, gguf_file, load_model, load_tokenizer
 from tinylora_lite.files.gguf import gguf_sha256
 from tinylora_lite.lab.trial import DTYPES, REAL
-from tinylora_lite.utils.record import cache_folder
+from tinylora_lite.utils.files import cache_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

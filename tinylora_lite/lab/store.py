@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from tinylora_lite.lab.trial import Trial
-from tinylora_lite.utils.record import atomic_write, short_hash
+from tinylora_lite.utils.files import atomic_write
+from tinylora_lite.utils.record import short_hash
 
 Record = dict[str, Any]
 

@@ -17,7 +17,7 @@ from tinylora_lite.nano import variants
 from tinylora_lite.nano.writers import WRITERS
 from tinylora_lite.tasks.datasets import load_task
 from tinylora_lite.tasks.task import Example, Task
-from tinylora_lite.utils.record import atomic_write
+from tinylora_lite.utils.files import atomic_write
 
 SAMPLES = 4
 """Answers of a base to each training problem, of which the first rewarded one becomes a demonstration."""

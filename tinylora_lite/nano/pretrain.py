@@ -30,7 +30,8 @@ from tinylora_lite.nano.problems import problems
 from tinylora_lite.nano.tokenizer import ASSISTANT, build_tokenizer
 from tinylora_lite.nano.writers import MIXTURES, write
 from tinylora_lite.utils.distributed import hide_progress
-from tinylora_lite.utils.record import atomic_write, check_same
+from tinylora_lite.utils.files import atomic_write
+from tinylora_lite.utils.record import check_same
 
 CHOICES = {"architecture": ("qwen2", "llama"), "mixture": tuple(MIXTURES), "precision": ("fp32", "bf16")}
 """The settings that are names. Here Llama is Qwen2 without the biases of the query, key and value projections; bf16 is
