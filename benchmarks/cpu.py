@@ -68,23 +68,27 @@ def measure(base: str, dtype: str, batches: list[int], lengths: list[int]) -> di
     rows: list[dict[str, float]] = []
     with mock.patch("tinylora_lite.sampling.sampler.end_ids", return_value=torch.tensor([-1])):
         for batch in batches:
-            products = _products(model, batch, backward=False)
             prompts = (model, tokenizer, ids[:batch], mask[:batch])
             sample(*prompts, max_new_tokens=2)
             _, first = _timed(sample, *prompts, max_new_tokens=1)
             for length in lengths:
+                tokens, together = batch * length, min(512, batch * length)
+                # Products before and after, since what else runs on the machine changes from minute to minute.
+                products = [_products(model, batch, backward=False)]
                 rollouts, whole = _timed(sample, *prompts, max_new_tokens=length, seed=length)
+                products.append(_products(model, batch, backward=False))
+                both = [_products(model, together, backward=True)]
                 _, update = _timed(_update, model, adapter.vectors, rollouts)
-                decode, tokens, together = whole - first, batch * length, min(512, batch * length)
-                both = _products(model, together, backward=True) * tokens / together
+                both.append(_products(model, together, backward=True))
+                decode = whole - first
                 rows.append(
                     {
                         "batch": batch,
                         "length": length,
                         "decode_tokens_per_second": (tokens - batch) / decode,
-                        "decode_share": products * (length - 1) / decode,
+                        "decode_share": statistics.fmean(products) * (length - 1) / decode,
                         "update_tokens_per_second": tokens / update,
-                        "update_share": both / update,
+                        "update_share": statistics.fmean(both) * tokens / together / update,
                     }
                 )
                 print(json.dumps(rows[-1]), flush=True)
