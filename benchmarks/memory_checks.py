@@ -46,7 +46,7 @@ def activations(name: str, dtype: str, rows: int, prompt: int, completion: int, 
     from tinylora_lite.experiment.settings import RunSettings
     from tinylora_lite.planning.memory import Batch, training_terms, weight_bytes
     from tinylora_lite.planning.shapes import ModelShape, model_config
-    from tinylora_lite.sampling import logprobs
+    from tinylora_lite.sampling import logprobs, policy
     from tinylora_lite.sampling.policy import ready_to_train
     from tinylora_lite.sampling.rollouts import Rollouts
 
@@ -58,6 +58,7 @@ def activations(name: str, dtype: str, rows: int, prompt: int, completion: int, 
             mock.patch.object(adapter, "check_weight"),  # they look at numbers, and there are none
             mock.patch.object(Factors, "check"),
             mock.patch.object(logprobs, "can_share_prompts", return_value=False),
+            mock.patch.object(policy, "ON_A_CPU", policy.LOGITS_AT_ONCE),  # what is planned is a GPU's memory
         ):
             stack.enter_context(replaced)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))

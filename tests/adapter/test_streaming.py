@@ -11,7 +11,7 @@ import tinylora_lite as tl
 from benchmarks.shards import decompose_checkpoint
 from tinylora_lite.adapter import weights
 from tinylora_lite.adapter.svd import decompose
-from tinylora_lite.utils import record
+from tinylora_lite.utils import files
 
 
 @pytest.fixture(params=[None, "20KB"], ids=["one file", "shards"])
@@ -111,15 +111,13 @@ class TestTheUsersCache:
             os.utime(newest, (newest.stat().st_mtime - age,) * 2)
         weights.cached_decompose(matrices[0], 2)  # used again, so that the second is now the older one
         size = newest.stat().st_size
-        monkeypatch.setattr(record, "CACHE_LIMIT", 2 * size)
+        monkeypatch.setattr(files, "CACHE_LIMIT", 2 * size)
         weights.cached_decompose(matrices[2], 2)
         assert len(list(cache.iterdir())) == 2
         assert newest not in cache.iterdir()
 
     def test_where_it_cannot_be_written_nothing_stops(self, cache, monkeypatch):
-        monkeypatch.setattr(
-            record, "atomic_write", lambda *_: (_ for _ in ()).throw(OSError("no space left on device"))
-        )
+        monkeypatch.setattr(files, "atomic_write", lambda *_: (_ for _ in ()).throw(OSError("no space left on device")))
         weight = torch.randn(9, 7, generator=torch.Generator().manual_seed(0))
         assert same(weights.cached_decompose(weight, 2), decompose(weight, 2))
         with pytest.raises(OSError, match="no space"):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tinylora_lite.cli.processes import FILE, computing, started
+from tinylora_lite.experiment.run import dtype_of
 from tinylora_lite.experiment.settings import RunSettings
 from tinylora_lite.utils import cpu
 from tinylora_lite.utils.cpu import Computing, choose
@@ -32,6 +33,7 @@ def rates(one=100.0, bfloat16=50.0, together=400.0, threads=100.0) -> dict[str, 
         ({"together": 30.0}, {"shares": 0, "most": 9}, ("float32", 1, 1)),
         ({"threads": 350.0}, {"shares": 1, "most": 9}, ("float32", 4, 1)),
         ({"threads": 350.0}, {"shares": 2, "most": 9}, ("float32", 2, 2)),
+        ({"threads": 350.0, "together": 800.0}, {"shares": 0, "most": 9}, ("float32", 1, 8)),
         ({"threads": 250.0}, {"shares": 1, "most": 9}, ("float32", 1, 1)),
         ({"bfloat16": 195.0}, {}, ("float32", 1, 1)),
         ({"bfloat16": 205.0}, {}, ("bfloat16", 1, 1)),
@@ -84,6 +86,13 @@ def test_a_run_that_goes_on_keeps_what_was_chosen(monkeypatch, tmp_path, capsys,
     assert run() == ("bfloat16", 1, 1)
     assert run(dtype="float32", threads=2) == ("float32", 2, 1)
     assert json.loads((tmp_path / FILE).read_text()) == kept | {"dtype": "float32", "threads": 2}
+
+
+def test_a_run_goes_on_in_its_own_dtype(tmp_path):
+    assert dtype_of(tmp_path) is None
+    for dtype, expected in (("auto", None), ("bfloat16", "bfloat16")):
+        RunSettings(model="nano", task="nano", dtype=dtype).save(tmp_path / "settings.yaml")
+        assert dtype_of(tmp_path) == expected
 
 
 def test_a_process_that_fails_says_why(monkeypatch):

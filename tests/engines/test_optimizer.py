@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 import tinylora_lite as tl
+import tinylora_lite.training.batches as batches_of_training
 from tinylora_lite import TinyLoraConfig, nano
 from tinylora_lite.files.file_format import AdapterFileError
 from tinylora_lite.sampling.logprobs import completion_logprobs
@@ -225,8 +226,9 @@ class TestSteps:
         assert adapter.vectors.any()
 
 
-def test_grpo_in_plain_pytorch_makes_the_steps_of_our_loop():
+def test_grpo_in_plain_pytorch_makes_the_steps_of_our_loop(monkeypatch):
     """The same batches, 13 calibrated parameters on nano: the gradients of the first step to 1e-6, and all steps."""
+    monkeypatch.setattr(batches_of_training, "WORTH_A_PART", 10**9)  # one backward pass, and one gradient, a step
     config = TinyLoraConfig(rank=8, u=13, n_tie="all", projection=nano.basis())
     settings = tl.GRPOSettings(
         steps=4, prompts_per_step=8, group_size=4, max_new_tokens=nano.MAX_NEW_TOKENS, learning_rate=0.1, micro_batch=32

@@ -23,7 +23,7 @@ from tinylora_lite.planning.memory import (
 from tinylora_lite.planning.plan import gpus_that_fit, plan_run
 from tinylora_lite.planning.shapes import ModelShape, model_config
 from tinylora_lite.sampling.logprobs import completion_logprobs
-from tinylora_lite.sampling.policy import ready_to_train
+from tinylora_lite.sampling.policy import ON_A_CPU, ready_to_train
 from tinylora_lite.sampling.rollouts import encode_prompts
 from tinylora_lite.sampling.sampler import sample
 
@@ -78,7 +78,7 @@ def test_a_real_run_of_a_small_model(make_model, tokenizer, task, recompute, gro
     shape = ModelShape.of(model.config)
     settings = RunSettings(model="small", task="tiny", dtype="float32", gradient_checkpointing=recompute)
     batch = Batch(8, ids.shape[1], rollouts.completion_ids.shape[1], prompts=0 if recompute else 8 // group)
-    planned = sum(term.bytes for term in training_terms(settings, shape, batch, "training", rank=2))
+    planned = sum(term.bytes for term in training_terms(settings, shape, batch, "training", 2, ON_A_CPU))
     assert planned == pytest.approx(counted.peak, rel=0.1)
 
 

@@ -1,6 +1,8 @@
 """What the sampler says it drew is what the trainer computes, whatever the batch, the padding and the dropping."""
 
+import copy
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import pytest
@@ -9,9 +11,10 @@ from scipy import stats
 
 import tinylora_lite as tl
 from tinylora_lite.sampling.logprobs import common_start, completion_logprobs, read_prompts
-from tinylora_lite.sampling.policy import recomputes
+from tinylora_lite.sampling.policy import draw, recomputes
 from tinylora_lite.sampling.rollouts import encode_prompts
 from tinylora_lite.sampling.sampler import ModelSampler, sample
+from tinylora_lite.sampling.start import after_start
 
 ENDS = 40
 """With this many end tokens out of 163 the random model ends most answers within a few tokens."""
@@ -162,6 +165,34 @@ def test_a_start_that_is_held_once_changes_no_number(ending, tokenizer, long_sta
     assert torch.equal(once[0], copied[0])
     for one, other in zip(once[1:], copied[1:], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_another_model_may_sample_in_another_thread(ending, make_model, tokenizer, long_start):
+    ids, mask = prompts(tokenizer, long_start, count=4, repeats=1)
+    other = make_model(seed=5)
+
+    def texts():
+        return sample(other, tokenizer, ids, mask, max_new_tokens=6, temperature=0.0).completion_ids
+
+    alone = texts()
+    with torch.no_grad():
+        _, cache, seen, start = read_prompts(ending, ids, mask)
+    inputs = {"input_ids": ids[:, -1:], "attention_mask": torch.cat([seen, seen[:, :1] * 0 + 1], dim=1)}
+    inputs["position_ids"] = mask.sum(dim=1, keepdim=True)
+    with after_start(ending, start), torch.no_grad():
+        before = ending(**inputs, past_key_values=copy.deepcopy(cache)).logits
+        with ThreadPoolExecutor(1) as pool:
+            assert torch.equal(pool.submit(texts).result(), alone)
+        assert torch.equal(ending(**inputs, past_key_values=cache).logits, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("vocabulary", [300, 384])
+def test_the_last_draw_is_a_token_that_has_a_mass(dtype, vocabulary):
+    masses = torch.zeros(3, vocabulary)
+    masses[0, :2], masses[1, -1], masses[2, 130:133] = 0.3, 1.0, torch.tensor([0.1, 0.2, 0.0])
+    found = draw(masses, torch.ones(3, dtype=dtype))[:, 0]
+    assert found.tolist() == [1, vocabulary - 1, 131]
 
 
 def test_the_start_ends_before_the_shortest_prompt_does():

@@ -17,7 +17,7 @@ import tinylora_lite as tl
 from tinylora_lite import Example, Run, SFTSettings, Task, nano, train_sft
 from tinylora_lite.nano.task import formatted, lenient_reward, reward
 from tinylora_lite.sampling.rollouts import encode_prompts
-from tinylora_lite.training.sft import encode_solutions, solution_loss
+from tinylora_lite.training.sft import SFT, encode_solutions, solution_loss
 
 QUICK = SFTSettings(steps=6, prompts_per_step=5, learning_rate=0.05, micro_batch=2, save_every=2, max_new_tokens=20)
 ANSWERS = ("tom has 3.", "1 + 2 = 3. #### 3", "so the answer is 7.", "#### 9")
@@ -179,7 +179,8 @@ class TestRun:
         score = tl.evaluate(model, tokenizer, same, temperature=0, max_new_tokens=20)
         assert {c.text for c in score.completions} == {ANSWERS[1]}
 
-    def test_a_sampler_answers_in_evaluations(self, model, tokenizer, adapter, worked):
+    def test_a_sampler_answers_in_evaluations(self, model, tokenizer, adapter, worked, monkeypatch):
+        monkeypatch.setattr(SFT, "check_sampler", lambda self: None)
         asked = []
 
         class Sampler:

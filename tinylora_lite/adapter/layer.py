@@ -52,7 +52,7 @@ class Factors:
     def mixing(self, v: Tensor) -> Tensor:
         """R of a vector ``[u]``: ``Σᵢ vᵢ Pᵢ``, ``[r, r]`` float32, under autocast too; differentiable in v."""
         with _in_float32(self.projection.device.type):
-            return (v.to(self.projection.device) @ self.projection.flatten(1)).view_as(self.projection[0])
+            return torch.einsum("u,ujk->jk", v.to(self.projection.device), self.projection)  # to PEFT's last bit
 
     def to(self, device: torch.device) -> Factors:
         """Moves the factors to a device, in place, and returns them."""

@@ -134,7 +134,7 @@ def _run(arguments: argparse.Namespace, runs: dict[str, RunSettings], dtype: str
             words += [f"{name}, lenient: {compared.lenient}"] if compared.lenient is not None else []
     named = ("model", "revision", "engine", "split", "samples", "seed", "folder", "adapter", "temperature")
     record = {name: getattr(a, name) for name in named} | {"results": results, "environment": environment()}
-    record |= read_from
+    record |= read_from | {"dtype": dtype}
     if a.folder is not None:
         atomic_write(a.folder / "result.json", json.dumps(record, indent=1, default=str) + "\n")
         words.append(f"completions: {a.folder}")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -76,18 +77,19 @@ def started(how: Computing, words: Sequence[str]) -> Iterator[None]:
     ours = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}", "WORLD_SIZE": f"{how.processes}", "RANK": "0"}
     theirs = os.environ | ours | {"OMP_NUM_THREADS": f"{how.threads}"}
     with tempfile.TemporaryFile() as told:
-        others = [
-            subprocess.Popen(
-                [sys.executable, "-m", "tinylora_lite", *words],
-                env=theirs | {"RANK": f"{rank}"},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=told,
-            )
-            for rank in range(1, how.processes)
-        ]
+        others: list[subprocess.Popen[bytes]] = []
         os.environ.update(ours)
         try:
+            for rank in range(1, how.processes):
+                others.append(
+                    subprocess.Popen(
+                        [sys.executable, "-P", "-m", "tinylora_lite", *words],
+                        env=theirs | {"RANK": f"{rank}"},
+                        stdin=subprocess.DEVNULL,
+                        stdout=subprocess.DEVNULL,
+                        stderr=told,
+                    )
+                )
             # In a thread, since it would wait for a process that has failed.
             joining = threading.Thread(target=join, daemon=True)
             joining.start()
@@ -99,15 +101,18 @@ def started(how: Computing, words: Sequence[str]) -> Iterator[None]:
             for other in others:
                 other.wait()
         except RuntimeError as error:  # whoever loses another hears of a broken connection and no more
+            until = time.monotonic() + 5
             for other in others:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    other.wait(timeout=5)
+                    other.wait(timeout=max(0, until - time.monotonic()))
             code = next((other.returncode for other in others if other.returncode), None)
             if code is None:
                 raise
             told.seek(0)
-            last = [line for line in told.read().decode(errors="replace").splitlines() if line.startswith("tinylora ")]
-            cause = last[0] if last else "it was ended from outside, as systems do when memory runs out"
+            lines = [line for line in told.read().decode(errors="replace").splitlines() if line.strip()]
+            cause = next((line for line in lines if line.startswith("tinylora ")), lines[-1] if lines else "silent")
+            if code < 0:  # by a signal
+                cause = "it was ended from outside, as systems do when memory runs out"
             raise RuntimeError(f"a process ended with exit code {code} ({cause})") from error
         finally:
             for other in others:
@@ -138,7 +143,8 @@ def _chosen(settings: RunSettings, shares: int, file: Path | None) -> Computing:
     import torch
 
     from tinylora_lite.experiment.models import is_nano, load_tokenizer
-    from tinylora_lite.planning.shapes import model_config, without_weights
+    from tinylora_lite.planning.plan import plan_run
+    from tinylora_lite.planning.shapes import model_config
     from tinylora_lite.utils import cpu
     from tinylora_lite.utils.files import atomic_write
 
@@ -146,15 +152,15 @@ def _chosen(settings: RunSettings, shares: int, file: Path | None) -> Computing:
     if file is not None and file.exists():
         kept = json.loads(file.read_text(encoding="utf-8"))
     elif is_nano(settings.model):  # too small to gain anything
-        kept = {"dtype": "float32", "threads": torch.get_num_threads(), "processes": 1}
+        threads = torch.get_num_threads() if settings.processes in ("auto", 1) else 1
+        kept = {"dtype": "float32", "threads": threads, "processes": 1}
     asked = {name: getattr(settings, name) for name in ("dtype", "threads", "processes")}
     asked = {name: kept.get(name, value) if value == "auto" else value for name, value in asked.items()}
     most = 1.0
     if asked["processes"] == "auto" and shares != 1:
         load_tokenizer(settings.model, settings.revision)  # whose errors say what to do about a model that is not there
-        base = without_weights(model_config(settings.model, settings.revision))
-        # The weights in float32, and as much again for what is computed with them.
-        most = cpu.memory() / (8 * sum(parameter.numel() for parameter in base.parameters()))
+        plan = plan_run(settings.with_dtype("float32"), "cpu", config=model_config(settings.model, settings.revision))
+        most = cpu.memory() / max(bytes for phase, bytes in plan.peaks.items() if shares or phase == "evaluating")
     chosen = cpu.choose(**asked, shares=shares, most=most)
     if chosen.gflops:
         print(chosen, file=sys.stderr)

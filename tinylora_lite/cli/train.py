@@ -28,7 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Shows the progress while it runs and the comparison at the end, or JSON."""
+    from tinylora_lite.experiment.run import dtype_of
+
     settings = shared.read_settings(arguments.settings, arguments.gpu, arguments.overrides, arguments.seed)
+    settings = settings.with_dtype(dtype_of(Path(settings.folder)) or "auto")
     with computing(settings, arguments.words, shares=_shares(settings), folder=Path(settings.folder)) as settings:
         _run(arguments, settings)
 

@@ -22,7 +22,7 @@ from tinylora_lite.evaluation.compare import Comparison, compare
 from tinylora_lite.evaluation.score import Score
 from tinylora_lite.experiment.models import load_tokenizer, nano_package
 from tinylora_lite.experiment.runner import Runner
-from tinylora_lite.experiment.settings import RunSettings
+from tinylora_lite.experiment.settings import RunSettings, load_settings
 from tinylora_lite.files.adapter_file import save
 from tinylora_lite.files.basis import load_basis
 from tinylora_lite.sampling.rollouts import Rollouts
@@ -66,7 +66,7 @@ class Outcome:
     def summary(self) -> dict[str, Any]:
         """What ``tinylora train --json`` prints and ``outcome.json`` keeps."""
         return {
-            **{name: getattr(self.settings, name) for name in ("model", "task", "method", "trainer")},
+            **{name: getattr(self.settings, name) for name in ("model", "dtype", "task", "method", "trainer")},
             "adapter": self.run.adapter,
             "parameters": self.run.parameters,
             "learning_rate": self.run.settings["learning_rate"],
@@ -79,6 +79,13 @@ class Outcome:
             "seconds": round(self.run.seconds, 1),
             "folder": str(self.folder),
         }
+
+
+def dtype_of(folder: Path) -> str | None:
+    """The dtype of the run that a folder holds, with which it goes on; ``None`` where there is none."""
+    saved = folder / "settings.yaml"
+    found = load_settings(saved).dtype if saved.exists() else "auto"
+    return None if found == "auto" else found
 
 
 def run_experiment(
@@ -101,8 +108,8 @@ def run_experiment(
         OSError: the model, the data or the folder cannot be read or written.
         ImportError: an extra is missing that the settings ask for.
     """
-    settings = settings.with_dtype("bfloat16" if torch.cuda.is_available() else "float32")
     folder, progress = Path(settings.folder), progress or Progress()
+    settings = settings.with_dtype(dtype_of(folder) or ("bfloat16" if torch.cuda.is_available() else "float32"))
     writes = distributed.rank() == 0
     _check(settings, folder)
     folder.mkdir(parents=True, exist_ok=True)

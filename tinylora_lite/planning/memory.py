@@ -74,10 +74,12 @@ class Batch:
         return read + self.rows * (self.completion - 1) * self.length if self.prompts else self.rows * self.length**2
 
 
-def memory_terms(settings: RunSettings, shape: ModelShape, gpu_memory: float, processes: int = 1) -> list[Term]:
+def memory_terms(
+    settings: RunSettings, shape: ModelShape, gpu_memory: float, processes: int = 1, at_once: int = LOGITS_AT_ONCE
+) -> list[Term]:
     """What a run takes on each of the GPUs that train, one process each, at the limits of its lengths.
 
-    ``gpu_memory`` is the bytes of a GPU, of which vLLM takes a share.
+    ``gpu_memory`` is the bytes of a GPU, of which vLLM takes a share; ``at_once`` is how many logits exist at a time.
     """
     settings = settings.with_dtype("bfloat16")
     training, adapter, sampler = settings.training_settings(problems=1), settings.adapter, settings.sampler
@@ -116,11 +118,11 @@ def memory_terms(settings: RunSettings, shape: ModelShape, gpu_memory: float, pr
     if adapter.calibrated and adapter.projection == "calibrated":
         c = adapter.calibration
         batch = Batch(min(MICRO_BATCH, c.group_size), settings.max_prompt_tokens, c.max_new_tokens, int(shared))
-        terms += training_terms(settings, shape, batch, "calibrating", adapter.rank)
+        terms += training_terms(settings, shape, batch, "calibrating", adapter.rank, at_once)
     together = min(training.micro_batch, here)
     prompts = shared * math.ceil(together / (training.group_size if isinstance(training, GRPOSettings) else 1))
     batch = Batch(together, settings.max_prompt_tokens, training.max_new_tokens, prompts)
-    terms += training_terms(settings, shape, batch, "training", rank=0 if everything else adapter.rank)
+    terms += training_terms(settings, shape, batch, "training", 0 if everything else adapter.rank, at_once)
     if settings.shard:
         two_blocks = 2 * (shape.linear // shape.layers) * element
         terms.append(Term("two blocks gathered from all GPUs", two_blocks, "training"))
@@ -156,7 +158,9 @@ def trained_parameters(settings: RunSettings, shape: ModelShape) -> int:
     return adapter.u * len(set(groups_of(shape.targets, adapter.n_tie, adapter.tying)))
 
 
-def training_terms(settings: RunSettings, shape: ModelShape, batch: Batch, phase: Phase, rank: int) -> list[Term]:
+def training_terms(
+    settings: RunSettings, shape: ModelShape, batch: Batch, phase: Phase, rank: int, at_once: int = LOGITS_AT_ONCE
+) -> list[Term]:
     """What forward and backward of one micro batch take."""
     element, width = ELEMENT[settings.dtype], shape.config.hidden_size
     block = saved_by_block(shape, batch, element, rank, settings.adapter.kind == "all")
@@ -168,9 +172,9 @@ def training_terms(settings: RunSettings, shape: ModelShape, batch: Batch, phase
     # Logits, their logarithms, and the gradient; those of few tokens wait for the backward pass. In chunks under a
     # frozen head the gradient takes the place of the logarithms.
     predicted = batch.rows * batch.completion
-    few = predicted * shape.config.vocab_size <= LOGITS_AT_ONCE
-    copies = 3 if few or settings.adapter.kind == "all" else 2
-    logits = copies * FLOAT * min(predicted * shape.config.vocab_size, LOGITS_AT_ONCE) + element * predicted * width
+    few = predicted * shape.config.vocab_size <= at_once
+    copies = 3 if few or settings.adapter.kind == "all" or element != FLOAT else 2
+    logits = copies * FLOAT * min(predicted * shape.config.vocab_size, at_once) + element * predicted * width
     if settings.gradient_checkpointing:
         names = ("activations: the inputs of the blocks", "logits in chunks, or one block computed again")
         kept: float = shape.layers * batch.tokens * width * element

@@ -14,6 +14,7 @@ from tinylora_lite.planning.gpus import GPU, GPUS, this_cpu
 from tinylora_lite.planning.memory import Phase, Term, memory_terms, trained_parameters, vllm_cache, weight_bytes
 from tinylora_lite.planning.run_time import RunTime, run_time
 from tinylora_lite.planning.shapes import ModelShape, model_config
+from tinylora_lite.sampling.policy import LOGITS_AT_ONCE, ON_A_CPU
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -43,8 +44,10 @@ class Plan:
     @cached_property
     def terms(self) -> list[Term]:
         """What takes memory on each GPU, and when."""
-        libraries = [] if self.gpu.matrix_rate else [Term("Python, PyTorch and transformers", LIBRARIES, "always")]
-        return libraries + memory_terms(self.settings, self.shape, self.gpu.memory, self.gpus)
+        gpu = self.gpu.matrix_rate > 0
+        libraries = [] if gpu else [Term("Python, PyTorch and transformers", LIBRARIES, "always")]
+        at_once = LOGITS_AT_ONCE if gpu else min(LOGITS_AT_ONCE, ON_A_CPU)
+        return libraries + memory_terms(self.settings, self.shape, self.gpu.memory, self.gpus, at_once)
 
     @property
     def peaks(self) -> dict[Phase, float]:

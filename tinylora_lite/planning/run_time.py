@@ -139,12 +139,12 @@ class _Speed:
     def __init__(self, settings: RunSettings, shape: ModelShape, gpu: GPU, length: float) -> None:
         self.settings, self.shape, self.gpu, self.length = settings, shape, gpu, length
         self.prompt = min(PROMPT_LENGTH, settings.max_prompt_tokens)
-        # FLOPs of one token, attention to half of its sequence included. The logits are made twice, chunk by chunk.
+        # FLOPs of one token, attention to half of its sequence included. Logits of a head that trains are made twice.
         attention = 4 * shape.layers * shape.attention * (self.prompt + length) / 2
         blocks, head = 2 * shape.linear + attention, 2 * shape.head
         backward = 2 if settings.adapter.kind == "all" else 1
         self.forward = blocks + head
-        self.step = blocks * (1 + backward + settings.gradient_checkpointing) + head * (2 + backward)
+        self.step = blocks * (1 + backward + settings.gradient_checkpointing) + head * (2 * backward)
 
     def computing(self, flops: float) -> Range:
         """Seconds of matrix products; float32 has half of the rate of half precision, at best."""

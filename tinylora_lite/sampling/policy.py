@@ -25,8 +25,8 @@ from tinylora_lite.utils.record import seed_of
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-LOGITS_AT_ONCE = 1 << 24
-"""How many logits exist at a time: 64 MiB in float32, 110 tokens of Qwen2.5's vocabulary."""
+LOGITS_AT_ONCE, ON_A_CPU = 1 << 27, 1 << 24
+"""How many logits exist at a time: 883 tokens of Qwen2.5's vocabulary, 512 MiB in float32; 64 MiB on a CPU."""
 
 BLOCK = 128
 """Tokens whose probabilities are added up first when one of them is drawn."""
@@ -174,8 +174,10 @@ def draw(distribution: Tensor, uniform: Tensor) -> Tensor:
 def _passed(masses: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
     """The place where the cumulative mass passes a share of all of it, and the share of that place's own mass."""
     cumulative = masses.to(share.dtype).cumsum(dim=-1)
-    wanted = share * cumulative[:, -1:]
-    place = torch.searchsorted(cumulative, wanted, right=True).clamp(max=masses.shape[-1] - 1)
+    total = cumulative[:, -1:]
+    # Less than all of it, also after rounding: the last place that is found has a mass.
+    wanted = torch.minimum(share * total, total.nextafter(torch.zeros_like(total)))
+    place = torch.searchsorted(cumulative, wanted, right=True)
     return place, (1 - (cumulative.gather(1, place) - wanted) / masses.gather(1, place)).clamp(min=0)
 
 
@@ -259,7 +261,8 @@ def tokens_at_once(model: PreTrainedModel) -> int | None:
     head = model.get_output_embeddings()
     if head is None or head._forward_hooks or head._forward_pre_hooks or model.config.model_type not in PLAIN:
         return None
-    return max(1, LOGITS_AT_ONCE // int(model.config.vocab_size))
+    most = min(LOGITS_AT_ONCE, ON_A_CPU) if model.device.type == "cpu" else LOGITS_AT_ONCE
+    return max(1, most // int(model.config.vocab_size))
 
 
 @contextmanager

@@ -1,12 +1,14 @@
 """Attention on CPUs where all rows begin alike: keys and values of the start are held, and read, once for all of them.
 
-Without it each row reads a copy, and the gradient of every copy is made and added up: a quarter of the time.
+Without it each row reads a copy, and the gradient of every copy is made and added up: a quarter of the time that an
+update of 16 x 8 short answers takes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,8 @@ from tinylora_lite.sampling.policy import PLAIN
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
+
+_START: ContextVar[Any] = ContextVar("start")
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -33,7 +37,7 @@ def can_hold_start(model: PreTrainedModel) -> bool:
 def after_start(model: PreTrainedModel, start: Cache | None) -> Iterator[None]:
     """Inside, every row of ``model`` follows ``start``, a cache of one row; ``None`` changes nothing.
 
-    Caches and attention masks are without it, positions count it.
+    Caches and attention masks are without it, positions count it. Two threads may do so with two models, not with one.
     """
     if start is None:
         yield
@@ -41,17 +45,19 @@ def after_start(model: PreTrainedModel, start: Cache | None) -> Iterator[None]:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    ALL_ATTENTION_FUNCTIONS.register("after_start", partial(_attention, start))
+    ALL_ATTENTION_FUNCTIONS.register("after_start", _attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register("after_start", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    token = _START.set(start)
     model.config._attn_implementation = "after_start"
     try:
         yield
     finally:
         model.config._attn_implementation = "sdpa"
+        _START.reset(token)
 
 
 def _attention(
-    start: Cache, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
     rows, heads, tokens, width = query.shape
     # The heads that share keys are further queries to them.
@@ -61,7 +67,7 @@ def _attention(
     if mask is not None:  # a row of -inf alone would have no logarithm
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
         mask = mask if tokens == 1 else mask.repeat(1, 1, query.shape[2] // tokens, 1)
-    layer: Any = start.layers[module.layer_idx]  # type: ignore[index]
+    layer = _START.get().layers[module.layer_idx]
     attend: Any = _AfterStart.apply if torch.is_grad_enabled() else partial(_AfterStart.forward, None)
     of: Tensor = attend(query, key, value, layer.keys, layer.values, mask, options["scaling"])
     return of.reshape(rows, heads, tokens, width).transpose(1, 2).contiguous(), None

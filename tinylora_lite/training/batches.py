@@ -98,13 +98,16 @@ def score(rollouts: Rollouts, task: Task, examples: Sequence[Example], settings:
 
 
 def micro_batches(lengths: Tensor, live: Tensor, size: int) -> Iterator[Tensor]:
-    """Indices of the live rows in parts of at most ``size``, rows of like length together: less padding to compute."""
+    """Indices of the live rows in parts of at most ``size``, rows of like length together: less padding to compute.
+
+    On a CPU, parts are cut where that saves padding; a GPU computes few large parts faster.
+    """
     order = torch.argsort(lengths, stable=True)
     parts = [order[live[order]]] if live.any() else []
     while parts:
         part = parts.pop()
         saved = (lengths[part[-1]] - lengths[part]) * torch.arange(1, len(part) + 1, device=part.device)
-        if saved.max() > WORTH_A_PART:
+        if lengths.device.type == "cpu" and saved.max() > WORTH_A_PART:
             cut = int(saved.argmax()) + 1
             parts += [part[cut:], part[:cut]]
         else:

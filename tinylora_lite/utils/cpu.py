@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
@@ -72,7 +74,7 @@ def choose(dtype: str, threads: int | str, processes: int | str, *, shares: int 
         free = max(1, int(min(together / one + 0.25, most)))
         processes = max(n for n in range(1, free + 1) if shares % n == 0)
     if threads == "auto":
-        threads = cores() // int(processes) if threaded > 0.75 * cores() * one else 1
+        threads = max(1, cores() // int(processes)) if threaded > 0.75 * cores() * one else 1
     return Computing(dtype, int(threads), int(processes), rates)
 
 
@@ -108,8 +110,11 @@ def cores() -> int:
 
 
 def memory() -> float:
-    """Bytes of main memory; infinite where the system does not say."""
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) if hasattr(os, "sysconf") else float("inf")
+    """Bytes of main memory, or of the container's share of it; infinite where the system does not say."""
+    limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+    with suppress(OSError, ValueError):  # no control group, or "max"
+        limit = min(limit, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    return float(limit)
 
 
 def _rate(
