@@ -11,7 +11,7 @@ from tinylora_lite.cli.processes import FILE, computing, started
 from tinylora_lite.experiment.run import dtype_of
 from tinylora_lite.experiment.settings import RunSettings
 from tinylora_lite.utils import cpu
-from tinylora_lite.utils.cpu import Computing, choose
+from tinylora_lite.utils.cpu import Computing, choose, measure
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,7 +56,7 @@ def test_what_is_given_stays_and_needs_no_measurement(monkeypatch):
 
 def test_the_measurement():
     torch.set_num_threads(1)
-    found = cpu.measure()
+    found = measure()
     assert list(found)[:2] == ["float32", "bfloat16"]
     assert min(found.values()) > 0
     assert torch.get_num_threads() == 1

@@ -174,5 +174,5 @@ def _settings(arguments: argparse.Namespace, task: str, dtype: str, rank: int) -
     values |= given("model", "revision", "data", "prompt", "shots", "dtype", "threads", "processes")
     values["sampler"] = {"gpu_memory": 0.85, "batch_size": batch_size}
     values["sampler"] |= given("engine", "url", "tensor_parallel", "gpu_memory")
-    values["evaluation"] = given("problems", "samples", "temperature") | {"max_new_tokens": limit}
+    values["evaluation"] = given("problems", "samples", "temperature") | {"max_new_tokens": limit, "tasks": [task]}
     return RunSettings.from_dict(values)

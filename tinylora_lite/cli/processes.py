@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from tinylora_lite.experiment.settings import RunSettings
     from tinylora_lite.utils.cpu import Computing
 
+ROWS = 16
+"""Answers from which on a process of its own is worth loading a model once more."""
 FILE = "cpu.json"
 """In the folder of a run or an evaluation: what it computes with. One that goes on keeps it, unless told otherwise."""
 
@@ -159,8 +161,12 @@ def _chosen(settings: RunSettings, shares: int, file: Path | None) -> Computing:
     most = 1.0
     if asked["processes"] == "auto" and shares != 1:
         load_tokenizer(settings.model, settings.revision)  # whose errors say what to do about a model that is not there
-        plan = plan_run(settings.with_dtype("float32"), "cpu", config=model_config(settings.model, settings.revision))
-        most = cpu.memory() / max(bytes for phase, bytes in plan.peaks.items() if shares or phase == "evaluating")
+        config = model_config(settings.model, settings.revision)
+        with contextlib.suppress(AttributeError, ValueError):  # of a shape that is not planned: one process
+            peaks = plan_run(settings.with_dtype("float32"), "cpu", config=config).peaks
+            most = cpu.memory() / max(size for phase, size in peaks.items() if shares or phase == "evaluating")
+    if not shares and settings.evaluation.problems is not None:
+        most = min(most, settings.evaluation.problems * settings.evaluation.samples / ROWS)
     chosen = cpu.choose(**asked, shares=shares, most=most)
     if chosen.gflops:
         print(chosen, file=sys.stderr)
