@@ -95,7 +95,7 @@ KEPT: ContextVar[dict[Hook, Any] | None] = ContextVar("kept", default=None)
 
 @contextmanager
 def parameters_stay() -> Iterator[None]:
-    """Inside, nobody changes trained parameters, so that what depends on them alone is computed once."""
+    """Inside, trained parameters do not change, so that what depends on them alone is computed once."""
     token = KEPT.set({})
     try:
         yield

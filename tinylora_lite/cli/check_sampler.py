@@ -46,11 +46,11 @@ def run(arguments: argparse.Namespace) -> None:
     if a.url is None and (a.model or a.basis):
         raise ValueError("--model and --basis are of a server; name it with --url")
     with shared.command_progress() as progress, shared.told_warnings():
-        found = (_engine if arguments.url is None else _server)(arguments, progress)
-    if found.verdict != "adapter":
-        shared.show(arguments, asdict(found), shared.described(asdict(found)))
+        found = (_engine if a.url is None else _server)(a, progress)
+    right = found.verdict == "adapter"
+    shared.show(a, asdict(found), shared.described(asdict(found)), *([str(found)] if right else []))
+    if not right:
         raise RuntimeError(str(found))
-    shared.show(arguments, asdict(found), shared.described(asdict(found)), str(found))
 
 
 def _engine(a: argparse.Namespace, progress: Progress) -> tl.SamplerCheck:
@@ -71,7 +71,7 @@ def _engine(a: argparse.Namespace, progress: Progress) -> tl.SamplerCheck:
     runner = Runner.open(settings, tokenizer, progress, lora_folder=Path(settings.folder) / "lora", **options)
     adapter = tl.attach(runner.base, settings.adapter.config())
     progress.begin("asking the sampler")
-    temperature = settings.training_settings(len(task.train)).temperature or 1.0
+    temperature = settings.training_settings(len(task.train)).temperature
     return tl.check_sampler(runner.base, tokenizer, adapter, runner.sampler, task, temperature=temperature, seed=a.seed)
 
 

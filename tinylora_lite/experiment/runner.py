@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from tinylora_lite.adapter.adapter import TinyLoraAdapter, attach
@@ -91,7 +92,7 @@ class Runner:
             engine |= {"gpu_memory_utilization": options.gpu_memory, "tensor_parallel_size": options.tensor_parallel}
             engine |= {"max_model_len": max_model_len, "dtype": dtype, "max_lora_rank": s.adapter.rank}
             sampler = VllmSampler(checkpoint(s.model, dtype, s.revision), tokenizer, sync=options.sync, **engine)
-        batch_size = options.batch_size or (256 if options.engine == "transformers" else 1024)
+        batch_size = options.evaluated * (distributed.world_size() if torch.cuda.is_available() else 1)
         return cls(model, tokenizer, sampler, progress, batch_size)
 
     @property

@@ -115,6 +115,11 @@ class SamplerSettings(Settings):
         None, description="completions at once; null: a whole step, in evaluations 256 (vLLM: 1024)"
     )
 
+    @property
+    def evaluated(self) -> int:
+        """Completions that an evaluation asks for at once, on each GPU."""
+        return self.batch_size or (256 if self.engine == "transformers" else 1024)
+
 
 class EvaluationSettings(Settings):
     """What is measured before and after training, and on the validation split every ``every`` steps (0: never)."""

@@ -23,8 +23,6 @@ Phase = Literal["always", "set-up", "evaluating", "sampling", "calibrating", "tr
 FLOAT = 4
 """Bytes of a float32."""
 ELEMENT = {"bfloat16": 2, "float16": 2, "float32": 4}
-EVALUATED = 256
-"""Completions that an evaluation decodes together, where nothing else is asked for."""
 QUANTIZED = {"nf4": 0.5 + FLOAT / 64, "int8": 1.0}
 """Bytes of a weight: nf4 has one float32 scale for 64 weights."""
 VLLM_WORKSPACE = 2 * 2**30
@@ -111,7 +109,7 @@ def memory_terms(
         terms += sampling_terms(shape, batch, math.ceil(together / training.group_size), element)
     e = settings.evaluation
     if e.tasks and sampler.engine == "transformers":
-        together = min(sampler.batch_size or EVALUATED, (e.problems or EVALUATED) * e.samples)
+        together = min(sampler.evaluated, (e.problems or sampler.evaluated) * e.samples)
         batch = Batch(together, settings.max_prompt_tokens, e.max_new_tokens)
         terms += sampling_terms(shape, batch, math.ceil(together / e.samples), element, "evaluating")
     shared = not (settings.gradient_checkpointing or settings.shard)  # as sampling.policy.can_share_prompts
@@ -170,7 +168,7 @@ def training_terms(
     # Gradients that exist at once inside a block, at most: two of the MLP's width, a few of the block's.
     backward = batch.tokens * element * (2 * shape.config.intermediate_size + 3.5 * width)
     # Logits, their logarithms, and the gradient; those of few tokens wait for the backward pass. In chunks under a
-    # frozen head the gradient takes the place of the logarithms.
+    # frozen float32 head the gradient takes the place of the logarithms.
     predicted = batch.rows * batch.completion
     few = predicted * shape.config.vocab_size <= at_once
     copies = 3 if few or settings.adapter.kind == "all" or element != FLOAT else 2

@@ -37,6 +37,8 @@ token: 0.017 in bfloat16, 0.026 in llama.cpp's Q4_1, 0.31 for weights rounded to
 """
 SURPRISE = 0.05
 """Nats a token that this unit has at least: answers that are almost certain differ by rounding alone."""
+COLDEST = 0.5
+"""Lower temperatures are raised to it: answers that are almost certain show little of the probabilities."""
 LEAST, MOST = 0.02, 0.25
 """How far v is planted from the base, in the same unit: at ten times the noise, where that is between the two."""
 
@@ -165,7 +167,7 @@ def check_sampler(
         task: its first training problems are the prompts.
         plant: ``False`` leaves v as it is and asks once, without a sync: for a server that somebody started with the
             adapter. ``ARITHMETIC`` stands for the noise.
-        temperature: of the samples, above 0.
+        temperature: of the samples, at least ``COLDEST``.
         max_new_tokens: the length limit of a completion.
         seed: of the samples.
 
@@ -178,6 +180,7 @@ def check_sampler(
         ValueError: the task has no training problems, or no answer holds a token; or as the sampler's methods.
     """
     task.check(evaluated=False)
+    temperature = max(temperature, COLDEST)
     v, before, zero = adapter.vectors, adapter.vectors.clone(), torch.zeros_like(adapter.vectors)
     ids, mask = encode_prompts(tokenizer, task, task.train[:PROMPTS], next(model.parameters()).device)
     prompts = ids.repeat_interleave(EACH, dim=0), mask.repeat_interleave(EACH, dim=0)

@@ -155,17 +155,17 @@ def uniforms(streams: Sequence[tuple[int, int]], tokens: int) -> Tensor:
     return numbers
 
 
-def draw(distribution: Tensor, uniform: Tensor) -> Tensor:
+def draw(masses: Tensor, uniform: Tensor) -> Tensor:
     """The token at which the cumulative probability passes ``uniform [rows]``, ``[rows, 1]`` int64.
 
-    What is given is in proportion to the probabilities.
+    ``masses [rows, vocabulary]`` are the probabilities, or proportional to them.
 
     The block of tokens comes first, and then the token: adding all of a large vocabulary up in float64 takes as long as
     a third of a small model.
     """
-    if missing := -distribution.shape[-1] % BLOCK:
-        distribution = F.pad(distribution, (0, missing))
-    blocks = distribution.unflatten(-1, (-1, BLOCK))
+    if missing := -masses.shape[-1] % BLOCK:
+        masses = F.pad(masses, (0, missing))
+    blocks = masses.unflatten(-1, (-1, BLOCK))
     block, rest = _passed(blocks.sum(dim=-1), uniform[:, None])
     token, _ = _passed(blocks.take_along_dim(block[..., None], dim=1)[:, 0], rest)
     return block * BLOCK + token

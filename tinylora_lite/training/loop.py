@@ -103,8 +103,7 @@ class Objective(ABC, Generic[S]):
         """
         if not isinstance(self.adapter, TinyLoraAdapter) or isinstance(self.sampler, ModelSampler | None):
             return
-        # At lower temperatures answers are so certain that little is to be seen in their probabilities.
-        options: dict[str, Any] = {"temperature": max(self.shared.temperature, 0.5)}
+        options: dict[str, Any] = {"temperature": self.shared.temperature}
         options["max_new_tokens"] = min(TOKENS, self.shared.max_new_tokens)
         found = check_sampler(self.model, self.tokenizer, self.adapter, self.sampler, self.task, **options)
         quantized = found.verdict == "neither" and getattr(self.model, "is_quantized", False)

@@ -22,8 +22,7 @@ ROWS, WIDTH = 64, 1024
 M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
 """Of glibc's malloc.h."""
 FASTER = 2.0
-"""From which ratio of its products on bfloat16 is chosen. Where they took a third of float32's time, decoding and an
-update took two thirds, since what is no product gains nothing."""
+"""How many times as fast bfloat16's products must be for it to be chosen: what is no product gains nothing."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,8 @@ def choose(dtype: str, threads: int | str, processes: int | str, *, shares: int 
     """What is left open with ``"auto"``, by :func:`measure`.
 
     bfloat16 where its products are more than twice as fast as float32's, as on processors with units for it; else
-    float32. Of processes as many as there are cores free for them, since threads wait for one another after each of the
-    many small products of decoding. Threads take cores that no process can have, where they are worth it.
+    float32. There are as many processes as cores are free, since threads wait for one another after each of the many
+    small products of decoding. Threads take cores that no process can have, where they are worth it.
 
     Args:
         dtype: of the base; what is given stays, here and below.
