@@ -6,6 +6,7 @@ import pytest
 
 from tinylora_lite.book import real
 from tinylora_lite.lab.claims import claim_of
+from tinylora_lite.lab.figures import score_label
 from tinylora_lite.lab.store import Store
 from tinylora_lite.lab.tasks import task_of
 from tinylora_lite.lab.trial import Trial
@@ -20,8 +21,14 @@ def record(right: int, texts: list[str] | None = None) -> dict:
     solved = "1" * right + "0" * (1000 - right)
     worked = [problem.solution or "" for problem in task_of("words-1", "smollm2-135m").test]
     kept = {"texts": texts or worked, "strict": solved, "lenient": solved}
-    score = {"accuracy": right / 1000, "lenient": right / 1000}
-    record = {"parameters": 13, "scores": {"sampled": score, "greedy": score}, "vectors": [0.1] * 13}
+    score = {"accuracy": right / 1000, "lenient": right / 1000, "formatted": 0.9}
+    record = {
+        "parameters": 13,
+        "norm": 0.4,
+        "cpu_seconds": 60.0,
+        "scores": {"sampled": score, "greedy": score},
+        "vectors": [0.1] * 13,
+    }
     return record | {"steps": {"reward": [0.1, 0.2]}, "answers": {"greedy": kept}}
 
 
@@ -31,7 +38,8 @@ def store(tmp_path):
     store, thirteen = Store(tmp_path), POINTS["13 random"]
     store.add(FLOOR, {"scores": {name: {"accuracy": 0.2} for name in ("sampled", "greedy")}})
     for trial in thirteen.sweep(thirteen.rates):
-        store.add(trial, {"scores": {"sampled": {"accuracy": 0.3 if trial.learning_rate == 0.025 else 0.25}}})
+        sampled = {"accuracy": 0.3 if trial.learning_rate == 0.025 else 0.25}
+        store.add(trial, {"scores": {"sampled": sampled}, "norm": 0.3, "cpu_seconds": 30.0})
     wrong = ["1 + 1 = 2\n#### 2"] * 1000
     store.add(POINTS["untrained"].tests(0.0)[0], record(300, wrong) | {"parameters": 0})
     for trial, right in zip(thirteen.tests(0.025), (302, 310), strict=False):
@@ -49,12 +57,42 @@ def test_the_outcome_waits_for_all_runs(store):
 def test_a_row_for_every_shape_that_has_a_record(store):
     head, _, untrained, thirteen = real.results(CLAIM, store).splitlines()
     assert head.startswith("| trained | numbers | rate |")
-    assert untrained.startswith("| untrained | 0 |  | 1 of 1 | 30% | 30% |")
-    assert thirteen.startswith("| 13 random | 13 | 0.025 | 2 of 5 | 31% [26%, 36%] | 31% [26%, 36%] | 100% | 31% |")
+    assert untrained.startswith("| untrained | 0 |  | 1 of 1 | 30% | 30% | 30% | 90% |")
+    right = "31% [26%, 36%]"
+    start = f"| 13 random | 13 | 0.025 | 2 of 5 | {right} | {right} | {right} | 90% [90%, 90%] | 100% | 31% |"
+    assert thirteen.startswith(start)
+
+
+def test_greedy_answers_are_read_leniently_where_a_row_does_not_say_strictly(store):
+    (trial,) = POINTS["untrained"].tests(0.0)
+    store[trial]["scores"]["greedy"] = {"accuracy": 0.2, "lenient": 0.4, "formatted": 0.9}
+    row = real.results(CLAIM, store).splitlines()[2]
+    assert row.startswith("| untrained | 0 |  | 1 of 1 | 40% | 20% | 30% | 90% |")
+    lenient = store.scored("greedy", "lenient")
+    assert POINTS["untrained"].accuracies(lenient) == [0.4]
+    assert score_label(lenient) == "accuracy of greedy answers, read leniently, test set"
+
+
+def test_a_rate_is_out_where_a_run_diverged_and_so_is_the_one_below(store):
+    thirteen = POINTS["13 random"]
+    assert [row.split(" | ")[0][2:] for row in real.sweep(thirteen, store).splitlines()[2:]] == [
+        "0.0125",
+        "0.025",
+        "0.05",
+    ]
+    assert "| 0.025 | 30.0%, 30.0% | 0.30, 0.30 | taken |" in real.sweep(thirteen, store)
+    assert real.seconds(thirteen, store) == {"longest": 60, "sweep": 180}
+    store[thirteen.sweep([0.05])[1]]["scores"]["sampled"]["accuracy"] = 0.05
+    rows = real.sweep(thirteen, store).splitlines()[2:]
+    assert [row.split(" | ")[-1] for row in rows] == [
+        "taken |",
+        "out: one diverged at the next rate |",
+        "out: a run diverged |",
+    ]
 
 
 def test_the_answers_that_changed_are_shown_whole_and_counted(store):
-    first, *rest = real.changed_answers(CLAIM, store, count=6).splitlines()[2:]
+    first, *rest = real.changed_answers(CLAIM, store, count=3).splitlines()[2:]
     assert "| 1 + 1 = 2<br>\\#\\#\\#\\# 2 ✗ |" in first
     assert first.endswith(" ✓ |")
     assert len(rest) == 1, "seed 0 solves two more"
@@ -63,8 +101,8 @@ def test_the_answers_that_changed_are_shown_whole_and_counted(store):
 
 def test_a_panel_for_every_seed_and_a_line_for_every_run(store):
     assert len(real.vectors(POINTS["13 random"], store).axes) == 2
-    (axes,) = real.curves(POINTS["13 random"], store, 0.2).axes
-    assert len(axes.lines) == 2 + 1 + 1  # the mean, and the untrained model
+    (axes,) = real.curves(POINTS["13 random"], store).axes
+    assert len(axes.lines) == 2 + 1  # and their mean
 
 
 def test_gsm8k_is_asked_of_qwen_alone_and_what_was_trained_is_not_trained_again():

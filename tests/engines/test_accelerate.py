@@ -42,6 +42,8 @@ def test_two_processes_make_the_steps_of_one(tmp_path):
         ids = torch.arange(5, 65).view(4, 15).roll(step, dims=1)
         optimizer.zero_grad()
         F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+        if step == 0:
+            gradient = adapter.vectors.grad.clone()
         torch.nn.utils.clip_grad_norm_([adapter.vectors], 0.5)
         optimizer.step()
         # accelerate's scheduler makes a step for every process
@@ -50,6 +52,7 @@ def test_two_processes_make_the_steps_of_one(tmp_path):
     assert adapter.vectors.abs().max() > 0.1
     for result in results:
         assert result["kind"] == "DistributedDataParallel"
+        assert (torch.tensor(result["gradient"]) - gradient).norm() < 1e-6 * gradient.norm()
         assert torch.allclose(torch.tensor(result["v"]), adapter.vectors, atol=1e-5)
         assert result["resumes"]
     assert results[0]["v"] == results[1]["v"]

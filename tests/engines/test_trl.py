@@ -85,6 +85,17 @@ class TestSteps:
         assert found.adapter == run.adapter
         assert (found.base, found.task, found.settings) == (run.base, run.task, run.settings)
 
+    def test_the_first_gradient_is_ours_to_rounding(self, policy, tokenizer, task):
+        """To 1e-5 of its norm: TRL computes the log-probabilities of whole rows, we those of what prompts share once."""
+        settings, found = replace(SMALL, steps=1, micro_batch=16), []
+        for train in (tl.train_grpo, train_trl):
+            (model, adapter), gradients = policy(), []
+            adapter.vectors.register_post_accumulate_grad_hook(lambda v, kept=gradients: kept.append(v.grad.clone()))
+            train(model, tokenizer, adapter, task, settings, sampler=ModelSampler(model, tokenizer))
+            found.append(gradients[-1])
+        ours, by_trl = found
+        assert (by_trl - ours).norm() < 1e-5 * ours.norm()
+
     @pytest.mark.parametrize("cap", [2.0, 1.2, None])
     def test_the_samplers_probabilities_are_corrected_for(self, policy, tokenizer, task, cap):
         settings = replace(SMALL, tis_cap=cap, steps=2)

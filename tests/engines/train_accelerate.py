@@ -20,7 +20,8 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     model, _ = nano.load()
-    adapter = tl.attach(model, tl.TinyLoraConfig(n_tie=16))
+    adapter, gradients = tl.attach(model, tl.TinyLoraConfig(n_tie=16)), []
+    adapter.vectors.register_post_accumulate_grad_hook(lambda v: gradients.append(v.grad.tolist()))
     with as_lora(adapter) as lora:
         optimizer = TinyLoraAdamW(lora.parameters(), lr=0.05, adapter=adapter, max_grad_norm=0.5)
         scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 0.5, total_iters=2)
@@ -38,7 +39,7 @@ def main(folder: Path) -> None:
             if step == 1:
                 accelerator.save_state(str(folder / "state"))
                 kept = adapter.vectors.detach().clone()
-        result = {"kind": kind, "v": adapter.vectors.tolist(), "rate": scheduler.get_last_lr()}
+        result = {"kind": kind, "v": adapter.vectors.tolist(), "gradient": gradients[0]}
         accelerator.load_state(str(folder / "state"))
         result["resumes"] = torch.equal(adapter.vectors, kept)
     (folder / f"rank{accelerator.process_index}.json").write_text(json.dumps(result), encoding="utf-8")

@@ -7,7 +7,7 @@ from tinylora_lite.lab.claim import Claim, Point
 from tinylora_lite.lab.claims import claim_of
 from tinylora_lite.lab.estimate import Estimate
 from tinylora_lite.lab.plan import progress_of
-from tinylora_lite.lab.registered import GSM8K, choice_and_sum, primary
+from tinylora_lite.lab.registered import GSM8K, Cautious, choice_and_sum, primary
 from tinylora_lite.lab.store import REAL_RESULTS, Record, Store
 from tinylora_lite.lab.tasks import task_of
 from tinylora_lite.lab.trial import REAL
@@ -41,14 +41,12 @@ def outcomes() -> Markdown:
     rows = []
     for name, (model, problems) in MODELS.items():
         claim, store = claim_of(name), Store(REAL_RESULTS)
-        file = f"{model} (file {REAL[claim.points[0].trial.base][:8]}…), problems of {problems}"
-        scores = (_greedy(points_of(claim)[label], store) for label in (UNTRAINED, PROMPTED, THIRTEEN))
+        seeds = points_of(claim)[THIRTEEN].seeds
+        file = f"{model} (file {REAL[claim.points[0].trial.base][:8]}…), problems of {problems}, {seeds} draws of P"
+        lenient = store.scored("greedy", "lenient")
+        scores = (_accuracy(points_of(claim)[label], lenient) for label in (UNTRAINED, PROMPTED, THIRTEEN))
         rows.append((file, *scores, f"{outcome(claim, store)} ({progress(claim, store)})"))
     return table(("model", UNTRAINED, "its best of five prompts", THIRTEEN, "registered comparison"), "lllll", rows)
-
-
-def _greedy(point: Point, store: Store) -> str:
-    return _percent([record["scores"]["greedy"]["lenient"] for record in point.records(store)])
 
 
 def progress(claim: Claim, store: Store) -> str:
@@ -65,33 +63,58 @@ def results(claim: Claim, store: Store) -> Markdown:
             continue
         choice, right = choice_and_sum(point, store)
         rate = "" if point.trial.method == "none" or not point.rates else f"{point.rate(store):g}"
+        scores = (("greedy", "lenient"), ("greedy", "accuracy"), ("sampled", "accuracy"), ("sampled", "formatted"))
         rows.append((
             point.label, f"{records[0]['parameters']:,}", rate, f"{len(records)} of {point.seeds}",
-            _greedy(point, store), _percent([record["scores"]["sampled"]["accuracy"] for record in records]),
-            f"{choice:.0%}", f"{right:.0%}",
+            *(_accuracy(point, store.scored(*score)) for score in scores), f"{choice:.0%}", f"{right:.0%}",
         ))  # fmt: skip
-    columns = ("trained", "numbers", "rate", "runs", "greedy", "sampled", "right operators", "right sums")
-    return table(columns, "lrrrllrr", rows)
+    scored = ("greedy", "greedy, strict", "sampled", "in format, sampled", "right operators", "right sums")
+    return table(("trained", "numbers", "rate", "runs", *scored), "lrrrllllrr", rows)
 
 
-def _percent(values: list[float]) -> str:
+def _accuracy(point: Point, store: Store) -> str:
+    """By the score and reading of the store, with its interval where there are several runs."""
+    values = point.accuracies(store)
     if len(values) > 1:
         return Estimate.of(values).as_percent()
     return f"{values[0]:.0%}" if values else "not yet run"
 
 
-def changed_answers(claim: Claim, store: Store, count: int = 6) -> Markdown:
-    """The first test problems whose greedy answer becomes right or wrong by the first seed's numbers."""
+def sweep(point: Cautious, store: Store) -> Markdown:
+    """The rates that were compared, with what became of each."""
+    rates, ended, rows = point.swept(store)[0], point.diverged(store) or set(), []
+    for rate, above in zip(rates, [*rates[1:], None], strict=True):
+        fate = "taken" if rate == point.rate(store) else "out: a run diverged" if rate in ended else ""
+        fate = fate or ("out: one diverged at the next rate" if above in ended else "")
+        made = store.of(point.sweep([rate]))
+        runs = ", ".join(f"{record['scores']['sampled']['accuracy']:.1%}" for record in made)
+        norms = ", ".join(f"{record['norm']:.2f}" for record in made)
+        rows.append((f"{rate:g}", runs, norms, fate))
+    return table(("rate", "sampled accuracy of both runs", "norm of v", ""), "rlll", rows)
+
+
+def seconds(point: Point, store: Store) -> dict[str, float]:
+    """CPU seconds of the longest reported run, and of the whole sweep; of a resumed run its last part alone."""
+    swept = store.of(point.sweep(point.swept(store)[0]))
+    return {
+        "longest": max(record["cpu_seconds"] for record in point.records(store)),
+        "sweep": sum(record["cpu_seconds"] for record in swept),
+    }
+
+
+def changed_answers(claim: Claim, store: Store, count: int = 3) -> Markdown:
+    """The first test problems that the first seed answers rightly in place of wrongly, and the first of the reverse."""
     untrained, thirteen = (points_of(claim)[label] for label in (UNTRAINED, THIRTEEN))
     problems = task_of(thirteen.trial.task, thirteen.trial.base).test
     before, after = (store.answers(p.tests(p.rate(store))[0])["greedy"] for p in (untrained, thirteen))
+    turned = list(zip(before["lenient"], after["lenient"], strict=True))
     rows: list[tuple[str, ...]] = []
-    for place, problem in enumerate(problems):
-        if before["lenient"][place] != after["lenient"][place] and len(rows) < count:
+    for change in (("0", "1"), ("1", "0")):
+        for place in [place for place, found in enumerate(turned) if found == change][:count]:
             answers = (
                 f"{_in_a_cell(kept['texts'][place])} {_mark(kept['lenient'][place])}" for kept in (before, after)
             )
-            rows.append((_in_a_cell(problem.prompt), *answers))
+            rows.append((_in_a_cell(problems[place].prompt), *answers))
     return table(("problem", "untrained", "with thirteen numbers"), "lll", rows)
 
 
@@ -112,9 +135,9 @@ def turned(claim: Claim, store: Store) -> dict[str, int]:
     return {"right": pairs.count(("0", "1")), "wrong": pairs.count(("1", "0")), "of": len(pairs)}
 
 
-def curves(point: Point, store: Store, base: float) -> plot.Figure:
+def curves(point: Point, store: Store) -> plot.Figure:
     """The mean reward of every step, a line for each seed."""
-    return plot.learning_curves([plot.Curves("tinylora", [_run(record) for record in point.records(store)])], base)
+    return plot.learning_curves([plot.Curves("tinylora", [_run(record) for record in point.records(store)])])
 
 
 def _run(record: Record) -> Run:

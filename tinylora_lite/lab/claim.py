@@ -102,7 +102,7 @@ class Point:
 
     def accuracies(self, store: Store, score: str | None = None) -> list[float]:
         """The accuracy of each of :meth:`records`, by one of their scores; ``None`` is the one of the store."""
-        return [record["scores"][score or store.score]["accuracy"] for record in self.records(store)]
+        return [record["scores"][score or store.score][store.reading] for record in self.records(store)]
 
     def estimate(self, store: Store, score: str | None = None) -> Estimate | None:
         """The mean of :meth:`accuracies` and its interval; ``None`` with fewer than two records."""

@@ -194,7 +194,8 @@ def base_line(axes: plot.Axes, base: Point, store: Store) -> None:
 
 def score_label(store: Store) -> str:
     """What the accuracies of a store's figures are of, for an axis."""
-    return f"accuracy of {store.score} answers, test set"
+    leniently = ", read leniently" if store.reading == "lenient" else ""
+    return f"accuracy of {store.score} answers{leniently}, test set"
 
 
 def percent(axes: plot.Axes, label: str) -> None:

@@ -43,13 +43,24 @@ class Cautious(Point):
         if self.like is not None or not self.rates:
             return super().rate(store)
         rates, best = self.swept(store)
-        floor = Trial(base=self.trial.base, method="none", task=self.trial.task, learning_rate=0.0)
-        untrained = store.get(replace(floor, seed=SWEPT, split="validation"))
-        if best is None or untrained is None:
+        ended = self.diverged(store)
+        if best is None or ended is None:
             return None
-        ended = [any(diverged(record, untrained) for record in store.of(self.sweep([rate]))) for rate in rates]
-        safe = [r for r, own, above in zip(rates, ended, [*ended[1:], False], strict=True) if not own and not above]
+        safe = [rate for rate, above in zip(rates, [*rates[1:], None], strict=True) if not ended & {rate, above}]
         return max(safe or rates[:1], key=lambda rate: self.sweep_accuracy(rate, store) or 0.0)
+
+    def diverged(self, store: Store) -> set[Any] | None:
+        """The rates of the sweep at which a run diverged; ``None`` before the untrained model is scored."""
+        untrained = self.floor(store)
+        if untrained is None:
+            return None
+        runs = ((rate, store.of(self.sweep([rate]))) for rate in self.swept(store)[0])
+        return {rate for rate, made in runs if any(diverged(record, untrained) for record in made)}
+
+    def floor(self, store: Store) -> Record | None:
+        """The untrained model on the sweep's problems; ``None`` before it is scored."""
+        untrained = Trial(base=self.trial.base, method="none", task=self.trial.task, learning_rate=0.0)
+        return store.get(replace(untrained, seed=SWEPT, split="validation"))
 
 
 def registered(name: str, order: int, base: str, task: str, seeds: int, tie: int, gsm8k: bool = False) -> Claim:
@@ -124,7 +135,9 @@ def registered(name: str, order: int, base: str, task: str, seeds: int, tie: int
         paper="Qwen2.5-7B on GSM8K: from 76 to 91 %; models of 0.5B gain little or nothing below 1,000 numbers.",
         where="section 6.2 and Figure 6",
         points=points,
-        draw=lambda store: side_by_side([p for p in drawn if p.records(store)], store.scored("greedy"), untrained),
+        draw=lambda store: side_by_side(
+            [point for point in drawn if point.records(store)], store.scored("greedy", "lenient"), untrained
+        ),
         judge=judge,
         folder=REAL_RESULTS,
     )
@@ -157,8 +170,9 @@ def primary(thirteen: Point, untrained: Point, store: Store) -> tuple[str, str]:
 
 def paired(point: Point, base: Point, store: Store) -> Estimate:
     """The difference of greedy accuracy, read leniently, on the same problems: Student's interval over draws of P."""
-    (floor,) = (record["scores"]["greedy"]["lenient"] for record in base.records(store))
-    return Estimate.of_differences([r["scores"]["greedy"]["lenient"] - floor for r in point.records(store)])
+    store = store.scored("greedy", "lenient")
+    (floor,) = base.accuracies(store)
+    return Estimate.of_differences([accuracy - floor for accuracy in point.accuracies(store)])
 
 
 def operators(text: str) -> list[str]:

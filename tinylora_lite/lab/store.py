@@ -36,6 +36,7 @@ class Store(dict[Trial, Record]):
         folder: holds ``BASE.jsonl`` for each base.
         score: by which of a test record's scores points are compared: ``"sampled"`` (one answer at temperature 1) or
             ``"greedy"``. Learning rates are chosen by sampled answers in both cases.
+        reading: how answers are read: strictly (``"accuracy"``), or leniently (``"lenient"``) where records hold that.
 
     Raises:
         ValueError: ``folder`` is a file, or a record has settings that :class:`~tinylora_lite.lab.trial.Trial` does not
@@ -47,7 +48,7 @@ class Store(dict[Trial, Record]):
         self.folder = Path(folder)
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{folder} is a file; records lie in a folder")
-        self.score = "sampled"
+        self.score, self.reading = "sampled", "accuracy"
         for path in sorted(self.folder.glob("*.jsonl")):
             for line in path.read_text(encoding="utf-8").splitlines():
                 try:
@@ -86,10 +87,10 @@ class Store(dict[Trial, Record]):
     def _answers(self, trial: Trial) -> Path:
         return self.folder / "answers" / f"{trial.base}-{short_hash(trial.key)}.json.gz"
 
-    def scored(self, score: str) -> Store:
+    def scored(self, score: str, reading: str = "accuracy") -> Store:
         """The same records, for points to be compared by another of their scores."""
         other = copy.copy(self)
-        other.score = score
+        other.score, other.reading = score, reading
         return other
 
 
