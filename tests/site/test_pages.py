@@ -63,3 +63,8 @@ def test_no_markup_is_left_raw(pages):
 
 def test_search_knows_the_words(search_index):
     assert "tinylora" in search_index["terms"] | search_index["titleterms"]
+
+
+def test_the_cell_that_trains_a_real_model_was_run(pages):
+    said = pages["notebooks/17_a_real_model.html"].select_one("article").get_text()
+    assert "rewards: [" in said
