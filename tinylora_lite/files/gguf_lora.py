@@ -29,8 +29,8 @@ def export_gguf(
     as those of the weights do in a GGUF file, which rotates neighbours where transformers rotates halves.
 
     llama.cpp takes it with ``llama-server -m BASE.gguf --lora adapter.gguf``, Ollama with ``ollama create NAME -f
-    Modelfile`` (which has not been run here). The base should be the file that the adapter was trained on; a coarser quantization of it changes
-    weights by more than most adapters do.
+    Modelfile``, which has not been run here. The base should be the file that the adapter was trained on; a coarser
+    quantization of it changes weights by more than most adapters do.
 
     Args:
         adapter: attached or detached; its model, a Llama, Mistral, Qwen2 or Qwen3, must still exist.
