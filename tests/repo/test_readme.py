@@ -10,7 +10,7 @@ from tinylora_lite.book.real import PROMPTED, THIRTEEN, UNTRAINED, points_of
 from tinylora_lite.lab import untrained
 from tinylora_lite.lab.claims import chapters, claim_of
 from tinylora_lite.lab.estimate import Estimate
-from tinylora_lite.lab.registered import over_sums, paired
+from tinylora_lite.lab.registered import over_sums, paired, primary
 from tinylora_lite.lab.store import CHAPTERS, REAL_RESULTS, Store
 
 ROOT = Path(__file__).parents[2]
@@ -38,21 +38,37 @@ def test_the_table_of_accuracies_is_the_records():
     assert f"the second row has {greedy[0]:.1%} and the third {greedy[1]:.1%}" in README
 
 
-def test_the_table_on_a_real_model_is_the_records():
-    claim, store = claim_of("real-smollm2"), Store(REAL_RESULTS)
-    points = points_of(claim)
-    bare_point, prompted, thirteen = (points[label] for label in (UNTRAINED, PROMPTED, THIRTEEN))
-    bare, asked = (point.records(store)[0]["scores"]["greedy"]["lenient"] for point in (bare_point, prompted))
-    assert f"| untrained | {bare:.1%} |" in README
-    assert f"| untrained, the best of five prompts (four worked examples) | {asked:.1%} |" in README
-    assert prompted.rate(store) == "words-1, four shown"
-    found = Estimate.of([record["scores"]["greedy"]["lenient"] for record in thirteen.records(store)])
-    assert len(found.values) == 5
-    row = f"{found.mean:.1%} [{found.low:.1%}, {found.high:.1%}]"
-    assert README.count(f"| 13 numbers, random directions | {row} |") == 1
-    assert f"gain {paired(thirteen, bare_point, store).as_points()} over draws of P" in README
-    assert f"ask for {over_sums(thirteen, bare_point, store).as_points()}" in README
-    assert over_sums(thirteen, prompted, store).low < 0 < over_sums(thirteen, prompted, store).high
+def test_the_table_on_real_models_is_the_records():
+    store = Store(REAL_RESULTS)
+    lenient, rows = store.scored("greedy", "lenient"), {UNTRAINED: [], PROMPTED: [], THIRTEEN: []}
+    gains, words = [], []
+    for name, seeds, best in (("real-smollm2", 5, "words-1, four shown"), ("real-qwen", 3, "words-2, eight shown")):
+        points = points_of(claim_of(name))
+        bare, prompted, thirteen = (points[label] for label in rows)
+        assert prompted.rate(store) == best
+        rows[UNTRAINED] += [f"{bare.accuracies(lenient)[0]:.1%}"]
+        rows[PROMPTED] += [f"{prompted.accuracies(lenient)[0]:.1%}"]
+        found = Estimate.of(thirteen.accuracies(lenient))
+        assert len(found.values) == seeds
+        rows[THIRTEEN] += [f"{found.mean:.1%} [{found.low:.1%}, {found.high:.1%}]"]
+        gains += [measure(thirteen, bare, store).as_points() for measure in (paired, over_sums)]
+        lead = over_sums(thirteen, prompted, store)
+        assert lead.low < 0 < lead.high, "a longer prompt gains about as much"
+        words.append(primary(thirteen, bare, store)[0])
+        assert min(paired(thirteen, bare, store).values) > 0, "all draws gain"
+    assert words == ["They help", "Undecided"]
+    for label, (one, other) in zip(
+        (
+            "untrained",
+            "untrained, best of five prompts (four and eight worked examples)",
+            "13 numbers, random directions",
+        ),
+        rows.values(),
+        strict=True,
+    ):
+        assert f"| {label} | {one} | {other} |" in README
+    assert f"gain {gains[0]} over draws of P" in README
+    assert f"ask for {gains[1]}; on Qwen2.5-Coder {gains[2]} and\n{gains[3]}." in README
 
 
 def test_the_demo_s_time_is_its_record_s():
