@@ -114,9 +114,10 @@ def cell(extras: str) -> str:
     return CELL.replace("<extras>", extras).replace("<source>", source())
 
 
-def install_line() -> str:
-    """How a page says that the library is installed."""
-    return 'pip install "tinylora_lite' + source() + '"' if source().startswith(" ") else "pip install tinylora_lite"
+def install_line(extras: str = "") -> str:
+    """How a page says that the library is installed; ``extras`` are in their brackets."""
+    wanted = f"tinylora_lite{extras}"
+    return f'pip install "{wanted}{source()}"' if source().startswith(" ") else f"pip install {wanted}"
 
 
 def extras_of(text: str) -> str:
@@ -138,8 +139,8 @@ def up_to_date() -> dict[Path, str]:
                 each |= {"metadata": METADATA, "outputs": [], "execution_count": None}
         texts[path] = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
     for path in (ROOT / name for name in PAGES):
-        line = re.compile(r'^pip install "?tinylora_lite\b.*$', re.MULTILINE)
-        texts[path] = line.sub(lambda _: install_line(), path.read_text(encoding="utf-8"))
+        line = re.compile(r'^pip install "?tinylora_lite\b(\[[\w,]+\])?.*$', re.MULTILINE)
+        texts[path] = line.sub(lambda found: install_line(found[1] or ""), path.read_text(encoding="utf-8"))
     return texts
 
 

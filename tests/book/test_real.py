@@ -1,6 +1,8 @@
 """The tables of the chapter on real models, from made-up records of some of its runs."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -9,8 +11,9 @@ from tinylora_lite.lab.claims import claim_of
 from tinylora_lite.lab.figures import score_label
 from tinylora_lite.lab.store import Store
 from tinylora_lite.lab.tasks import task_of
-from tinylora_lite.lab.trial import Trial
+from tinylora_lite.lab.trial import REAL, Trial
 
+ROOT = Path(__file__).parents[2]
 CLAIM = claim_of("real-smollm2")
 POINTS = real.points_of(CLAIM)
 FLOOR = Trial(base="smollm2-135m", method="none", task="words-1", learning_rate=0.0, seed=100, split="validation")
@@ -56,18 +59,18 @@ def test_the_outcome_waits_for_all_runs(store):
 
 def test_a_row_for_every_shape_that_has_a_record(store):
     head, _, untrained, thirteen = real.results(CLAIM, store).splitlines()
-    assert head.startswith("| trained | numbers | rate |")
-    assert untrained.startswith("| untrained | 0 |  | 1 of 1 | 30% | 30% | 30% | 90% |")
+    assert head.startswith("| trained | numbers | runs |")
+    assert untrained.startswith("| untrained | 0 | 1 of 1 | 30% | 30% | 90% |")
     right = "31% [26%, 36%]"
-    start = f"| 13 random | 13 | 0.025 | 2 of 5 | {right} | {right} | {right} | 90% [90%, 90%] | 100% | 31% |"
+    start = f"| 13 random | 13 | 2 of 5, rate 0.025 | {right} | {right} | 90% [90%, 90%] | 100% | 31% |"
     assert thirteen.startswith(start)
 
 
-def test_greedy_answers_are_read_leniently_where_a_row_does_not_say_strictly(store):
+def test_greedy_answers_are_read_leniently_and_sampled_ones_strictly(store):
     (trial,) = POINTS["untrained"].tests(0.0)
-    store[trial]["scores"]["greedy"] = {"accuracy": 0.2, "lenient": 0.4, "formatted": 0.9}
-    row = real.results(CLAIM, store).splitlines()[2]
-    assert row.startswith("| untrained | 0 |  | 1 of 1 | 40% | 20% | 30% | 90% |")
+    for name, strict, lenient in (("greedy", 0.2, 0.4), ("sampled", 0.1, 0.3)):
+        store[trial]["scores"][name] = {"accuracy": strict, "lenient": lenient, "formatted": 0.9}
+    assert real.results(CLAIM, store).splitlines()[2].startswith("| untrained | 0 | 1 of 1 | 40% | 10% | 90% |")
     lenient = store.scored("greedy", "lenient")
     assert POINTS["untrained"].accuracies(lenient) == [0.4]
     assert score_label(lenient) == "accuracy of greedy answers, read leniently, test set"
@@ -86,7 +89,7 @@ def test_a_rate_is_out_where_a_run_diverged_and_so_is_the_one_below(store):
     rows = real.sweep(thirteen, store).splitlines()[2:]
     assert [row.split(" | ")[-1] for row in rows] == [
         "taken |",
-        "out: one diverged at the next rate |",
+        "out: a run diverged at the next rate |",
         "out: a run diverged |",
     ]
 
@@ -112,3 +115,18 @@ def test_gsm8k_is_asked_of_qwen_alone_and_what_was_trained_is_not_trained_again(
     assert carried.training() == points["13 random"].tests(0.025)[0].training()
     assert points["13 random, trained on gsm8k, boxed"].seeds == 1
     assert replace(carried, task="gsm8k, boxed") in points["13 random, gsm8k, boxed"].tests(0.025)
+
+
+def test_captions_name_the_file_the_problems_and_the_seeds():
+    cells = json.loads((ROOT / "notebooks" / "17_a_real_model.ipynb").read_text(encoding="utf-8"))["cells"]
+    figures = [cell["metadata"].get("mystnb", {}).get("figure") for cell in cells]
+    captions = {figure["name"]: figure["caption"] for figure in figures if figure}
+    assert set(captions) == {"fig-real-smollm2", "fig-real-v", "fig-real-curves", "fig-real-qwen"}
+    for name, caption in captions.items():
+        claim = claim_of("real-qwen" if "qwen" in name else "real-smollm2")
+        thirteen = real.points_of(claim)["13 random"]
+        assert f"{REAL[thirteen.trial.base][:8]}…" in caption
+        if name in ("fig-real-v", "fig-real-curves", "fig-real-qwen"):
+            assert {3: "three", 5: "five"}[thirteen.seeds] in caption.lower()
+    assert POINTS["13 random"].trial.prompts * 8 * POINTS["13 random"].trial.steps == 2560
+    assert "2,560 answers" in captions["fig-real-v"]

@@ -197,6 +197,8 @@ class TestPages:
         assert stale == [], "run python book/setup_cell.py"
         for page in setup_cell.PAGES:
             assert f"\n{setup_cell.install_line()}\n" in (setup_cell.ROOT / page).read_text(encoding="utf-8"), page
+        readme = (setup_cell.ROOT / "README.md").read_text(encoding="utf-8")
+        assert f"\n{setup_cell.install_line('[gguf]')}\n" in readme, "SmolLM2's file is read with it"
 
     @pytest.mark.parametrize("on_index", [False, True])
     def test_the_flag_says_where_from(self, monkeypatch, tmp_path, project, on_index):
@@ -210,6 +212,7 @@ class TestPages:
         try:
             if on_index:
                 assert setup_cell.install_line() == "pip install tinylora_lite"
+                assert setup_cell.install_line("[gguf]") == "pip install tinylora_lite[gguf]"
                 assert f'SOURCE = "=={version}"' in setup_cell.cell("lab")
             else:
                 assert setup_cell.install_line() == f'pip install "tinylora_lite @ git+{repository}@v{version}"'

@@ -62,14 +62,14 @@ def results(claim: Claim, store: Store) -> Markdown:
         if point.trial.task in GSM8K or not (records := point.records(store)):
             continue
         choice, right = choice_and_sum(point, store)
-        rate = "" if point.trial.method == "none" or not point.rates else f"{point.rate(store):g}"
-        scores = (("greedy", "lenient"), ("greedy", "accuracy"), ("sampled", "accuracy"), ("sampled", "formatted"))
-        rows.append((
-            point.label, f"{records[0]['parameters']:,}", rate, f"{len(records)} of {point.seeds}",
-            *(_accuracy(point, store.scored(*score)) for score in scores), f"{choice:.0%}", f"{right:.0%}",
-        ))  # fmt: skip
-    scored = ("greedy", "greedy, strict", "sampled", "in format, sampled", "right operators", "right sums")
-    return table(("trained", "numbers", "rate", "runs", *scored), "lrrrllllrr", rows)
+        runs = f"{len(records)} of {point.seeds}"
+        if point.trial.method != "none" and point.rates:
+            runs += f", rate {point.rate(store):g}"
+        scores = (("greedy", "lenient"), ("sampled", "accuracy"), ("sampled", "formatted"))
+        accuracies = (_accuracy(point, store.scored(*score)) for score in scores)
+        rows.append((point.label, f"{records[0]['parameters']:,}", runs, *accuracies, f"{choice:.0%}", f"{right:.0%}"))
+    columns = ("trained", "numbers", "runs", "greedy", "sampled", "in format", "operators", "sums")
+    return table(columns, "lrllllrr", rows)
 
 
 def _accuracy(point: Point, store: Store) -> str:
@@ -81,20 +81,19 @@ def _accuracy(point: Point, store: Store) -> str:
 
 
 def sweep(point: Cautious, store: Store) -> Markdown:
-    """The rates that were compared, with what became of each."""
-    rates, ended, rows = point.swept(store)[0], point.diverged(store) or set(), []
-    for rate, above in zip(rates, [*rates[1:], None], strict=True):
-        fate = "taken" if rate == point.rate(store) else "out: a run diverged" if rate in ended else ""
-        fate = fate or ("out: one diverged at the next rate" if above in ended else "")
+    """The rates that were compared: validation accuracy and norm of v of every run, and which rate was taken."""
+    out, rows = point.excluded(store) or {}, []
+    for rate in point.swept(store)[0]:
         made = store.of(point.sweep([rate]))
         runs = ", ".join(f"{record['scores']['sampled']['accuracy']:.1%}" for record in made)
         norms = ", ".join(f"{record['norm']:.2f}" for record in made)
+        fate = "taken" if rate == point.rate(store) else f"out: {out[rate]}" if rate in out else ""
         rows.append((f"{rate:g}", runs, norms, fate))
     return table(("rate", "sampled accuracy of both runs", "norm of v", ""), "rlll", rows)
 
 
 def seconds(point: Point, store: Store) -> dict[str, float]:
-    """CPU seconds of the longest reported run, and of the whole sweep; of a resumed run its last part alone."""
+    """Core-seconds of the longest reported run, and of the whole sweep; of a resumed run its last part alone."""
     swept = store.of(point.sweep(point.swept(store)[0]))
     return {
         "longest": max(record["cpu_seconds"] for record in point.records(store)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from tinylora_lite.lab.claim import Claim, Point, Verdict
@@ -43,19 +44,19 @@ class Cautious(Point):
         if self.like is not None or not self.rates:
             return super().rate(store)
         rates, best = self.swept(store)
-        ended = self.diverged(store)
-        if best is None or ended is None:
+        out = self.excluded(store)
+        if best is None or out is None:
             return None
-        safe = [rate for rate, above in zip(rates, [*rates[1:], None], strict=True) if not ended & {rate, above}]
-        return max(safe or rates[:1], key=lambda rate: self.sweep_accuracy(rate, store) or 0.0)
+        return max([r for r in rates if r not in out] or rates[:1], key=lambda r: self.sweep_accuracy(r, store) or 0.0)
 
-    def diverged(self, store: Store) -> set[Any] | None:
-        """The rates of the sweep at which a run diverged; ``None`` before the untrained model is scored."""
-        untrained = self.floor(store)
+    def excluded(self, store: Store) -> dict[Any, str] | None:
+        """The rates of the sweep that are out, with the reason; ``None`` before the untrained model is scored."""
+        untrained, rates = self.floor(store), self.swept(store)[0]
         if untrained is None:
             return None
-        runs = ((rate, store.of(self.sweep([rate]))) for rate in self.swept(store)[0])
-        return {rate for rate, made in runs if any(diverged(record, untrained) for record in made)}
+        ended = [r for r in rates if any(diverged(record, untrained) for record in store.of(self.sweep([r])))]
+        below = [rate for rate, above in pairwise(rates) if above in ended]
+        return dict.fromkeys(below, "a run diverged at the next rate") | dict.fromkeys(ended, "a run diverged")
 
     def floor(self, store: Store) -> Record | None:
         """The untrained model on the sweep's problems; ``None`` before it is scored."""

@@ -88,7 +88,7 @@ class Store(dict[Trial, Record]):
         return self.folder / "answers" / f"{trial.base}-{short_hash(trial.key)}.json.gz"
 
     def scored(self, score: str, reading: str = "accuracy") -> Store:
-        """The same records, for points to be compared by another of their scores."""
+        """The same records, for points to be compared by another of their scores, and of its readings."""
         other = copy.copy(self)
         other.score, other.reading = score, reading
         return other
