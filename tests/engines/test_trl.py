@@ -86,7 +86,7 @@ class TestSteps:
         assert (found.base, found.task, found.settings) == (run.base, run.task, run.settings)
 
     def test_the_first_gradient_is_ours_to_rounding(self, policy, tokenizer, task):
-        """To 1e-5 of its norm: TRL reads every row as a whole, we read a prompt once for all its answers."""
+        """To 1e-5 of its norm, since importance weights are exponentials of differences that are mere rounding."""
         settings, found = replace(SMALL, steps=1, micro_batch=16), []
         for train in (tl.train_grpo, train_trl):
             (model, adapter), gradients = policy(), []
